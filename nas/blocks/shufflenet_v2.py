@@ -1,0 +1,27 @@
+"""ShuffleNetV2's unit."""
+
+from nas.ops import Activation, Recorder, Value
+
+
+def shufflenet_v2(
+    net: Recorder, x: Value, *, width: int, stride: int = 1, kernel: int = 3, act: Activation = "relu"
+) -> Value:
+    """Split, 1x1 - depthwise kxk - 1x1 on one half, concat, shuffle (Ma et al. 2018, arXiv:1807.11164, fig. 3c, d).
+
+    Where the shape changes both branches read the whole input and neither is split (fig. 3d).
+    """
+    half = width // 2
+    if width % 2:
+        raise ValueError(f"shufflenet_v2: width {width} is odd; halves are needed")
+
+    def branch(y: Value) -> Value:
+        y = net.act(net.norm(net.conv(y, "expand", half), "expand_norm"), act)
+        y = net.norm(net.conv(y, "depthwise", half, kernel=kernel, stride=stride, groups=half), "depthwise_norm")
+        return net.act(net.norm(net.conv(y, "project", half), "project_norm"), act)
+
+    if stride == 1 and x.channels == width:
+        return net.shuffle(net.concat(net.split(x, 0, half), branch(net.split(x, half, width))), 2)
+    left = net.conv(x, "shortcut_depthwise", x.channels, kernel=kernel, stride=stride, groups=x.channels)
+    left = net.norm(left, "shortcut_depthwise_norm")
+    left = net.act(net.norm(net.conv(left, "shortcut_project", half), "shortcut_project_norm"), act)
+    return net.shuffle(net.concat(left, branch(x)), 2)

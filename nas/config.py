@@ -1,0 +1,361 @@
+"""Experiment and device files: TOML in, frozen objects out, and errors that name file, line and nearest valid key.
+
+The classes below *are* the schema: `load_experiment` refuses what they do not have.
+"""
+
+import difflib
+import re
+import tomllib
+import typing
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+
+from nas.errors import ConfigError
+
+T = TypeVar("T")
+
+
+class Strict(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Base of everything read from TOML or JSON: frozen, unknown keys refused."""
+
+
+class Data(Strict):
+    """Which images. `source` is "digits" or a path; relative paths are relative to the experiment file."""
+
+    source: str
+    format: str | None = None  # a name in nas.data.FORMATS; None: recognised from the path
+    image_size: int | None = None  # side in pixels that images are resized to; None: as they come
+    validation: float = 0.2  # share of the training images held out for the search
+    test: float = 0.2  # share split off as the test set where the source brings none
+    train_images: int | None = None  # use only so many training images (before the validation split)
+    test_images: int | None = None  # use only so many test images
+    seed: int = 0  # of the splits
+
+
+class Latency(Strict):
+    """How the latency table is measured (see nas/measure)."""
+
+    seconds: float = 25.0  # timing budget per precision, building not counted
+    min_rounds: int = 15  # fewest rounds, whatever the budget
+    anchors: int = 6  # networks that fix the scale of the table
+    holdout: int = 24  # random networks, measured end to end, that the proof is made of
+
+
+class Optimiser(Strict):
+    """An optax optimiser with warm-up + cosine schedule. `learning_rate` is the peak."""
+
+    name: str = "sgd"  # a name in nas.train.optimiser.OPTIMISERS
+    learning_rate: float = 0.1
+    weight_decay: float = 1e-4  # not applied to norms and biases
+    warmup: float = 0.1  # share of the steps
+    clip_norm: float | None = 5.0  # global gradient norm
+
+
+class Augment(Strict):
+    """Augmentation of training images, on device, deterministic in (seed, step)."""
+
+    flip: bool = False  # horizontal flip with probability 1/2
+    shift: int = 0  # random shift by up to so many pixels, zero padded
+
+
+class Train(Strict):
+    """Supernet training: the sandwich rule with in-place distillation (BigNAS, Yu et al. 2020, arXiv:2003.11142)."""
+
+    epochs: float = 30.0
+    batch_size: int = 64
+    random_subnets: int = 2  # besides the largest and the smallest, each step
+    label_smoothing: float = 0.0
+    optimiser: Optimiser = Optimiser()
+    augment: Augment = Augment()
+    checkpoint_steps: int = 100
+    calibration_images: int = 512  # training images that batch-norm statistics are measured on, for every subnet
+    eval_batch_size: int = 128
+
+
+class Search(Strict):
+    """The search proper. The outcome depends on these values and the seed alone, not on timing or worker count."""
+
+    strategy: str = "nsga2"  # a name in nas.search.STRATEGIES
+    trials: int = 200
+    population: int = 32
+    lag: int = 8  # trial k is proposed from the results of trials 0..k-lag
+    executor: str = "ray"  # a name in nas.search.EXECUTORS
+    workers: int = 2
+    address: str = "local"  # of the Ray cluster; "local" starts one of its own
+    timeout_seconds: float = 300.0  # for one evaluation
+
+
+class Objective(Strict):
+    """What is optimised. `at_most` is a limit in the objective's unit, or "50%" of the space's reachable range."""
+
+    name: str  # "top1" or "latency_ms"
+    precision: str = "float32"  # which of the device's tables
+    at_most: float | str | None = None
+
+
+class Finish(Strict):
+    """What happens to winners and baselines alike: fine-tuning with distillation from the supernet's largest network."""
+
+    winners: int = 3
+    epochs: float = 10.0
+    batch_size: int = 64
+    distill_weight: float = 0.5  # of the teacher's soft labels; the rest goes to the true labels
+    temperature: float = 2.0
+    optimiser: Optimiser = Optimiser(learning_rate=0.02)
+    calibration_images: int = 256  # training images that int8 ranges are taken from
+
+
+class Verify(Strict):
+    """The proof that each file does what the network does."""
+
+    seconds: float = 10.0  # timing budget for all files together
+    parity_images: int = 64  # test images compared value by value
+
+
+class Experiment(Strict, kw_only=True):
+    """One experiment file, resolved."""
+
+    name: str
+    question: str = ""
+    seed: int = 0
+    space: str  # a name in search_spaces/, or a path
+    device: str = "host_onnxruntime"  # a name in latency_models/, or a path to a folder with device.toml
+    data: Data
+    objectives: tuple[Objective, ...]
+    latency: Latency = Latency()
+    train: Train = Train()
+    search: Search = Search()
+    finish: Finish = Finish()
+    verify: Verify = Verify()
+
+    @property
+    def limit(self) -> Objective:
+        """The latency objective."""
+        return next(o for o in self.objectives if o.name == "latency_ms")
+
+
+class Device(Strict):
+    """latency_models/<name>/device.toml: what one must know to trust a number."""
+
+    device: str  # in words
+    runtime: str  # a name in nas.export.RUNTIMES
+    hardware: str = "host"  # "host": the machine that the run is on
+    threads: int = 1
+    batch: int = 1
+    precision: tuple[str, ...] = ("float32",)
+    frequency_policy: str = "as found"
+    notes: str = ""
+
+
+def load_toml(path: Path, *, what: str) -> tuple[dict[str, Any], str]:
+    """The parsed file and its text.
+
+    Raises:
+        ConfigError: the file is missing, unreadable or not TOML.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        raise ConfigError(f"{path}: cannot read this {what}: {e}. Check the path, or run `nas list`.") from e
+    try:
+        return tomllib.loads(text), text
+    except tomllib.TOMLDecodeError as e:
+        raise ConfigError(f"{path}: not valid TOML: {e}. Correct that line.") from e
+
+
+def convert(raw: dict[str, Any], cls: type[T], *, path: Path | str, text: str) -> T:
+    """`raw` as a `cls`; what does not fit is reported with its line in `text`."""
+    try:
+        return msgspec.convert(raw, cls, strict=True)
+    except msgspec.ValidationError as e:
+        message, _, where = str(e).partition(" - at `$")
+        keys = re.findall(r"[A-Za-z_]\w*|(?<=\[)\d+", where.rstrip("`"))
+        keys = [*keys]
+        hint = ""
+        if unknown := re.search(r"unknown field `(.+?)`", message):
+            keys.append(unknown[1])
+            message = f"unknown key `{'.'.join(keys)}`"
+            hint = nearest(unknown[1], _fields_at(cls, keys[:-1]), kind="key")
+        elif keys:
+            message = f"`{'.'.join(keys)}`: {message}"
+        raise ConfigError(f"{path}, line {line_of(text, keys)}: {message}.{hint}") from e
+
+
+def nearest(word: str, known: typing.Iterable[str], *, kind: str) -> str:
+    """A sentence that names the nearest of `known`, and all of them."""
+    known = sorted(known)
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    lead = f" Did you mean `{close[0]}`?" if close else ""
+    return f"{lead} Valid {kind}s: {', '.join(known)}."
+
+
+def line_of(text: str, keys: list[str]) -> int:
+    """The line (from 1) on which the value under `keys` stands, or the nearest enclosing one; inline tables included."""
+    best, best_depth, table, counts = 1, 0, [], {}
+    for number, line in enumerate(text.splitlines(), start=1):
+        if header := re.match(r"\s*\[(\[)?\s*([\w.\-\"]+)\s*\]", line):
+            name = header[2].replace('"', "").split(".")
+            if header[1]:
+                counts[header[2]] = counts.get(header[2], -1) + 1
+                name = [*name, str(counts[header[2]])]
+            table = name
+            path = table
+        elif match := re.match(r"\s*([\w\-\"]+(?:\.[\w\-]+)*)\s*=", line):
+            path = [*table, *match[1].replace('"', "").split(".")]
+        else:
+            path = None
+        if path is not None:
+            depth = _shared(path, keys)
+            if depth == len(path) and depth > best_depth:
+                best, best_depth = number, depth
+        # an inline table: the last key stands somewhere on this line or the ones after the best match
+        if keys and number >= best and best_depth and best_depth < len(keys) and _shared(table, keys) == len(table):
+            inline = re.search(rf"[{{,]\s*{re.escape(keys[-1])}\s*=", line)
+            if inline and best_depth >= len([k for k in keys[:-1] if not k.isdigit()]):
+                return number
+    return best
+
+
+def _shared(a: list[str], b: list[str]) -> int:
+    n = 0
+    for x, y in zip(a, b, strict=False):
+        if x != y:
+            break
+        n += 1
+    return n
+
+
+def _fields_at(cls: Any, keys: list[str]) -> list[str]:
+    """Field names of the struct that `keys` lead to from `cls`."""
+    for key in keys:
+        if isinstance(cls, type) and issubclass(cls, msgspec.Struct):
+            cls = typing.get_type_hints(cls).get(key)
+        if not key.isdigit():
+            continue
+    cls = next((c for c in _structs(cls)), None)
+    return list(cls.__struct_fields__) if cls else []
+
+
+def _structs(hint: Any) -> list[Any]:
+    if isinstance(hint, type) and issubclass(hint, msgspec.Struct):
+        return [hint]
+    return [s for arg in typing.get_args(hint) for s in _structs(arg)]
+
+
+def overlay(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """`over` laid on `base`: tables merge, all else replaces."""
+    out = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(out.get(key), dict)
+        out[key] = overlay(out[key], value) if both else value
+    return out
+
+
+def load_experiment(path: str | Path, *, smoke: bool = False, overrides: typing.Sequence[str] = ()) -> Experiment:
+    """The experiment at `path`.
+
+    Args:
+        path: a TOML file. `[smoke]` in it is laid over the rest when `smoke` is true.
+        overrides: `"search.trials=20"` and the like; values are TOML.
+
+    Raises:
+        ConfigError: with file, line and the nearest valid key.
+    """
+    path = Path(path)
+    raw, text = load_toml(path, what="experiment")
+    small = raw.pop("smoke", {})
+    convert(overlay(raw, small), Experiment, path=path, text=text)  # the overlay is checked even when it is not used
+    if smoke:
+        raw = overlay(raw, small)
+    for item in overrides:
+        key, equals, value = item.partition("=")
+        try:
+            parsed = tomllib.loads(f"value = {value}")["value"] if equals else None
+        except tomllib.TOMLDecodeError:
+            parsed = value  # a bare word is a string
+        if parsed is None:
+            raise ConfigError(f"--set {item}: expected KEY=VALUE, for example `--set search.trials=20`.")
+        nested: Any = parsed
+        for part in reversed(key.strip().split(".")):
+            nested = {part: nested}
+        raw = overlay(raw, nested)
+    source = Path(raw.get("data", {}).get("source", "") if isinstance(raw.get("data"), dict) else "")
+    experiment = convert(raw, Experiment, path=path, text=text)
+    if source.name and not source.is_absolute() and experiment.data.source != "digits":
+        resolved = str((path.parent / source).resolve())
+        experiment = msgspec.structs.replace(experiment, data=msgspec.structs.replace(experiment.data, source=resolved))
+    if Path(experiment.space).suffix == ".toml" and not Path(experiment.space).is_absolute():
+        experiment = msgspec.structs.replace(experiment, space=str((path.parent / experiment.space).resolve()))
+    check(experiment, path=path, text=text)
+    return experiment
+
+
+_RANGES = {
+    "data.image_size": (4, 4096),
+    "data.train_images": (1, None),
+    "data.test_images": (1, None),
+    "latency.seconds": (0.0, None),
+    "latency.min_rounds": (2, None),
+    "latency.anchors": (1, None),
+    "latency.holdout": (2, None),
+    "train.epochs": (0.0, None),
+    "train.batch_size": (2, None),
+    "train.random_subnets": (0, None),
+    "train.label_smoothing": (0.0, 0.999),
+    "train.checkpoint_steps": (1, None),
+    "train.calibration_images": (2, None),
+    "train.eval_batch_size": (1, None),
+    "train.optimiser.learning_rate": (0.0, None),
+    "train.augment.shift": (0, None),
+    "search.trials": (1, None),
+    "search.population": (2, None),
+    "search.lag": (1, None),
+    "search.workers": (1, None),
+    "search.timeout_seconds": (0.001, None),
+    "finish.winners": (1, None),
+    "finish.epochs": (0.0, None),
+    "finish.batch_size": (2, None),
+    "finish.distill_weight": (0.0, 1.0),
+    "finish.temperature": (1e-3, None),
+    "finish.calibration_images": (1, None),
+    "finish.optimiser.learning_rate": (0.0, None),
+    "verify.seconds": (0.0, None),
+    "verify.parity_images": (1, None),
+}
+
+
+def check(experiment: Experiment, *, path: Path | str, text: str) -> None:
+    """Ranges that types cannot say."""
+
+    def fail(key: str, message: str) -> typing.NoReturn:
+        raise ConfigError(f"{path}, line {line_of(text, key.split('.'))}: `{key}` {message}.")
+
+    if not re.fullmatch(r"[\w\-.]+", experiment.name):
+        fail("name", f"is {experiment.name!r}: letters, digits, '-', '_' and '.' only, since it names the run folder")
+    for key in ("validation", "test"):
+        share = getattr(experiment.data, key)
+        if not 0 < share < 1:
+            fail(f"data.{key}", f"is {share}: a share between 0 and 1 is needed")
+    for key, (low, high) in _RANGES.items():
+        value: Any = experiment
+        for part in key.split("."):
+            value = getattr(value, part)
+        if value is not None and not ((low is None or value >= low) and (high is None or value <= high)):
+            bound = f"at least {low}" + (f" and at most {high}" if high is not None else "")
+            fail(key, f"is {value}: {bound} is needed")
+    names = [o.name for o in experiment.objectives]
+    for index, objective in enumerate(experiment.objectives):
+        if objective.name not in ("top1", "latency_ms"):
+            hint = nearest(objective.name, ("top1", "latency_ms"), kind="objective")
+            raise ConfigError(
+                f"{path}, line {line_of(text, ['objectives', str(index), 'name'])}: "
+                f"unknown objective `{objective.name}`.{hint}"
+            )
+        if isinstance(objective.at_most, str) and not re.fullmatch(r"\d+(\.\d+)?\s*%", objective.at_most):
+            fail("objectives", f"has at_most = {objective.at_most!r}: a number (ms) or a share like \"50%\" is needed")
+        if objective.name == "top1" and objective.at_most is not None:
+            fail("objectives", "gives top1 an at_most: a limit belongs to latency_ms")
+    if sorted(names) != ["latency_ms", "top1"]:
+        fail("objectives", f"names {names}: exactly one top1 and one latency_ms are needed")

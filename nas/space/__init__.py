@@ -1,0 +1,6 @@
+"""Search spaces: TOML in, networks out."""
+
+from nas.space.load import load_space
+from nas.space.space import Choice, Position, Space
+
+__all__ = ["Choice", "Position", "Space", "load_space"]

@@ -1,0 +1,268 @@
+"""A space of networks: choices, genotypes, and the exact arithmetic of additive costs over all of them.
+
+A network is a chain of *positions*; at each, the genotype picks one *branch* (a block, or nothing). Everything that
+adds up over positions (latency from a table, MACs, parameters) is therefore a sum of array look-ups, and its smallest
+and largest value over the whole space is found exactly, without sampling.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nas import cost
+from nas.config import nearest
+from nas.errors import SpaceError
+from nas.ops import Block, Graph, Network, Shape
+
+Genotypes = NDArray[np.uint8]
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """One decision. It matters only while every gene in `conditions` has one of the listed values."""
+
+    name: str  # "stage1/layer2/kernel"
+    values: tuple[Any, ...]
+    conditions: tuple[tuple[int, tuple[int, ...]], ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Position:
+    """One place in the chain. Branch `branch_of[g0, g1, ...]` is taken when the genes `genes` have those values."""
+
+    name: str  # "stage1/layer2"
+    genes: tuple[int, ...]
+    branch_of: NDArray[np.int32]  # one axis per gene
+    branches: tuple[Block | None, ...]  # None: the position is skipped
+    input: Shape  # of the widest input; channels of narrower ones come first
+    output: Shape  # likewise
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Space:
+    """All networks. Genotypes are uint8 arrays [genes], one value number per choice."""
+
+    name: str
+    input: Shape
+    classes: int
+    choices: tuple[Choice, ...]
+    positions: tuple[Position, ...]
+    description: str = ""
+
+    @functools.cached_property
+    def sizes(self) -> tuple[int, ...]:
+        """Number of values of each choice."""
+        return tuple(len(c.values) for c in self.choices)
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """Hash of everything that gives a genotype its meaning."""
+        meaning = [[c.name, c.values, c.conditions] for c in self.choices]
+        keys = [
+            [p.name, p.genes, p.branch_of.tolist(), [b and [b.name, b.graph.key] for b in p.branches]]
+            for p in self.positions
+        ]
+        return hashlib.sha256(json.dumps([meaning, keys, self.input, self.classes]).encode()).hexdigest()[:16]
+
+    def __repr__(self) -> str:
+        shape = "x".join(map(str, self.input))
+        return f"Space({self.name!r}, {shape} -> {self.classes}, {len(self.choices)} choices, {self.count():.3g} networks)"
+
+    # genotypes
+
+    def check(self, genotypes: Any) -> Genotypes:
+        """`genotypes` as uint8 [..., genes].
+
+        Raises:
+            SpaceError: wrong length or a value out of range.
+        """
+        array = np.asarray(genotypes)
+        if array.shape[-1:] != (len(self.sizes),):
+            raise SpaceError(
+                f"a genotype of space {self.name!r} has {len(self.sizes)} values, this one has shape {array.shape}. "
+                f"Is it of another space?"
+            )
+        bad = (array < 0) | (array >= np.asarray(self.sizes))
+        if bad.any():
+            gene = int(np.argwhere(bad)[0][-1])
+            raise SpaceError(
+                f"gene {gene} ({self.choices[gene].name}) of a genotype is {array[bad][0]}; in space {self.name!r} it "
+                f"must be 0..{self.sizes[gene] - 1}. Is it of another space?"
+            )
+        return array.astype(np.uint8)
+
+    def sample(self, rng: np.random.Generator, n: int) -> Genotypes:
+        """`n` genotypes [n, genes], every gene uniform, in canonical form."""
+        return self.canonical(rng.integers(0, self.sizes, size=(n, len(self.sizes)), dtype=np.uint8))
+
+    def canonical(self, genotypes: Genotypes) -> Genotypes:
+        """Genes that do not matter set to 0, so that one network has one genotype. [..., genes] -> the same."""
+        out = np.array(genotypes, np.uint8)
+        for gene, choice in enumerate(self.choices):
+            active = np.ones(out.shape[:-1], bool)
+            for other, values in choice.conditions:
+                active &= np.isin(out[..., other], values)
+            out[..., gene] *= active
+        return out
+
+    def branches(self, genotypes: Genotypes) -> NDArray[np.int32]:
+        """Branch numbers [..., positions] of genotypes [..., genes]."""
+        out = np.empty((*genotypes.shape[:-1], len(self.positions)), np.int32)
+        for index, position in enumerate(self.positions):
+            out[..., index] = position.branch_of[tuple(genotypes[..., g] for g in position.genes)]
+        return out
+
+    def decode(self, genotype: Any) -> Network:
+        """The network of one genotype [genes]."""
+        taken = self.branches(self.check(genotype))
+        blocks = (p.branches[b] for p, b in zip(self.positions, taken, strict=True))
+        return Network(tuple(b for b in blocks if b is not None))
+
+    def describe(self, genotype: Any) -> dict[str, Any]:
+        """Choice name -> value, for the choices that matter."""
+        genes = self.canonical(self.check(genotype))
+        return {
+            c.name: c.values[g]
+            for c, g in zip(self.choices, genes, strict=True)
+            if all(genes[other] in values for other, values in c.conditions)
+        }
+
+    def encode(self, values: Mapping[str, Any]) -> Genotypes:
+        """The canonical genotype [genes] of what `describe` gave. Choices that are left out take their first value.
+
+        Raises:
+            SpaceError: an unknown choice or value.
+        """
+        known = {c.name: (i, c.values) for i, c in enumerate(self.choices)}
+        genes = np.zeros(len(self.choices), np.uint8)
+        for name, value in values.items():
+            if name not in known:
+                raise SpaceError(f"space {self.name!r} has no choice `{name}`.{nearest(name, known, kind='choice')}")
+            index, options = known[name]
+            if value not in options:
+                raise SpaceError(f"choice `{name}` of space {self.name!r} is one of {options}, not {value!r}.")
+            genes[index] = options.index(value)
+        return self.canonical(genes)
+
+    def uniform(self, **options: Callable[[tuple[Any, ...]], Any]) -> Genotypes:
+        """A hand-made genotype: each option takes the value picked by its function (others: the first value).
+
+        `space.uniform(depth=max, kernel=min)` has every stage at its greatest depth and every kernel at its smallest.
+        """
+        values = {}
+        for choice in self.choices:
+            pick = options.get(choice.name.rpartition("/")[2])
+            if pick is not None:
+                values[choice.name] = pick(choice.values)
+        return self.encode(values)
+
+    # additive costs
+
+    def blocks(self) -> dict[str, tuple[Block, str]]:
+        """Every distinct block: key -> (block, role), role being first, middle or last in the chain."""
+        out: dict[str, tuple[Block, str]] = {}
+        for index, position in enumerate(self.positions):
+            role = "first" if index == 0 else "last" if index == len(self.positions) - 1 else "middle"
+            for block in position.branches:
+                if block is not None:
+                    out.setdefault(block.graph.key, (block, role))
+        return out
+
+    def costs(self, of: Callable[[Graph], float]) -> list[NDArray[np.float64]]:
+        """For each position, the cost [branches] of each branch; a skipped position costs nothing."""
+        return [
+            np.array([0.0 if b is None else of(b.graph) for b in p.branches], np.float64) for p in self.positions
+        ]
+
+    def price(self, genotypes: Genotypes, costs: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:
+        """Sum of `costs` over positions, [n, genes] -> [n]. Positions are added in order, so the scalar sum is equal."""
+        total = np.zeros(genotypes.shape[:-1])
+        for position, cost_of in zip(self.positions, costs, strict=True):
+            per_gene_values = cost_of[position.branch_of]
+            total = total + per_gene_values[tuple(genotypes[..., g] for g in position.genes)]
+        return total
+
+    def extreme(self, costs: Sequence[NDArray[np.float64]], *, largest: bool) -> tuple[Genotypes, float]:
+        """The genotype of the smallest or largest sum of `costs`, exactly, and that sum.
+
+        Bucket elimination (Dechter 1999, Artificial Intelligence 113, sec. 4): each gene is minimised out of the
+        positions that read it. Genes that only one position reads go first, so the tables stay small.
+        """
+        sign = -1.0 if largest else 1.0
+        factors = [(p.genes, sign * c[p.branch_of]) for p, c in zip(self.positions, costs, strict=True)]
+        readers = [sum(g in p.genes for p in self.positions) for g in range(len(self.sizes))]
+        decisions: list[tuple[int, tuple[int, ...], NDArray[np.intp]]] = []
+        constant = sum(float(table) for genes, table in factors if not genes)
+        factors = [f for f in factors if f[0]]
+        for gene in sorted(range(len(self.sizes)), key=lambda g: readers[g]):
+            mine = [f for f in factors if gene in f[0]]
+            if not mine:
+                decisions.append((gene, (), np.zeros((), np.intp)))
+                continue
+            scope = tuple(sorted({g for genes, _ in mine for g in genes} - {gene}))
+            joint = sum(_aligned(table, genes, (*scope, gene), self.sizes) for genes, table in mine)
+            decisions.append((gene, scope, np.asarray(joint).argmin(-1)))
+            factors = [f for f in factors if gene not in f[0]]
+            reduced = np.asarray(joint).min(-1)
+            if scope:
+                factors.append((scope, reduced))
+            else:
+                constant += float(reduced)
+        genotype = np.zeros(len(self.sizes), np.uint8)
+        for gene, scope, best in reversed(decisions):
+            genotype[gene] = best[tuple(genotype[list(scope)])] if scope else best
+        genotype = self.canonical(genotype)
+        return genotype, float(self.price(genotype, costs))
+
+    def smallest(self) -> Genotypes:
+        """The genotype with the fewest MACs."""
+        return self.extreme(self.costs(cost.macs), largest=False)[0]
+
+    def largest(self) -> Genotypes:
+        """The genotype with the most MACs."""
+        return self.extreme(self.costs(cost.macs), largest=True)[0]
+
+    def count(self) -> int:
+        """Number of canonical genotypes: the distinct ways to choose.
+
+        Genes are counted from the last to the first: how many ways the genes from g on can be set depends only on the
+        earlier genes that their conditions name, which are few.
+        """
+        sizes, choices = self.sizes, self.choices
+        needed: list[tuple[int, ...]] = []  # for each gene, the earlier genes that it or a later one asks about
+        for gene in range(len(choices)):
+            asked = {o for later in choices[gene:] for o, _ in later.conditions if o < gene}
+            needed.append(tuple(sorted(asked)))
+
+        @functools.lru_cache(maxsize=None)
+        def ways(gene: int, known: tuple[int, ...]) -> int:
+            if gene == len(choices):
+                return 1
+            state = dict(zip(needed[gene], known, strict=True))
+            active = all(state[o] in values for o, values in choices[gene].conditions)
+            total = 0
+            for value in range(sizes[gene] if active else 1):
+                then = {**state, gene: value}
+                rest = needed[gene + 1] if gene + 1 < len(choices) else ()
+                total += ways(gene + 1, tuple(then[g] for g in rest))
+            return total
+
+        return ways(0, ())
+
+
+def _aligned(
+    table: NDArray[np.float64], genes: tuple[int, ...], scope: tuple[int, ...], sizes: tuple[int, ...]
+) -> NDArray[np.float64]:
+    """`table` over `genes`, broadcast to axes `scope`."""
+    order = sorted(range(len(genes)), key=lambda i: scope.index(genes[i]))
+    shape = [sizes[g] if g in genes else 1 for g in scope]
+    full = table.transpose(order).reshape(shape)
+    return np.broadcast_to(full, [sizes[g] for g in scope])
+
+
