@@ -12,7 +12,8 @@ _PACKAGE = Path(__file__).parent
 def folder(kind: str) -> Path:
     """The folder `search_spaces` or `latency_models`: beside the package in a checkout, inside it when installed."""
     checkout = _PACKAGE.parent / kind
-    return checkout if (_PACKAGE.parent / "pyproject.toml").exists() and checkout.is_dir() else _PACKAGE / "_data" / kind
+    in_checkout = (_PACKAGE.parent / "pyproject.toml").exists() and checkout.is_dir()
+    return checkout if in_checkout else _PACKAGE / "_data" / kind
 
 
 def list_spaces() -> list[str]:

@@ -96,7 +96,7 @@ class Objective(Strict):
 
 
 class Finish(Strict):
-    """What happens to winners and baselines alike: fine-tuning with distillation from the supernet's largest network."""
+    """What winners and baselines alike go through: fine-tuning, distilled from the supernet's largest network."""
 
     winners: int = 3
     epochs: float = 10.0
@@ -192,7 +192,7 @@ def nearest(word: str, known: typing.Iterable[str], *, kind: str) -> str:
 
 
 def line_of(text: str, keys: list[str]) -> int:
-    """The line (from 1) on which the value under `keys` stands, or the nearest enclosing one; inline tables included."""
+    """The line (from 1) where the value under `keys` stands, inline tables included, or the nearest enclosing one."""
     best, best_depth, table, counts = 1, 0, [], {}
     for number, line in enumerate(text.splitlines(), start=1):
         if header := re.match(r"\s*\[(\[)?\s*([\w.\-\"]+)\s*\]", line):
@@ -293,6 +293,8 @@ def load_experiment(path: str | Path, *, smoke: bool = False, overrides: typing.
 
 
 _RANGES = {
+    "seed": (0, None),
+    "data.seed": (0, None),
     "data.image_size": (4, 4096),
     "data.train_images": (1, None),
     "data.test_images": (1, None),
@@ -354,7 +356,7 @@ def check(experiment: Experiment, *, path: Path | str, text: str) -> None:
                 f"unknown objective `{objective.name}`.{hint}"
             )
         if isinstance(objective.at_most, str) and not re.fullmatch(r"\d+(\.\d+)?\s*%", objective.at_most):
-            fail("objectives", f"has at_most = {objective.at_most!r}: a number (ms) or a share like \"50%\" is needed")
+            fail("objectives", f'has at_most = {objective.at_most!r}: a number (ms) or a share like "50%" is needed')
         if objective.name == "top1" and objective.at_most is not None:
             fail("objectives", "gives top1 an at_most: a limit belongs to latency_ms")
     if sorted(names) != ["latency_ms", "top1"]:

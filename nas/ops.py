@@ -242,7 +242,15 @@ class Recorder:
         return Value(len(self._ops), op.shape)
 
     def conv(
-        self, x: Value, name: str, features: int, *, kernel: int = 1, stride: int = 1, groups: int = 1, bias: bool = False
+        self,
+        x: Value,
+        name: str,
+        features: int,
+        *,
+        kernel: int = 1,
+        stride: int = 1,
+        groups: int = 1,
+        bias: bool = False,
     ) -> Value:
         """Convolution to `features` channels."""
         if x.channels % groups or features % groups:

@@ -90,11 +90,12 @@ class _Builder:
         for key, value in arguments.items():
             if isinstance(value, list):
                 raise self.source.fail([*keys, key], f"`{name}.{key}` is a list; in [{name}] every value is fixed.")
-        self._check_options(keys, [block], [k for k in arguments])
+        self._check_options(keys, [block], list(arguments))
         arguments |= {k: v for k, v in extra.items() if k in blocks.options(block)}
         genes = () if self.width_gene is None else (self.width_gene,)
         made = [self._block(keys, f"{name}/{block}", block, width, arguments) for width in self.widths]
-        self._add(name, genes, dict(zip(itertools.product(*(range(len(self.widths)) for _ in genes)), made, strict=True)))
+        picks = itertools.product(*(range(len(self.widths)) for _ in genes))
+        self._add(name, genes, dict(zip(picks, made, strict=True)))
         self.width_gene, self.widths = None, (made[0].graph.shape[-1],)
         self.size = made[0].graph.shape[:2]
 
@@ -197,8 +198,8 @@ class _Builder:
         except (TypeError, ValueError) as e:
             raise self.source.fail(keys, f"block `{block}` with {arguments} over {width} channels: {e}.") from e
         told = {k: v for k, v in {**defaults, **arguments}.items() if k not in ("width", "stride", "classes")}
-        label = " ".join([block, *(f"{k}={str(v).lower() if isinstance(v, bool) else v}" for k, v in sorted(told.items()))])
-        return Block(name, label, graph)
+        words = (f"{k}={str(v).lower() if isinstance(v, bool) else v}" for k, v in sorted(told.items()))
+        return Block(name, " ".join([block, *words]), graph)
 
     def _blocks(self, keys: list[str], table: dict[str, Any]) -> tuple[str, ...]:
         names = self._values(keys, table, "block", None, kind=str)

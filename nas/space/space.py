@@ -72,7 +72,8 @@ class Space:
 
     def __repr__(self) -> str:
         shape = "x".join(map(str, self.input))
-        return f"Space({self.name!r}, {shape} -> {self.classes}, {len(self.choices)} choices, {self.count():.3g} networks)"
+        size = f"{len(self.choices)} choices, {self.count():.3g} networks"
+        return f"Space({self.name!r}, {shape} -> {self.classes}, {size})"
 
     # genotypes
 
@@ -176,12 +177,10 @@ class Space:
 
     def costs(self, of: Callable[[Graph], float]) -> list[NDArray[np.float64]]:
         """For each position, the cost [branches] of each branch; a skipped position costs nothing."""
-        return [
-            np.array([0.0 if b is None else of(b.graph) for b in p.branches], np.float64) for p in self.positions
-        ]
+        return [np.array([0.0 if b is None else of(b.graph) for b in p.branches], np.float64) for p in self.positions]
 
     def price(self, genotypes: Genotypes, costs: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:
-        """Sum of `costs` over positions, [n, genes] -> [n]. Positions are added in order, so the scalar sum is equal."""
+        """Sum of `costs` over positions, [n, genes] -> [n]. Added in order of position, so the scalar sum is equal."""
         total = np.zeros(genotypes.shape[:-1])
         for position, cost_of in zip(self.positions, costs, strict=True):
             per_gene_values = cost_of[position.branch_of]
@@ -240,7 +239,7 @@ class Space:
             asked = {o for later in choices[gene:] for o, _ in later.conditions if o < gene}
             needed.append(tuple(sorted(asked)))
 
-        @functools.lru_cache(maxsize=None)
+        @functools.cache
         def ways(gene: int, known: tuple[int, ...]) -> int:
             if gene == len(choices):
                 return 1
@@ -264,5 +263,3 @@ def _aligned(
     shape = [sizes[g] if g in genes else 1 for g in scope]
     full = table.transpose(order).reshape(shape)
     return np.broadcast_to(full, [sizes[g] for g in scope])
-
-

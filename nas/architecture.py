@@ -1,0 +1,156 @@
+"""architecture.json: one network, complete. It rebuilds the network without the space that it came from.
+
+The file is canonical JSON of `Architecture`; its JSON Schema is nas/schemas/architecture.v1.schema.json.
+"""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from nas.errors import CheckpointError, ConfigError, SpaceError
+from nas.files import write_bytes, write_text
+from nas.ops import Network, flatten, weights
+
+SCHEMA = "nas.architecture/1"
+
+
+class Input(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What the network is fed: (pixel / 255 - mean) / std, pixels 0..255."""
+
+    shape: tuple[int, int, int]  # height, width, channels
+    mean: tuple[float, ...]  # per channel
+    std: tuple[float, ...]  # per channel
+
+    def normalise(self, images: NDArray[Any]) -> NDArray[np.float32]:
+        """uint8 images [..., h, w, c] as the network wants them."""
+        mean, std = np.asarray(self.mean, np.float32), np.asarray(self.std, np.float32)
+        return ((np.asarray(images, np.float32) / 255 - mean) / std).astype(np.float32)
+
+
+class Origin(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The space a network was found in."""
+
+    name: str
+    digest: str
+
+
+class Architecture(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One network with what is needed to use it."""
+
+    schema: Literal["nas.architecture/1"]
+    name: str
+    network: Network
+    input: Input
+    classes: Annotated[tuple[str, ...], msgspec.Meta(min_length=1)]
+    space: Origin | None = None
+    genotype: tuple[int, ...] = ()
+    choices: dict[str, int | float | bool | str] = {}
+
+    def to_json(self) -> bytes:
+        """The file's bytes; equal architectures give equal bytes."""
+        return msgspec.json.format(msgspec.json.encode(self), indent=1) + b"\n"
+
+    def save(self, path: Path) -> None:
+        """Writes the file, atomically."""
+        write_bytes(path, self.to_json())
+
+    def __repr__(self) -> str:
+        shape = "x".join(map(str, self.input.shape))
+        blocks = "\n".join(f"  {b.name:<40} {b.label}" for b in self.network.blocks)
+        return f"Architecture({self.name!r}, {shape} -> {len(self.classes)} classes)\n{blocks}"
+
+
+def json_schema() -> str:
+    """The JSON Schema of architecture.json, as published."""
+    schema = msgspec.json.schema(Architecture)
+    schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": SCHEMA, **schema}
+    return json.dumps(schema, indent=1) + "\n"
+
+
+def load_architecture(path: str | Path) -> Architecture:
+    """The network in an architecture.json, or in a winner's folder.
+
+    Raises:
+        ConfigError: unreadable, not an architecture, or of a schema version that this program does not know.
+        SpaceError: the ops in it do not fit together.
+    """
+    path = Path(path)
+    path = path / "architecture.json" if path.is_dir() else path
+    try:
+        data = path.read_bytes()
+        version = msgspec.json.decode(data).get("schema")
+    except (OSError, msgspec.DecodeError, AttributeError) as e:
+        raise ConfigError(f"{path}: cannot read this architecture: {e}. A winner's architecture.json is needed.") from e
+    if version != SCHEMA:
+        raise ConfigError(f"{path}: its schema is {version!r}; this version of nas reads {SCHEMA!r}.")
+    try:
+        architecture = msgspec.json.decode(data, type=Architecture)
+    except msgspec.DecodeError as e:
+        raise ConfigError(f"{path}: not a valid architecture: {e}. See nas/schemas/ for what must stand there.") from e
+    _check(architecture, path)
+    return architecture
+
+
+def _check(architecture: Architecture, path: Path) -> None:
+    """What the schema cannot say: values are used after they exist, blocks fit, classes and channels agree."""
+
+    def fail(what: str) -> SpaceError:
+        return SpaceError(f"{path}: {what}. The file was edited or damaged; take it from the run's folder again.")
+
+    blocks = architecture.network.blocks
+    if not blocks:
+        raise fail("the network has no block")
+    for before, after in zip(blocks, blocks[1:], strict=False):
+        if before.graph.shape != after.graph.input:
+            raise fail(f"block {after.name} reads {after.graph.input}, but {before.name} gives {before.graph.shape}")
+    for index, op in enumerate(flatten(blocks).ops):
+        if not op.inputs or not all(0 <= v <= index for v in op.inputs):
+            raise fail(f"op {index} reads values {op.inputs}, which do not exist yet")
+    if blocks[0].graph.input != architecture.input.shape or blocks[-1].graph.shape != (len(architecture.classes),):
+        raise fail("image shape or number of classes disagree with the network")
+    channels = architecture.input.shape[-1]
+    if len(architecture.input.mean) != channels or len(architecture.input.std) != channels:
+        raise fail(f"mean and std must have {channels} values")
+
+
+def save_params(folder: Path, params: dict[str, Any]) -> None:
+    """Writes `folder`/params.safetensors: every array of a network by name, statistics included."""
+    from safetensors.numpy import save
+
+    arrays = {name: np.ascontiguousarray(np.asarray(a, np.float32)) for name, a in sorted(params.items())}
+    folder.mkdir(parents=True, exist_ok=True)
+    write_bytes(folder / "params.safetensors", save(arrays))
+
+
+def load_params(path: str | Path, network: Network) -> dict[str, NDArray[np.float32]]:
+    """The arrays of `network` from a file, or from a folder with params.safetensors.
+
+    Raises:
+        CheckpointError: missing, damaged, or of another network.
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import load
+
+    path = Path(path)
+    path = path / "params.safetensors" if path.is_dir() else path
+    try:
+        arrays = load(path.read_bytes())
+    except (OSError, SafetensorError, ValueError) as e:
+        raise CheckpointError(f"{path}: cannot read these parameters: {e}. Take the winner's params anew.") from e
+    wanted = {w.name: w.shape for w in weights(network.flat())}
+    wrong = [n for n, shape in wanted.items() if n not in arrays or arrays[n].shape != shape]
+    if wrong or len(arrays) != len(wanted):
+        raise CheckpointError(
+            f"{path}: these are the parameters of another network ({len(wrong)} arrays of {len(wanted)} are missing or "
+            f"of another shape{', first ' + wrong[0] if wrong else ''}). Use the params beside the architecture.json."
+        )
+    return arrays
+
+
+def write_schema(path: Path) -> None:
+    """Writes the published JSON Schema."""
+    write_text(path, json_schema())

@@ -1,0 +1,193 @@
+"""The command line. Commands hold no logic: they read files, call a function, print.
+
+Exit codes: 0 done; 1 a defect of this program; 2 wrong use or input; 130 interrupted (the same command goes on).
+"""
+
+import os
+import shlex
+import signal
+import socket
+import sys
+import threading
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from nas.config import load_experiment
+from nas.errors import NasError
+
+GRACE_SECONDS = 8.0  # after Ctrl-C, for what is running now to end by itself
+
+_EPILOG = "Exit codes: 0 done, 1 a defect of nas, 2 wrong use or input, 130 interrupted."
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110}, epilog=_EPILOG)
+@click.option("--debug", is_flag=True, help="Show the traceback of errors.")
+@click.version_option(package_name="nas")
+def cli(debug: bool) -> None:
+    """From data, device and budget to a verified network."""
+
+
+def _experiment_options(function: Callable[..., None]) -> Callable[..., None]:
+    function = click.argument("experiment", type=click.Path(path_type=Path))(function)
+    function = click.option("--out", type=click.Path(path_type=Path), help="Run folder; runs/<name> if not given.")(
+        function
+    )
+    function = click.option("--smoke", is_flag=True, help="Lay the file's [smoke] table over it: minutes, not hours.")(
+        function
+    )
+    return click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override one value.")(function)
+
+
+def _stages(experiment: Path, out: Path | None, smoke: bool, overrides: tuple[str, ...], stages: Any) -> None:
+    from nas.pipeline import STAGES, run_experiment
+
+    resolved = load_experiment(experiment, smoke=smoke, overrides=overrides)
+    name = f"{resolved.name}-smoke" if smoke else resolved.name
+    run_experiment(resolved, out or Path("runs") / name, stages=stages or tuple(STAGES))
+
+
+@cli.command()
+@_experiment_options
+def run(experiment: Path, out: Path | None, smoke: bool, overrides: tuple[str, ...]) -> None:
+    """All stages of EXPERIMENT, from data to report; what is done already is kept.
+
+    Example: nas run experiments/quickstart.toml --set search.trials=400 --out runs/longer
+    """
+    _stages(experiment, out, smoke, overrides, None)
+
+
+def _stage_command(name: str, text: str) -> None:
+    @cli.command(name, help=f"{text}\n\nExample: nas {name} experiments/quickstart.toml")
+    @_experiment_options
+    def stage(experiment: Path, out: Path | None, smoke: bool, overrides: tuple[str, ...]) -> None:
+        _stages(experiment, out, smoke, overrides, (name,))
+
+
+_stage_command("measure", "Measure the latency table of EXPERIMENT's space on its device, with proof.")
+_stage_command("train", "Train the supernet of EXPERIMENT.")
+_stage_command("search", "Search EXPERIMENT's space under its limit.")
+_stage_command("finish", "Fine-tune the winners and the baselines of EXPERIMENT, with distillation.")
+_stage_command("verify", "Prove that the exported files of EXPERIMENT do what their networks do.")
+_stage_command("report", "Write summary.json and report.html of EXPERIMENT.")
+
+
+@cli.command()
+@click.argument("source", type=click.Path(path_type=Path))
+@click.option("--params", type=click.Path(path_type=Path), help="Parameters; those beside SOURCE if not given.")
+@click.option("--runtime", default="onnxruntime", show_default=True, help="Whose format to write.")
+@click.option("--out", type=click.Path(path_type=Path), help="File to write, or, for an experiment, its run folder.")
+@click.option("--smoke", is_flag=True, help="As for `nas run`.")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="As for `nas run`.")
+def export(
+    source: Path, params: Path | None, runtime: str, out: Path | None, smoke: bool, overrides: tuple[str, ...]
+) -> None:
+    """Write model files: of one architecture.json (or a winner's folder), or of a whole experiment (.toml).
+
+    Example: nas export runs/quickstart/winners/winner_1 --out best.onnx
+    """
+    if source.suffix == ".toml":
+        _stages(source, out, smoke, overrides, ("export",))
+        return
+    from nas.deliver import export_network
+
+    for path in export_network(source, params=params, runtime=runtime, out=out):
+        click.echo(path)
+
+
+@cli.command("list")
+@click.argument("what", type=click.Choice(["spaces", "devices", "blocks", "strategies", "runtimes", "data"]))
+def list_(what: str) -> None:
+    """Names that experiment and space files may use.
+
+    Example: nas list spaces
+    """
+    from nas.doctor import listing
+
+    for line in listing(what):
+        click.echo(line)
+
+
+@cli.command()
+def doctor() -> None:
+    """Versions, cores, accelerators and runtimes of this machine, and what is missing for what.
+
+    Example: nas doctor
+    """
+    from nas.doctor import diagnosis
+
+    for line in diagnosis():
+        click.echo(line)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs the command line and exits the process."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    again = "nas " + shlex.join(arguments)
+    code = 0
+    with _Interrupts(again):
+        try:
+            cli.main(arguments, prog_name="nas", standalone_mode=False)
+        except click.exceptions.Exit as e:
+            code = e.exit_code
+        except click.ClickException as e:
+            e.show()
+            code = 2
+        except NasError as e:
+            code = 2
+            if "--debug" in arguments:
+                traceback.print_exc()
+            click.echo(f"error: {e}", err=True)
+        except (KeyboardInterrupt, click.Abort):
+            code = 130
+            click.echo(f"\ninterrupted; nothing that was finished is lost. Go on with:\n  {again}", err=True)
+    sys.stdout.flush()
+    sys.exit(code)
+
+
+class _Interrupts:
+    """Ctrl-C ends the program within `GRACE_SECONDS`, even in the middle of a compilation.
+
+    Python runs signal handlers between bytecodes only, and a compilation is one call that can take a minute. A thread
+    therefore reads the signal from a socket, which the system writes at once. Ending hard is safe: every file is
+    written atomically, and whatever was committed is there.
+    """
+
+    def __init__(self, again: str):
+        self._again = again
+
+    def __enter__(self) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            return
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        self._reader, self._writer = socket.socketpair()
+        self._writer.setblocking(False)
+        self._old = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def __exit__(self, *_: Any) -> None:
+        if hasattr(self, "_old"):
+            signal.set_wakeup_fd(self._old)
+            self._writer.close()
+
+    def _watch(self) -> None:
+        while received := self._reader.recv(1):
+            if received[0] == signal.SIGINT:
+                break
+        else:
+            return
+        timer = threading.Timer(GRACE_SECONDS, self._end)
+        timer.daemon = True
+        timer.start()
+
+    def _end(self) -> None:
+        print(f"\ninterrupted; nothing that was finished is lost. Go on with:\n  {self._again}", file=sys.stderr)
+        sys.stderr.flush()
+        os._exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,79 @@
+"""Fine-tuning of one network, from inherited weights, with the supernet's largest network as its teacher."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array
+from numpy.typing import NDArray
+
+from nas import config
+from nas.data import Dataset
+from nas.ops import Network
+from nas.run import run
+from nas.train import losses, optimiser
+from nas.train.augment import augment
+from nas.train.loop import Progress, State, fit, steps_of
+
+
+def finetune(
+    network: Network,
+    params: Mapping[str, Array],
+    teacher: Network,
+    teacher_params: Mapping[str, Array],
+    data: Dataset,
+    settings: config.Finish,
+    augmentation: config.Augment,
+    *,
+    seed: int,
+    folder: Path | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Array]:
+    """Trained arrays of `network` after fine-tuning; batch-norm statistics are to be measured afterwards.
+
+    The loss is (1 - w) cross-entropy + w KL to the teacher at a temperature (Hinton et al. 2015, arXiv:1503.02531).
+    The teacher runs in inference mode on the same augmented images; `teacher_params` hold its statistics.
+    """
+    graph, teacher_graph = network.flat(), teacher.flat()
+    steps = steps_of(data.train, settings.epochs, settings.batch_size)
+    transform = optimiser.build(settings.optimiser, steps)
+    mean, std = jnp.asarray(data.mean), jnp.asarray(data.std)
+    weight = settings.distill_weight
+
+    def loss(trained: Any, x: Array, goal: Array, labels: Array) -> tuple[Array, Array]:
+        logits, _ = run(graph, trained, x, batch_stats=True)
+        hard = losses.cross_entropy(logits, labels)
+        soft = losses.distillation(logits, goal, temperature=settings.temperature)
+        return (1 - weight) * hard + weight * soft, (logits.argmax(-1) == labels).mean()
+
+    @jax.jit
+    def compiled(
+        state: State, teacher_params: Any, number: Array, images: Array, labels: Array
+    ) -> tuple[State, dict[str, Array]]:
+        key = jax.random.fold_in(jax.random.key(seed), number)
+        x = augment(key, (images.astype(jnp.float32) / 255 - mean) / std, augmentation)
+        goal, _ = run(teacher_graph, teacher_params, x)
+        (value, top1), gradient = jax.value_and_grad(loss, has_aux=True)(state["params"], x, goal, labels)
+        updates, optimiser_state = transform.update(gradient, state["optimiser"], state["params"])
+        state = {"params": optax.apply_updates(state["params"], updates), "optimiser": optimiser_state}
+        return state, {"loss": value, "top1": top1}
+
+    def step(state: State, number: int, images: NDArray[Any], labels: NDArray[Any]) -> tuple[State, dict[str, Array]]:
+        return compiled(state, dict(teacher_params), np.uint32(number), images, labels)
+
+    trained = {name: jnp.asarray(a) for name, a in params.items() if not name.endswith(("/mean", "/var"))}
+    return fit(
+        step,
+        {"params": trained, "optimiser": transform.init(trained)},
+        data.train,
+        steps=steps,
+        batch_size=settings.batch_size,
+        seed=seed,
+        folder=folder,
+        checkpoint_steps=max(steps // 2, 100),
+        progress=progress,
+    )["params"]

@@ -1,0 +1,55 @@
+"""What a person sees while a job runs: live progress with ETA on a terminal, plain lines elsewhere."""
+
+import sys
+import time
+from collections.abc import Mapping
+from typing import TextIO
+
+
+class Console:
+    """Writes to `stream`. Progress lines are rewritten in place on a terminal and thinned out elsewhere."""
+
+    def __init__(self, stream: TextIO | None = None, *, plain_seconds: float = 10.0):
+        self.stream = stream or sys.stderr
+        self.live = self.stream.isatty()
+        self.plain_seconds = plain_seconds
+        self._began = self._told = time.monotonic()
+        self._open = False
+
+    def say(self, text: str = "") -> None:
+        """One line that stays."""
+        self._end_line()
+        print(text, file=self.stream, flush=True)
+
+    def start(self, text: str) -> None:
+        """Begins a stage; `progress` counts from here."""
+        self.say(text)
+        self._began = self._told = time.monotonic()
+
+    def progress(self, done: int, total: int, values: Mapping[str, float | str] | None = None) -> None:
+        """`done` of `total`, with the newest values."""
+        now = time.monotonic()
+        wait = 0.1 if self.live else self.plain_seconds
+        if now - self._told < wait and done < total:
+            return
+        self._told = now
+        eta = (now - self._began) / max(done, 1) * (total - done)
+        words = "  ".join(f"{k} {v if isinstance(v, str) else format(v, '.4g')}" for k, v in (values or {}).items())
+        line = f"  {done}/{total}  eta {_duration(eta)}  {words}"
+        if self.live:
+            print(f"\r\033[K{line[:150]}", end="", file=self.stream, flush=True)
+            self._open = True
+            if done >= total:
+                self._end_line()
+        else:
+            print(line, file=self.stream, flush=True)
+
+    def _end_line(self) -> None:
+        if self._open:
+            print(file=self.stream)
+            self._open = False
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes}:{rest:02d}"

@@ -1,0 +1,98 @@
+"""Winners outside their run: load them, run them, write them for a runtime."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from nas.architecture import Architecture, load_architecture, load_params
+from nas.config import nearest
+from nas.errors import CheckpointError, ConfigError
+from nas.export import RUNTIMES
+from nas.files import write_bytes
+from nas.pipeline.export import file_name, model_file
+from nas.quantise import Quantisation
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Winner:
+    """One finished network: its architecture and parameters."""
+
+    architecture: Architecture
+    params: dict[str, NDArray[np.float32]]
+    folder: Path
+    quantisation: Quantisation | None = None
+
+    def logits(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Logits [n, classes] of uint8 images [n, h, w, c], in JAX."""
+        from nas.run import run
+
+        out, _ = run(self.architecture.network.flat(), self.params, self.architecture.input.normalise(images))
+        return np.asarray(out)
+
+    def classify(self, images: NDArray[np.uint8]) -> list[str]:
+        """Class names of uint8 images [n, h, w, c]."""
+        return [self.architecture.classes[i] for i in self.logits(images).argmax(-1)]
+
+    def export(self, path: str | Path, *, precision: str = "float32", runtime: str = "onnxruntime") -> Path:
+        """Writes the model file; returns its path.
+
+        Raises:
+            ConfigError: unknown runtime or precision.
+            CheckpointError: int8 without the ranges (quantisation.json) beside the network.
+        """
+        if runtime not in RUNTIMES:
+            raise ConfigError(f"unknown runtime `{runtime}`.{nearest(runtime, RUNTIMES, kind='runtime')}")
+        chosen = RUNTIMES[runtime]()
+        if precision not in chosen.precisions:
+            hint = nearest(precision, chosen.precisions, kind="precision")
+            raise ConfigError(f"{runtime} has no precision `{precision}`.{hint}")
+        if precision == "int8" and self.quantisation is None:
+            raise CheckpointError(
+                f"{self.folder}: int8 needs the ranges that calibration found, and quantisation.json is not there. "
+                f"Export the run's own winner folder, or ask for float32."
+            )
+        quantisation = self.quantisation if precision == "int8" else None
+        write_bytes(Path(path), model_file(chosen, self.architecture, self.params, quantisation))
+        return Path(path)
+
+    def __repr__(self) -> str:
+        return f"Winner({self.architecture!r})"
+
+
+def load_winner(path: str | Path, *, params: str | Path | None = None) -> Winner:
+    """A winner, from its folder or architecture.json; `params` if they lie elsewhere.
+
+    Raises:
+        ConfigError, CheckpointError: a file is missing, damaged or of another network.
+    """
+    architecture = load_architecture(path)
+    folder = Path(path) if Path(path).is_dir() else Path(path).parent
+    arrays = load_params(params or folder / "params", architecture.network)
+    ranges = folder / "quantisation.json"
+    try:
+        quantisation = msgspec.json.decode(ranges.read_bytes(), type=Quantisation) if ranges.exists() else None
+    except (OSError, msgspec.DecodeError) as e:
+        raise CheckpointError(f"{ranges}: cannot be read: {e}. Move it away to export float32 alone.") from e
+    return Winner(architecture, arrays, folder, quantisation)
+
+
+def export_network(
+    source: str | Path, *, params: str | Path | None = None, runtime: str = "onnxruntime", out: str | Path | None = None
+) -> Sequence[Path]:
+    """Writes one file for each precision that the network has; returns their paths.
+
+    `out` names the float32 file; int8 lies beside it, as name.int8.onnx.
+    """
+    winner = load_winner(source, params=params)
+    chosen: Any = RUNTIMES.get(runtime)
+    suffix = chosen.suffix if chosen else ""
+    first = Path(out) if out else winner.folder / file_name("float32", suffix)
+    written = [winner.export(first, runtime=runtime)]
+    if winner.quantisation is not None:
+        written.append(winner.export(first.with_suffix(f".int8{first.suffix}"), precision="int8", runtime=runtime))
+    return written

@@ -1,0 +1,232 @@
+"""Convolutions, batch moments and channel shuffle in the forms that XLA compiles well, NHWC and HWIO throughout.
+
+On CPU, XLA runs grouped convolutions and their gradients one to two orders of magnitude below the machine's speed.
+There the same sums are written as matmuls and shifted slices; accelerators get `lax`. Each form was chosen by
+measurement: `python experiments/benchmarks/kernels.py` prints run and compile times beside those of `lax`.
+"""
+
+import operator
+from collections.abc import Sequence
+from functools import partial, reduce
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+IM2COL_TAPS = 9  # up to 3x3 one matmul over gathered patches beats lax.conv (1-3x); 5x5 loses 3x and compiles 4x longer
+ONE_PASS_SIZE = 2**20  # elements of the input beyond which re-reading it for each kernel row leaves the cache
+
+
+def on_cpu() -> bool:
+    """Whether to write convolutions out for XLA on CPU. Asked at trace time; tests replace it to force a form."""
+    return jax.default_backend() == "cpu"
+
+
+def same_padding(size: int, kernel: int, stride: int) -> tuple[int, int]:
+    """Zeros (before, after) an axis for ceil(size / stride) outputs: SAME as in XLA, TensorFlow and ONNX.
+
+    An odd total puts the extra zero after: at stride 2 a 3x3 kernel pads even sizes by (0, 1), PyTorch by (1, 1).
+    """
+    total = max((_outputs(size, stride) - 1) * stride + kernel - size, 0)
+    return total // 2, total - total // 2
+
+
+def conv(x: Array, w: Array, *, stride: int = 1, groups: int = 1) -> Array:
+    """SAME convolution of `x` [N, H, W, Cin] with `w` [kh, kw, Cin / groups, Cout]: [N, ceil(H/s), ceil(W/s), Cout].
+
+    Raises ValueError where the channels of `x`, `w` and `groups` do not fit together.
+    """
+    kh, kw, width, cout = w.shape
+    if x.shape[-1] != width * groups or cout % groups:
+        raise ValueError(
+            f"conv got {x.shape[-1]} input channels, a kernel of shape {w.shape} and groups={groups}. "
+            f"Give kernel.shape[2] * groups input channels, and a kernel.shape[3] that is a multiple of groups."
+        )
+    if not on_cpu():
+        return _lax_conv(x, w, stride, groups)
+    if groups > 1 and groups == x.shape[-1] == cout:
+        return depthwise(x, w, stride)
+    if groups > 1:
+        # Zeros between the groups cost `groups` times the arithmetic: still 8-40x faster than a grouped lax.conv.
+        blocks = w.reshape(kh, kw, 1, width, groups, -1) * jnp.eye(groups, dtype=w.dtype)[:, None, :, None]
+        w = blocks.reshape(kh, kw, groups * width, cout)
+    if kh * kw > IM2COL_TAPS:
+        return _lax_conv(x, w, stride, 1)
+    patches = _patches(x, kh, kw, stride)
+    out = patches.reshape(-1, patches.shape[-1]) @ w.reshape(-1, cout)
+    return out.reshape(*patches.shape[:3], cout)
+
+
+def depthwise(x: Array, w: Array, stride: int = 1) -> Array:
+    """SAME convolution of each channel of `x` [N, H, W, C] with its own kernel, `w` [kh, kw, 1, C]: [N, H', W', C].
+
+    Any kernel size, stride and image size. Sums are kept in float32 (or wider), whatever the type of `x`.
+    On CPU it differentiates in reverse mode only, any number of times.
+    """
+    return _shifted_depthwise(x, w, stride) if on_cpu() else _lax_conv(x, w, stride, x.shape[-1])
+
+
+@jax.custom_vjp
+def batch_moments(x: Array) -> tuple[Array, Array]:
+    """Mean and biased variance [C], float32, of `x` [..., C] over all axes but the last, in one pass over the data.
+
+    E[y^2] - E[y]^2 loses its digits where the mean is large beside the deviation. Each channel is therefore shifted by
+    its first value, which costs 5-20 % of a bare normalisation and gives constant channels a variance of exactly 0; the
+    clamp keeps rounding from making it negative. Only a first value thousands of deviations off still loses digits.
+    """
+    shift = x[(0,) * (x.ndim - 1)].astype(jnp.float32)
+    y = x.astype(jnp.float32) - shift
+    axes = tuple(range(x.ndim - 1))
+    mean = y.mean(axes)
+    return mean + shift, jnp.maximum((y * y).mean(axes) - mean * mean, 0)
+
+
+def shuffle(x: Array, groups: int) -> Array:
+    """`x` [..., C] with its channels dealt out as in ShuffleNet: channel i of group g goes to i * groups + g.
+
+    Stacked, not indexed: the gradient of `take` is a scatter, 5-9x slower.
+    """
+    return jnp.stack(jnp.split(x, groups, axis=-1), axis=-1).reshape(x.shape)
+
+
+def _moments_forward(x: Array) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
+    mean, var = batch_moments(x)
+    return (mean, var), (x, mean)
+
+
+def _moments_backward(residuals: tuple[Array, Array], gradients: tuple[Array, Array]) -> tuple[Array]:
+    # Written out because autodiff would also differentiate through the shift, which cancels, and through the clamp.
+    x, mean = residuals
+    d_mean, d_var = gradients
+    dx = (d_mean + 2 * d_var * (x.astype(jnp.float32) - mean)) / (x.size // x.shape[-1])
+    return (dx.astype(x.dtype),)
+
+
+batch_moments.defvjp(_moments_forward, _moments_backward)
+
+
+def _outputs(size: int, stride: int) -> int:
+    return -(-size // stride)
+
+
+def _lax_conv(x: Array, w: Array, stride: int, groups: int) -> Array:
+    return lax.conv_general_dilated(
+        x, w, (stride, stride), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=groups
+    )
+
+
+def _padded(x: Array, pad_h: tuple[int, int], pad_w: tuple[int, int]) -> Array:
+    """`x` [N, H, W, C] with zeros around it, in memory.
+
+    The barrier keeps the padding out of the loop that reads it, where each tap would test its bounds (up to 2x slower).
+    """
+    if not any(pad_h + pad_w):
+        return x
+    return lax.optimization_barrier(jnp.pad(x, ((0, 0), pad_h, pad_w, (0, 0))))
+
+
+def _taps(x: Array, kh: int, kw: int, stride: int) -> list[list[Array]]:
+    """For each kernel row, for each kernel column, the pixels of `x` that it meets: [kh][kw] of [N, H', W', C]."""
+    n, h, w, c = x.shape
+    x = _padded(x, same_padding(h, kh, stride), same_padding(w, kw, stride))
+    h, w = (_outputs(h, stride) - 1) * stride + 1, (_outputs(w, stride) - 1) * stride + 1
+    return [
+        [lax.slice(x, (0, i, j, 0), (n, i + h, j + w, c), (1, stride, stride, 1)) for j in range(kw)] for i in range(kh)
+    ]
+
+
+def _patches(x: Array, kh: int, kw: int, stride: int) -> Array:
+    """What each output sees of `x` [N, H, W, C], in the order of a kernel: [N, H', W', kh * kw * C]."""
+    taps = [tap for row in _taps(x, kh, kw, stride) for tap in row]
+    return taps[0] if len(taps) == 1 else jnp.concatenate(taps, axis=-1)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _shifted_depthwise(x: Array, w: Array, stride: int) -> Array:
+    kh, kw = w.shape[:2]
+    taps = _taps(_wide(x), kh, kw, stride)
+    weights = _wide(w)
+    return _sum([taps[i][j] * weights[i, j, 0] for i in range(kh) for j in range(kw)]).astype(x.dtype)
+
+
+def _depthwise_forward(x: Array, w: Array, stride: int) -> tuple[Array, tuple[Array, Array]]:
+    return _shifted_depthwise(x, w, stride), (x, w)
+
+
+def _depthwise_backward(stride: int, residuals: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
+    x, w = residuals
+    g = _wide(gradient)
+    dx = _input_gradient(g, _wide(w), x.shape[1], x.shape[2], stride)
+    return dx.astype(x.dtype), _weight_gradient(_wide(x), g, w.shape[0], w.shape[1], stride).astype(w.dtype)
+
+
+_shifted_depthwise.defvjp(_depthwise_forward, _depthwise_backward)
+
+
+def _input_gradient(g: Array, w: Array, height: int, width: int, stride: int) -> Array:
+    """Transpose of the forward sum, `g` [N, H', W', C] to [N, height, width, C].
+
+    Pixels that agree modulo the stride meet the same taps: each such phase is a small stride-1 convolution of `g`, and
+    the phases are interleaved. Spreading `g` with zeros instead would multiply mostly zeros (2-4x slower at 7x7).
+    """
+    n, out_h, out_w, c = g.shape
+    rows = _phases(w.shape[0], stride, same_padding(height, w.shape[0], stride)[0])
+    columns = _phases(w.shape[1], stride, same_padding(width, w.shape[1], stride)[0])
+    (top, bottom), (left, right) = _reach(rows), _reach(columns)
+    g = _padded(g, (top, bottom), (left, right))
+
+    def phase(row: list[tuple[int, int]], column: list[tuple[int, int]]) -> Array:
+        terms = [
+            lax.slice(g, (0, top + dy, left + dx, 0), (n, top + dy + out_h, left + dx + out_w, c)) * w[i, j, 0]
+            for i, dy in row
+            for j, dx in column
+        ]
+        return _sum(terms) if terms else jnp.zeros((n, out_h, out_w, c), g.dtype)  # no taps: stride > kernel
+
+    interleaved = jnp.stack([jnp.stack([phase(r, c) for c in columns], axis=3) for r in rows], axis=2)
+    return interleaved.reshape(n, out_h * stride, out_w * stride, c)[:, :height, :width]
+
+
+def _phases(kernel: int, stride: int, before: int) -> list[list[tuple[int, int]]]:
+    """For each phase p, the taps t that pixel q * stride + p meets, each with the d of the output q + d it meets."""
+    return [
+        [(t, (p + before - t) // stride) for t in range(kernel) if (p + before - t) % stride == 0]
+        for p in range(stride)
+    ]
+
+
+def _reach(phases: list[list[tuple[int, int]]]) -> tuple[int, int]:
+    """How far the offsets of all phases lead (before, after) the outputs."""
+    offsets = [offset for phase in phases for _, offset in phase]
+    return max(0, -min(offsets)), max(0, max(offsets))
+
+
+def _weight_gradient(x: Array, g: Array, kh: int, kw: int, stride: int) -> Array:
+    """Sum over images and outputs of each tap of `x` times `g` [N, H', W', C]: [kh, kw, 1, C].
+
+    XLA turns a plain sum into a library call that first writes out the product, as large as `g`; a reduction of several
+    operands it compiles into one loop that reads `g` once for all of them. The taps of a kernel row share such a loop
+    (49 sums would spill registers), or all of them where `x` is so large that reading it only once matters more.
+    """
+    products = [[tap * g for tap in row] for row in _taps(x, kh, kw, stride)]
+    if x.size >= ONE_PASS_SIZE:
+        partials = _sums([p for row in products for p in row], axes=(1, 2))
+    else:
+        partials = [p for row in products for p in _sums(row, axes=(2,))]
+    return jnp.stack([p.sum(tuple(range(p.ndim - 1))) for p in partials]).reshape(kh, kw, 1, -1)
+
+
+def _sums(operands: Sequence[Array], axes: tuple[int, ...]) -> Sequence[Array]:
+    """Sums of equally shaped `operands` over `axes`, in one loop."""
+    zeros = tuple(np.zeros((), x.dtype) for x in operands)
+    return lax.reduce(tuple(operands), zeros, lambda a, b: tuple(map(operator.add, a, b)), axes)
+
+
+def _sum(terms: Sequence[Array]) -> Array:
+    return reduce(operator.add, terms)
+
+
+def _wide(x: Array) -> Array:
+    """`x` in a type that sums may be kept in: float32, or its own where that is wider."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))

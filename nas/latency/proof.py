@@ -1,0 +1,100 @@
+"""What a table is worth: predicted against measured, on networks that had no part in making it. Shares, not percent."""
+
+from collections.abc import Sequence
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+from scipy import stats
+
+Floats = NDArray[np.float64]
+
+_RESAMPLES = 1000
+
+
+class Row(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One network."""
+
+    genotype: tuple[int, ...]
+    predicted_ms: float
+    measured_ms: float
+    p90_ms: float | None = None  # of single samples, on the machine as busy as it was
+
+
+class Proof(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Errors are relative to the measured latency. Worth only as much as `repeat_mape` lets it be."""
+
+    networks: int
+    mape: float  # mean absolute error
+    within_5: float  # share of networks with an error of at most 5 %
+    within_10: float
+    bias: float  # mean error; positive: predictions are too slow
+    kendall_tau: float  # rank agreement (tau-b)
+    tau_low: float  # 95 % bootstrap interval over networks
+    tau_high: float
+    repeat_mape: float | None = None  # of one half of the measuring against the other, a common factor set aside
+    drift: float | None = None  # the same for the anchors, first third against last
+    rows: tuple[Row, ...] = ()
+
+    def __str__(self) -> str:
+        repeat = "" if self.repeat_mape is None else f"; measured against itself {self.repeat_mape:.1%}"
+        return (
+            f"{self.networks} held-out networks: error {self.mape:.1%} ({self.bias:+.1%} on average), "
+            f"{self.within_5:.0%} within 5 %, {self.within_10:.0%} within 10 %, Kendall tau {self.kendall_tau:.2f} "
+            f"[{self.tau_low:.2f}, {self.tau_high:.2f}]{repeat}"
+        )
+
+
+def prove(
+    predicted_ms: Floats,
+    measured_ms: Floats,
+    *,
+    genotypes: Sequence[Sequence[int]] | NDArray[np.uint8] | None = None,
+    p90_ms: Floats | None = None,
+    repeat_mape: float | None = None,
+    drift: float | None = None,
+    seed: int = 0,
+) -> Proof:
+    """The proof of predictions [n] against measurements [n]; the rows are left out when no genotypes are given.
+
+    Raises:
+        ValueError: fewer than two networks, or unequal lengths.
+    """
+    predicted, measured = np.asarray(predicted_ms, np.float64), np.asarray(measured_ms, np.float64)
+    if predicted.shape != measured.shape or predicted.ndim != 1 or len(predicted) < 2:
+        raise ValueError(
+            f"predicted {predicted.shape} and measured {measured.shape}: two equal lengths >= 2 are needed"
+        )
+    error = predicted / measured - 1
+    low, high = _interval(predicted, measured, np.random.default_rng(seed))
+    rows = ()
+    if genotypes is not None:
+        p90 = [None] * len(measured) if p90_ms is None else [float(v) for v in p90_ms]
+        rows = tuple(
+            Row(tuple(int(v) for v in g), float(p), float(m), q)
+            for g, p, m, q in zip(genotypes, predicted, measured, p90, strict=True)
+        )
+    return Proof(
+        networks=len(measured),
+        mape=float(np.abs(error).mean()),
+        within_5=float((np.abs(error) <= 0.05).mean()),
+        within_10=float((np.abs(error) <= 0.10).mean()),
+        bias=float(error.mean()),
+        kendall_tau=_tau(predicted, measured),
+        tau_low=low,
+        tau_high=high,
+        repeat_mape=repeat_mape,
+        drift=drift,
+        rows=rows,
+    )
+
+
+def _tau(a: Floats, b: Floats) -> float:
+    return float(stats.kendalltau(a, b).statistic)
+
+
+def _interval(predicted: Floats, measured: Floats, rng: np.random.Generator) -> tuple[float, float]:
+    """2.5 and 97.5 % quantiles of tau over resampled networks; resamples of one network alone have none."""
+    picks = rng.integers(0, len(measured), (_RESAMPLES, len(measured)))
+    taus = [_tau(predicted[i], measured[i]) for i in picks if len(set(i)) > 1]
+    return float(np.nanquantile(taus, 0.025)), float(np.nanquantile(taus, 0.975))

@@ -1,0 +1,208 @@
+"""Latency tables: milliseconds of every block on one device, and exact arithmetic over a whole space with them.
+
+On disk a table is two text files that diff well: `table.<precision>.csv`, one line a block, and
+`table.<precision>.json`, what it was measured on and with, and a checksum over both. Numbers are written so that they
+come back to the last bit.
+"""
+
+import csv
+import hashlib
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from nas.errors import LatencyError, UnmeasuredBlock
+from nas.files import write_text
+from nas.latency.calibration import Correction, op_counts
+from nas.ops import Block, Graph, Network
+from nas.space import Space
+from nas.space.space import Genotypes
+
+_COLUMNS = ("key", "label", "role", "latency_ms", "spread", "rounds")
+
+
+class Entry(msgspec.Struct, frozen=True):
+    """One block, alone, before any correction."""
+
+    latency_ms: float
+    spread: float  # half the interquartile range of the samples it was found from, relative to latency_ms
+    label: str
+    role: str  # first, middle or last in the chain; the first one's latency includes what a call costs
+    rounds: int
+
+
+class Anchor(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A network measured whole; the correction was fitted on these, and moves are noticed by them."""
+
+    genotype: tuple[int, ...]
+    measured_ms: float
+
+
+class _Header(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Everything but the entries."""
+
+    device: str  # in words
+    runtime: str
+    runtime_version: str
+    precision: str
+    threads: int
+    batch: int
+    hardware: str
+    space: str
+    space_digest: str  # of the space that the anchors' genotypes belong to
+    date: str  # ISO 8601, UTC
+    command: str
+    overhead_ms: float  # of a call that computes next to nothing; already part of the first block's entry
+    correction: Correction
+    anchors: tuple[Anchor, ...]
+    notes: tuple[str, ...] = ()  # what else to know before trusting it: load, drift
+
+
+class Table(_Header, frozen=True, kw_only=True):
+    """Latencies of blocks on one device, runtime, precision, thread count and batch size."""
+
+    entries: dict[str, Entry]  # by `Graph.key`
+
+    def block_ms(self, graph: Graph) -> float:
+        """Of one block, corrected, without the offset that comes once a network.
+
+        Raises:
+            UnmeasuredBlock: it is not in the table.
+        """
+        self._require([(graph.key, graph.key)])
+        return self._corrected(graph)
+
+    def costs(self, space: Space) -> list[NDArray[np.float64]]:
+        """Corrected milliseconds [branches] for each position, for `space.price` and `space.extreme`.
+
+        The offset that comes once a network is with the first position, which every network passes through.
+
+        Raises:
+            UnmeasuredBlock: naming the first block that is missing, and how many are.
+        """
+        self._require([(key, block.label) for key, (block, _) in space.blocks().items()])
+        costs = space.costs(self._corrected)
+        costs[0] = costs[0] + self.correction.offset_ms
+        return costs
+
+    def price(self, space: Space, genotypes: Genotypes) -> NDArray[np.float64]:
+        """latency_ms [n] of genotypes [n, genes]: to the last bit what `network_ms` gives for each.
+
+        Raises:
+            UnmeasuredBlock: some block of the space is not in the table.
+        """
+        return space.price(space.check(genotypes), self.costs(space))
+
+    def network_ms(self, network: Network) -> float:
+        """Of one network, as a sum over its blocks.
+
+        Raises:
+            UnmeasuredBlock: naming the first of its blocks that is missing, and how many are.
+        """
+        blocks: Sequence[Block] = network.blocks
+        self._require([(b.graph.key, b.label) for b in blocks])
+        total = 0.0
+        for index, block in enumerate(blocks):
+            total += self._corrected(block.graph) + (0.0 if index else self.correction.offset_ms)
+        return total
+
+    def reachable(self, space: Space) -> tuple[float, Genotypes, float, Genotypes]:
+        """(smallest latency_ms, its genotype, largest latency_ms, its genotype) over the whole space, exactly."""
+        costs = self.costs(space)
+        fastest, low = space.extreme(costs, largest=False)
+        slowest, high = space.extreme(costs, largest=True)
+        return low, fastest, high, slowest
+
+    def level(self, anchors_ms: NDArray[np.float64]) -> float:
+        """How fast the machine is now, given its anchors measured again [anchors]: 1.1 is 10 % slower than then.
+
+        Other latencies measured together with them, divided by it, compare with the table.
+        """
+        return float(np.median(np.asarray(anchors_ms) / [a.measured_ms for a in self.anchors]))
+
+    def save(self, folder: Path) -> Path:
+        """Writes both files to `folder`, each atomically; returns the path of the CSV.
+
+        Raises:
+            RunError: the folder cannot be written to.
+        """
+        values = [_COLUMNS]
+        for key, e in sorted(self.entries.items(), key=lambda item: (item[1].role, item[1].label, item[0])):
+            values.append((key, e.label, e.role, repr(e.latency_ms), repr(e.spread), str(e.rounds)))
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerows(values)
+        head = {name: msgspec.to_builtins(getattr(self, name)) for name in _Header.__struct_fields__}
+        head["sha256"] = _checksum(head, text.getvalue())
+        paths = _paths(folder, self.precision)
+        # The header goes last: a crash in between leaves a pair whose checksum does not fit, not a silent mixture.
+        write_text(paths[0], text.getvalue())
+        write_text(paths[1], json.dumps(head, indent=1) + "\n")
+        return paths[0]
+
+    @classmethod
+    def load(cls, folder: Path, precision: str) -> "Table":
+        """What `save` wrote.
+
+        Raises:
+            LatencyError: missing, damaged, or edited by hand.
+        """
+        rows_path, head_path = _paths(folder, precision)
+        try:
+            text, head = rows_path.read_text(encoding="utf-8"), json.loads(head_path.read_text(encoding="utf-8"))
+        except FileNotFoundError as e:
+            raise LatencyError(f"{e.filename}: there is no {precision} latency table here. {_AGAIN}") from e
+        except (OSError, ValueError) as e:
+            raise LatencyError(f"{head_path}: this latency table is damaged: {e}. {_AGAIN}") from e
+        if not isinstance(head, dict) or head.pop("sha256", None) != _checksum(head, text):
+            raise LatencyError(
+                f"{rows_path}: this latency table and its header do not have the checksum that they were written "
+                f"with: one of them was edited or damaged. A table is measured, never edited. {_AGAIN}"
+            )
+        try:
+            header = msgspec.convert(head, _Header)
+            rows = list(csv.DictReader(io.StringIO(text)))
+            entries = {
+                r["key"]: Entry(float(r["latency_ms"]), float(r["spread"]), r["label"], r["role"], int(r["rounds"]))
+                for r in rows
+            }
+        except (msgspec.ValidationError, KeyError, TypeError, ValueError) as e:
+            raise LatencyError(f"{rows_path}: this latency table is of another version of nas: {e}. {_AGAIN}") from e
+        return cls(**{n: getattr(header, n) for n in _Header.__struct_fields__}, entries=entries)
+
+    def __repr__(self) -> str:
+        return (
+            f"Table({self.device!r}, {self.runtime} {self.runtime_version}, {self.precision}, "
+            f"{len(self.entries)} blocks of {self.space!r}, {self.date})"
+        )
+
+    def _corrected(self, graph: Graph) -> float:
+        ops = sum(self.correction.op_ms.get(kind, 0.0) * n for kind, n in sorted(op_counts(graph).items()))
+        return self.correction.scale * self.entries[graph.key].latency_ms + ops
+
+    def _require(self, blocks: Sequence[tuple[str, str]]) -> None:
+        """Every (key, label) is in the table."""
+        missing = {key: label for key, label in blocks if key not in self.entries}
+        if missing:
+            first = next(iter(missing.values()))
+            others = f" and {len(missing) - 1} more blocks were" if len(missing) > 1 else " was"
+            raise UnmeasuredBlock(
+                f"block `{first}`{others} never measured on {self.device} ({self.runtime}, {self.precision}); the "
+                f"table is of space {self.space!r}. Measure this space: `nas measure`."
+            )
+
+
+_AGAIN = "Restore it from version control, or measure it again: `nas measure`."
+
+
+def _paths(folder: Path, precision: str) -> tuple[Path, Path]:
+    return Path(folder) / f"table.{precision}.csv", Path(folder) / f"table.{precision}.json"
+
+
+def _checksum(head: dict[str, Any], text: str) -> str:
+    return hashlib.sha256((json.dumps(head, sort_keys=True) + "\n" + text).encode()).hexdigest()

@@ -1,0 +1,20 @@
+"""Timing on a device: latency tables with their proof, and files against each other."""
+
+from nas.measure.machine import busiest, hardware, load, pinned
+from nas.measure.recipe import Progress, measure, prepare, runtime_of
+from nas.measure.timing import Samples, Timing, interleave, measure_files
+
+__all__ = [
+    "Progress",
+    "Samples",
+    "Timing",
+    "busiest",
+    "hardware",
+    "interleave",
+    "load",
+    "measure",
+    "measure_files",
+    "pinned",
+    "prepare",
+    "runtime_of",
+]

@@ -1,0 +1,151 @@
+"""Interleaved timing: everything that is to be compared is measured in the same moments.
+
+Rounds run every call once, in fresh random order. A shared machine changes speed by half, for a second or for minutes
+(another virtual CPU on the same core, the clock), and preempts; so a sample is first divided by the machine's *level*
+at that moment, the running median over neighbouring samples of how much slower than usual they were. A low quartile
+of what is left is robust against preemption. Measured on such a machine, 60 rounds of it repeat within 0.9-2 %, plain
+minima within 2-3.5 %, p10 within 1.3-2.5 %, medians worse.
+"""
+
+import dataclasses
+import gc
+import time
+from collections.abc import Callable, Hashable, Mapping
+from typing import Generic, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.ndimage import median_filter
+
+from nas.measure.machine import pinned
+
+K = TypeVar("K", bound=Hashable)
+Call = Callable[[], object]
+Floats = NDArray[np.float64]
+
+_SAMPLE_SECONDS = 100e-6  # a sample of tiny calls repeats them to last so long: timer and loop cost stay below 0.1 %
+_NEIGHBOURS = 15  # samples that a level is the median of: about 1.5 ms, shorter than the machine's moods
+_QUARTILE = 25  # percentile of levelled samples that stands for a call
+_QUIET = 10  # percentile of the level that results are stated at: this machine when others leave it alone
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """One call. `latency_ms` is what to compare; the percentiles are of samples as they came, the busy ones included."""
+
+    latency_ms: float
+    spread: float  # half the interquartile range of levelled samples, relative
+    median_ms: float
+    p10_ms: float
+    p90_ms: float
+    rounds: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Samples(Generic[K]):
+    """All samples of one interleaved measuring."""
+
+    names: tuple[K, ...]
+    times_ms: Floats  # [rounds, names]
+    order: NDArray[np.intp]  # [rounds, names]: names in the order they ran
+
+    def timings(self) -> dict[K, Timing]:
+        """Of every call, at the machine's quiet level."""
+        log_ms, spread = self._levelled(slice(None))
+        p10, median, p90 = np.percentile(self.times_ms, (10, 50, 90), axis=0)
+        rounds = len(self.times_ms)
+        return {
+            name: Timing(float(np.exp(log_ms[i])), float(spread[i]), float(median[i]), float(p10[i]), float(p90[i]), rounds)
+            for i, name in enumerate(self.names)
+        }  # fmt: skip
+
+    def disagreement(self, names: list[K], *, parts: int) -> float:
+        """Mean absolute relative difference of `names` between the first and the last of `parts` equal parts in time.
+
+        A factor common to all is set aside: it is the machine's level, which anchors take out of every comparison.
+        """
+        size = len(self.times_ms) // parts
+        columns = [self.names.index(n) for n in names]
+        first, last = (self._levelled(rows)[0][columns] for rows in (slice(size), slice(-size, None)))
+        ratio = last - first
+        return float(np.abs(np.expm1(ratio - np.median(ratio))).mean())
+
+    def _levelled(self, rows: slice) -> tuple[Floats, Floats]:
+        """Log of latency_ms at the quiet level, and spread, each [names], from the given rounds."""
+        log_ms, order = np.log(self.times_ms[rows]), self.order[rows]
+        typical = np.median(log_ms, axis=0)
+        level = np.zeros_like(log_ms)
+        for _ in range(3):  # typical times and levels explain each other; three passes settle it
+            in_time = np.take_along_axis(log_ms - typical, order, axis=1).ravel()
+            in_time = median_filter(in_time, _NEIGHBOURS, mode="nearest").reshape(order.shape)
+            np.put_along_axis(level, order, in_time, axis=1)
+            typical = np.median(log_ms - level, axis=0)
+        low, quartile, high = np.percentile(log_ms - level, (25, _QUARTILE, 75), axis=0)
+        return quartile + np.percentile(level, _QUIET), (np.exp(high - low) - 1) / 2
+
+
+def interleave(
+    calls: Mapping[K, Call],
+    *,
+    seconds: float,
+    min_rounds: int,
+    seed: int,
+    progress: Callable[[float], None] | None = None,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Samples[K]:
+    """Times `calls` in rounds of random order until `seconds` are used up, but never in fewer than `min_rounds`.
+
+    The caller pins the process, before the calls are built. Garbage collection is off meanwhile.
+
+    Args:
+        progress: told the share that is done, 0 to 1, after each round.
+        clock: seconds; for tests.
+    """
+    names, functions = tuple(calls), list(calls.values())
+    rng = np.random.default_rng(seed)
+    times: list[list[float]] = []
+    orders: list[NDArray[np.intp]] = []
+    collecting = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        repeats = [_repeats(call, clock) for call in functions]
+        start = clock()
+        while len(times) < min_rounds or clock() - start < seconds:
+            order, row = rng.permutation(len(names)), [0.0] * len(names)
+            for index in order.tolist():
+                call, inner = functions[index], range(repeats[index])
+                call()  # the call before left the caches to another network
+                begin = clock()
+                for _ in inner:
+                    call()
+                row[index] = (clock() - begin) / len(inner) * 1e3
+            times.append(row)
+            orders.append(order)
+            if progress is not None:
+                progress(min(len(times) / min_rounds, (clock() - start) / seconds if seconds else 1.0, 1.0))
+    finally:
+        if collecting:
+            gc.enable()
+    return Samples(names, np.maximum(np.array(times), 1e-9), np.array(orders))
+
+
+def measure_files(
+    sessions: Mapping[K, Call], *, seconds: float, min_rounds: int = 15, seed: int = 0, threads: int = 1
+) -> dict[K, Timing]:
+    """Times prepared sessions against each other, pinned and interleaved.
+
+    To compare with a table, measure its anchors among them and divide by `Table.level`.
+    """
+    with pinned(threads):
+        return interleave(sessions, seconds=seconds, min_rounds=min_rounds, seed=seed).timings()
+
+
+def _repeats(call: Call, clock: Callable[[], float]) -> int:
+    """How often a call is repeated within one sample."""
+    fastest = float("inf")
+    for _ in range(5):
+        begin = clock()
+        call()
+        fastest = min(fastest, clock() - begin)
+    return max(1, min(1000, round(_SAMPLE_SECONDS / max(fastest, 1e-7) + 0.49)))

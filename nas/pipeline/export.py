@@ -1,0 +1,128 @@
+"""Stage 5: files that runtimes load: model.onnx and model.int8.onnx, beside each finished network."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from nas import cost
+from nas.architecture import Architecture
+from nas.data import Dataset
+from nas.export import Runtime
+from nas.files import write_bytes, write_json, write_text
+from nas.fold import fold
+from nas.ops import Graph, flatten
+from nas.pipeline.finish import Finished, finished
+from nas.pipeline.job import Job
+from nas.quantise import Quantisation, calibrate
+
+
+def export(job: Job) -> None:
+    """Writes each network's model files, quantisation.json, blocks.json and card.md."""
+    job.folder.require("finish")
+    networks = finished(job.path)
+    job.console.start(f"export: {len(networks)} networks, {' and '.join(job.device.precision)}")
+    for number, made in enumerate(networks, start=1):
+        for precision in job.device.precision:
+            quantisation = None
+            if precision == "int8":
+                quantisation = quantise(made, job.data, images=job.experiment.finish.calibration_images)
+                write_bytes(made.folder / "quantisation.json", quantisation_json(quantisation))
+            data = model_file(job.runtime, made.architecture, made.params, quantisation)
+            write_bytes(made.folder / file_name(precision, job.runtime.suffix), data)
+        write_json(made.folder / "blocks.json", block_latencies(job, made))
+        write_text(made.folder / "card.md", card(job, made))
+        job.console.progress(number, len(networks), {"": made.name})
+
+
+def file_name(precision: str, suffix: str) -> str:
+    """model.onnx, model.int8.onnx ..."""
+    return f"model{suffix}" if precision == "float32" else f"model.{precision}{suffix}"
+
+
+def quantise(made: Finished, data: Dataset, *, images: int) -> Quantisation:
+    """int8 ranges of a finished network, from training images."""
+    graph, params = fold(made.architecture.network.flat(), made.params)
+    return calibrate(graph, params, made.architecture.input.normalise(data.train.images[:images]))
+
+
+def quantisation_json(quantisation: Quantisation) -> bytes:
+    """The ranges as a file."""
+    import msgspec
+
+    return msgspec.json.encode(quantisation) + b"\n"
+
+
+def model_file(
+    runtime: Runtime,
+    architecture: Architecture,
+    params: Mapping[str, np.ndarray],
+    quantisation: Quantisation | None,
+) -> bytes:
+    """The bytes of the model, which carries what a program needs to feed it."""
+    spec = architecture.input
+    metadata = {
+        "name": architecture.name,
+        "input": "float32 [batch, channels, height, width], (pixel / 255 - mean) / std, pixel 0..255",
+        "mean": ",".join(map(repr, spec.mean)),
+        "std": ",".join(map(repr, spec.std)),
+        "classes": "\n".join(architecture.classes),
+        "precision": "float32" if quantisation is None else "int8",
+    }
+    return runtime.emit(architecture.network.flat(), params, quantisation=quantisation, metadata=metadata)
+
+
+def block_latencies(job: Job, made: Finished) -> dict[str, list[dict[str, str | float]]]:
+    """For each precision, what each block is predicted to take, in milliseconds."""
+    return {
+        precision: [
+            {"name": b.name, "label": b.label, "latency_ms": table.block_ms(b.graph)}
+            for b in made.architecture.network.blocks
+        ]
+        for precision, table in job.tables.items()
+    }
+
+
+def card(job: Job, made: Finished) -> str:
+    """A page about the network for whoever gets its files; measured figures are in verify.json."""
+    spec, graph = made.architecture.input, flatten(made.architecture.network.blocks)
+    height, width, channels = spec.shape
+    predicted = ", ".join(
+        f"{table.network_ms(made.architecture.network):.4g} ms in {precision}"
+        for precision, table in job.tables.items()
+    )
+    blocks = "\n".join(f"| {b.name} | {b.label} | {_size(b.graph)} |" for b in made.architecture.network.blocks)
+    return f"""# {made.architecture.name}
+
+Classifies {height}x{width} images with {channels} channel{"s" if channels > 1 else ""} into {len(made.architecture.classes)} classes:
+{", ".join(made.architecture.classes)}.
+
+- Found in search space `{job.space.name}`, fine-tuned with distillation; role: {made.role}.
+- Trained on {Path(job.data.source).name} ({len(job.data.train.labels)} images). It has not been tried on anything else.
+- {cost.macs(graph):,} MACs, {cost.parameters(graph):,} parameters. Predicted on {job.device.device}: {predicted}.
+- Accuracy and latency measured in the runtime: verify.json, beside this file.
+
+## Use
+
+```python
+import numpy as np, onnxruntime
+
+session = onnxruntime.InferenceSession("model.onnx")  # or model.int8.onnx
+mean = np.array({list(spec.mean)}, np.float32).reshape(1, -1, 1, 1)
+std = np.array({list(spec.std)}, np.float32).reshape(1, -1, 1, 1)
+pixels = np.zeros((1, {channels}, {height}, {width}), np.uint8)  # your images: batch, channels, height, width
+logits = session.run(None, {{session.get_inputs()[0].name: (pixels / np.float32(255) - mean) / std}})[0]
+```
+
+`nas.load_architecture("architecture.json")` rebuilds the network in JAX; `nas export` writes these files anew.
+
+## Blocks
+
+| block | what | output |
+|---|---|---|
+{blocks}
+"""
+
+
+def _size(graph: Graph) -> str:
+    return "x".join(map(str, graph.shape))

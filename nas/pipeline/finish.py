@@ -1,0 +1,147 @@
+"""Stage 4: the winners, and the baselines they are compared with, fine-tuned alike."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nas.architecture import SCHEMA, Architecture, Input, Origin, load_architecture, load_params, save_params
+from nas.compress import finetune
+from nas.evaluate import Standalone, SubnetEvaluator
+from nas.files import write_json
+from nas.pipeline.job import Job
+from nas.pipeline.search import run as run_search
+from nas.search import Front, Trial
+
+BASELINES = ("smallest", "largest", "handmade")
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """A network to be finished, and where it will lie."""
+
+    name: str
+    role: str  # "winner" or one of BASELINES
+    genotype: np.ndarray
+
+    def folder(self, run: Path) -> Path:
+        """Its folder in a run."""
+        return run / ("winners" if self.role == "winner" else "baselines") / self.name
+
+
+def finish(job: Job) -> None:
+    """Writes winners/<name>/ and baselines/<name>/: architecture.json, params/, training/, validation.json."""
+    job.folder.require("search")
+    settings = job.experiment.finish
+    chosen = choose(job)
+    evaluator = SubnetEvaluator(
+        job.supernet,
+        job.supernet_params(),
+        job.data,
+        calibration_images=job.experiment.train.calibration_images,
+        batch_size=job.experiment.train.eval_batch_size,
+    )
+    largest = job.space.largest()
+    teacher = job.space.decode(largest)
+    teacher_params = job.supernet.slice(dict(evaluator.params) | evaluator.statistics(largest), teacher)
+    for number, candidate in enumerate(chosen, start=1):
+        folder = candidate.folder(job.path)
+        if (folder / "validation.json").exists():
+            continue
+        network = job.space.decode(candidate.genotype)
+        job.console.start(f"finish: {candidate.name} ({number} of {len(chosen)}), {settings.epochs:g} epochs")
+        params = finetune(
+            network,
+            job.supernet.slice(evaluator.params, network),
+            teacher,
+            teacher_params,
+            job.data,
+            settings,
+            job.experiment.train.augment,
+            seed=job.experiment.seed,
+            folder=folder / "training",
+            progress=job.console.progress,
+        )
+        alone = Standalone(network, job.data, batch_size=job.experiment.train.eval_batch_size)
+        params = alone.calibrate(params, images=job.experiment.train.calibration_images)
+        correct = alone.correct(params, job.data.val)
+        save_params(folder / "params", params)
+        architecture(job, candidate).save(folder / "architecture.json")
+        write_json(folder / "validation.json", {"correct": correct, "total": len(job.data.val.labels)})  # last: done
+        job.console.say(f"  validation top-1 {correct / len(job.data.val.labels):.1%}")
+
+
+def choose(job: Job) -> list[Candidate]:
+    """The winners, from the front under the limit, then the baselines.
+
+    winner_1 is the most accurate trial within the limit. The others are spread evenly, by latency, over the part of
+    the front that is faster than it.
+    """
+    front = Front.of(run_search(job))
+    best = front.best(latency_ms=job.limit.ms)
+    faster: list[Trial] = [t for t in front if t.latency_ms < best.latency_ms]
+    picked = [best]
+    if others := min(job.experiment.finish.winners - 1, len(faster)):
+        goals = np.linspace(faster[-1].latency_ms, faster[0].latency_ms, others)
+        for goal in goals:
+            rest = [t for t in faster if t not in picked]
+            picked.append(min(rest, key=lambda t: abs(t.latency_ms - goal)))
+    winners = [
+        Candidate(f"winner_{i}", "winner", np.array(t.genotype, np.uint8)) for i, t in enumerate(picked, start=1)
+    ]
+    hand = {"smallest": job.space.smallest(), "largest": job.space.largest(), "handmade": job.handmade()}
+    return winners + [Candidate(name, name, hand[name]) for name in BASELINES]
+
+
+def architecture(job: Job, candidate: Candidate) -> Architecture:
+    """The architecture.json of a candidate."""
+    data = job.data
+    return Architecture(
+        schema=SCHEMA,
+        name=f"{job.experiment.name}/{candidate.name}",
+        network=job.space.decode(candidate.genotype),
+        input=Input(data.image_shape, tuple(map(float, data.mean)), tuple(map(float, data.std))),
+        classes=tuple(data.class_names),
+        space=Origin(job.space.name, job.space.digest),
+        genotype=tuple(candidate.genotype.tolist()),
+        choices=job.space.describe(candidate.genotype),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Finished:
+    """A finished network, as its folder has it."""
+
+    name: str
+    role: str
+    folder: Path
+    architecture: Architecture
+    params: dict[str, Any]
+    validation_accuracy: float
+
+
+def finished(run: Path) -> list[Finished]:
+    """All winners of a run, then its baselines."""
+    out = []
+    for kind in ("winners", "baselines"):
+        for folder in sorted((run / kind).iterdir(), key=lambda p: _order(p.name)):
+            made = load_architecture(folder)
+            counted = json.loads((folder / "validation.json").read_text())
+            out.append(
+                Finished(
+                    folder.name,
+                    "winner" if kind == "winners" else folder.name,
+                    folder,
+                    made,
+                    load_params(folder / "params", made.network),
+                    counted["correct"] / counted["total"],
+                )
+            )
+    return out
+
+
+def _order(name: str) -> tuple[int, str]:
+    number = name.rpartition("_")[2]
+    return (int(number) if number.isdigit() else BASELINES.index(name) if name in BASELINES else 0, name)

@@ -1,0 +1,100 @@
+"""Stage 1: the latency table of this space on this device, with its proof; the limit is checked against it."""
+
+import datetime
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from nas.errors import DeviceError
+from nas.files import write_json
+from nas.measure import hardware
+from nas.measure import measure as measure_table
+from nas.pipeline.job import Job
+
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "onnx", "onnxruntime", "ray")
+
+
+def measure(job: Job) -> None:
+    """Writes latency/ (a table for each precision, proof.json) and environment.json."""
+    job.runtime.version()  # a missing runtime is told before anything is built
+    if job.precision not in job.device.precision:
+        raise DeviceError(
+            f"the objective latency_ms asks for precision {job.precision!r}; device {job.experiment.device} has "
+            f"{', '.join(job.device.precision)}. Change the objective's `precision` or the device."
+        )
+    job.space  # noqa: B018  data and space are checked, and told, before the measuring begins
+    proofs: dict[str, Any] = {}
+    tables = {}
+    for precision in job.device.precision:
+        job.console.start(f"measure: {len(job.space.blocks())} blocks in {precision} on {job.experiment.device}")
+        table, proof = measure_table(
+            job.space,
+            job.device,
+            precision,
+            job.experiment.latency,
+            name=job.experiment.device,
+            seed=job.experiment.seed,
+            progress=job.console.progress,
+        )
+        table.save(job.path / "latency")
+        tables[precision] = table
+        proofs[precision] = msgspec.to_builtins(proof)
+        job.console.say(
+            f"  {proof.networks} held-out networks: MAPE {proof.mape:.1%}, within 5 % {proof.within_5:.0%}, "
+            f"within 10 % {proof.within_10:.0%}, Kendall tau {proof.kendall_tau:.3f}"
+        )
+    write_json(job.path / "latency" / "proof.json", {**proofs[job.precision], "precisions": proofs})
+    write_json(job.path / "environment.json", environment(job, {p: t.digest for p, t in tables.items()}))
+    job.tables = tables
+    limit = job.limit
+    job.console.say(f"limit: {limit.ms:.4g} ms (reachable: {limit.fastest_ms:.4g} to {limit.slowest_ms:.4g} ms)")
+
+
+def environment(job: Job, tables: dict[str, str]) -> dict[str, Any]:
+    """What one must know to repeat the run."""
+    data, space = job.data, job.space
+    return {
+        "nas": metadata.version("nas"),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "hardware": hardware(),
+        "versions": {name: metadata.version(name) for name in _PACKAGES},
+        "runtime": f"{job.device.runtime} {job.runtime.version()}",
+        "seed": job.experiment.seed,
+        "git_commit": _git_commit(),
+        "space": {
+            "name": space.name,
+            "digest": space.digest,
+            "networks": space.count(),
+            "choices": len(space.choices),
+        },
+        "data": {
+            "source": Path(data.source).name,
+            "digest": data.digest,
+            "train": len(data.train.labels),
+            "val": len(data.val.labels),
+            "test": len(data.test.labels),
+            "classes": list(data.class_names),
+            "image_shape": list(data.image_shape),
+        },
+        "device": {"name": job.experiment.device, **msgspec.to_builtins(job.device)},
+        "tables": tables,
+        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _git_commit() -> str | None:
+    """The commit of the checkout that the package runs from, with "+changes" where it was edited; None elsewhere."""
+    here = Path(__file__).resolve().parents[2]
+    if not (here / ".git").exists():
+        return None
+    try:
+        commit = subprocess.run(["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
+        dirty = subprocess.run(["git", "-C", here, "status", "--porcelain"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return commit.stdout.strip() + ("+changes" if dirty.stdout.strip() else "")

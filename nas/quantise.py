@@ -1,0 +1,349 @@
+"""Post-training int8 quantisation, simulated in JAX as ONNX Runtime's integer kernels compute it.
+
+Activations are u8 with one scale and zero point a value; kernels s8, symmetric, one scale an output channel; biases
+s32 with the product of the two scales (Jacob et al. 2018, arXiv:1712.05877, sec. 2). Everything here is about *folded*
+graphs (`nas.fold.fold`): quantise what is deployed.
+
+`simulate` holds an activation as its u8 numbers in float32. Every step that rounds takes its value from the exact
+integer computation and its gradient from the computation without rounding, so `jax.grad` through `simulate` is
+quantisation-aware training with a straight-through estimator (Bengio et al. 2013, arXiv:1308.3432), and what it trains
+is what is deployed. The part without rounding is dead code, and removed by `jax.jit`, where no gradient is taken.
+
+How exact: sums of products are integers below 2**24, which float32 holds; longer sums are cut into such. The rest
+follows the order of operations of ONNX Runtime's x86-64 kernels. Two things keep XLA from changing that order:
+`_divide`, since it multiplies by the reciprocal of a broadcast divisor, and a clip between product and sum where the
+kernel has no fused multiply-add, since it would make one.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import msgspec
+import numpy as np
+from jax import Array, lax
+
+from nas import kernels
+from nas.errors import ExportError
+from nas.ops import NORM_EPSILON, Act, Add, AnyOp, Concat, Conv, Dense, Graph, Mul, Norm, Pool, Shuffle, Split
+from nas.run import ACTIVATIONS, compute
+
+Arrays = Mapping[str, Any]
+
+_EXACT_TERMS = 2**24 // (255 * 127)  # so many products of a u8 difference and an s8 add up exactly in float32
+_BIAS_LIMIT = 2.0**30  # of an integer bias: half of an s32, the rest is for the sum it is added to
+
+
+class Scale(msgspec.Struct, frozen=True, array_like=True):
+    """Number q in 0..255 stands for (q - zero_point) * scale."""
+
+    scale: float  # a float32
+    zero_point: int
+
+    @classmethod
+    def of(cls, low: float, high: float, *, at_most: float = math.inf) -> "Scale":
+        """The finest scale that covers [low, high] and 0, in which 255 stands for no more than `at_most`."""
+        low, high = min(low, 0.0), max(high, 0.0)
+        scale = np.float32((high - low) / 255)
+        if not np.isfinite(scale) or scale < np.finfo(np.float32).tiny:
+            scale = np.float32(1 / 255)  # nothing but zeros was seen
+        while scale * np.float32(255) > at_most:
+            scale = np.nextafter(scale, np.float32(0))
+        return cls(float(scale), int(np.clip(np.rint(-low / float(scale)), 0, 255)))
+
+
+class Quantisation(msgspec.Struct, frozen=True):
+    """The scale of each value of a folded graph; None: the value is not quantised itself (see `sources`)."""
+
+    values: tuple[Scale | None, ...]
+
+
+def sources(graph: Graph) -> list[int | None]:
+    """For each value of a folded graph, the value whose scale it has: its own number, or another's, or None.
+
+    Not quantised are logits, and what only a ReLU reads, since runtimes fuse the two. Values that are only moved or
+    selected (split, shuffle, maximum) keep the scale of what they were made from.
+    """
+    out: list[int | None] = []
+    readers = graph.consumers()
+    for number in range(len(graph.ops) + 1):
+        op = graph.ops[number - 1] if number else None
+        ends = number == len(graph.ops)
+        if (isinstance(op, Dense) and ends) or (isinstance(op, Conv | Dense | Add) and _relu(graph, readers[number])):
+            out.append(None)
+        elif isinstance(op, Split | Shuffle) or (isinstance(op, Pool) and op.reduce == "max"):
+            out.append(out[op.inputs[0]])
+        else:
+            out.append(number)
+    return out
+
+
+def placeholder(graph: Graph) -> Quantisation:
+    """Plausible scales without any data, for measuring latency: activations within [-4, 4], after ReLU [0, 4]."""
+
+    def scale(number: int) -> Scale:
+        relu = number and getattr(graph.ops[number - 1], "function", None) in ("relu", "relu6")
+        return Scale.of(0.0 if relu else -4.0, 4.0)
+
+    return Quantisation(tuple(None if s is None else scale(s) for s in sources(graph)))
+
+
+def check(graph: Graph, quantisation: Quantisation) -> None:
+    """Nothing, if `quantisation` belongs to the folded `graph`.
+
+    Raises:
+        ExportError: it does not.
+    """
+    wanted = sources(graph)
+    got = quantisation.values
+    fits = len(got) == len(wanted) and all(
+        (scale is None) == (source is None) and (source is None or scale == got[source])
+        for scale, source in zip(got, wanted, strict=True)
+    )
+    if not fits:
+        raise ExportError(
+            f"the quantisation has {len(got)} values, and which of them have a scale does not fit this graph of "
+            f"{len(wanted)}. Calibrate the folded form of the very graph that is exported."
+        )
+    for op, scale in zip(graph.ops, got[1:], strict=True):
+        if isinstance(op, Act) and scale is not None and (limit := _limit(op)) < math.inf:
+            if scale.zero_point or np.float32(scale.scale) * np.float32(255) > limit:
+                raise ExportError(f"the scale of a {op.function} goes beyond [0, {limit}]; calibrate the graph again.")
+
+
+def calibrate(
+    graph: Graph, params: Arrays, images: np.ndarray, *, percentile: float = 100.0, batch_size: int = 64
+) -> Quantisation:
+    """Scales from the ranges that float activations take on training `images` [n, height, width, channels].
+
+    Args:
+        percentile: the range goes from percentile 100 - p to p of a batch, averaged over batches; at 100, the
+            default, it covers everything that was seen. See the module's tests for what was measured.
+    """
+
+    @jax.jit
+    def ranges(batch: Array) -> Array:
+        ends = jnp.asarray([100 - percentile, percentile])
+        values = [v.reshape(-1) for v in _activations(graph, params, batch)]
+        if percentile == 100:
+            return jnp.stack([jnp.stack([v.min(), v.max()]) for v in values])
+        return jnp.stack([jnp.percentile(v, ends) for v in values])
+
+    seen = np.stack([ranges(images[i : i + batch_size]) for i in range(0, len(images), batch_size)])  # [b, values, 2]
+    low, high = (seen[..., 0].min(0), seen[..., 1].max(0)) if percentile == 100 else np.moveaxis(seen.mean(0), -1, 0)
+    scales = {
+        s: Scale.of(float(low[s]), float(high[s]), at_most=_limit(graph.ops[s - 1]) if s else math.inf)
+        for s in sources(graph)
+        if s is not None
+    }
+    return Quantisation(tuple(None if s is None else scales[s] for s in sources(graph)))
+
+
+def simulate(graph: Graph, params: Arrays, quantisation: Quantisation, images: Array) -> Array:
+    """What the int8 network makes of images [n, height, width, channels]: logits [n, classes], or [n, h, w, c].
+
+    Differentiable in `params` and `images`. Under `jax.jit` make `graph` and `quantisation` static; both are hashable.
+
+    Raises:
+        ExportError: `quantisation` is of another graph.
+    """
+    check(graph, quantisation)
+    held = _held(graph, quantisation)
+    first, last = held[0], held[-1]
+    assert first is not None
+    values = [_quantise(images, first)]
+    with jax.default_matmul_precision("highest"):  # sums in bfloat16 or TF32 would not be exact
+        for op, scale in zip(graph.ops, held[1:], strict=True):
+            values.append(_step(op, params, [values[v] for v in op.inputs], [held[v] for v in op.inputs], scale))
+    return values[-1] if last is None else _dequantise(values[-1], last)
+
+
+def integer_weights(op: Conv | Dense, params: Arrays, scale: float) -> tuple[Array, Array, Array]:
+    """Kernel and bias as whole numbers in float32, in the shapes of the float ones, and the kernel's scale [channels].
+
+    The kernel is within -127..127. Its scale is that of the channel's largest weight, unless the bias in units of
+    `scale` (the input's) times that would not fit into an s32: then the weights hardly matter, and get a coarser one.
+    """
+    kernel = jnp.asarray(params[f"{op.name}/kernel"])
+    bias = jnp.asarray(params[f"{op.name}/bias"]) if op.bias else jnp.zeros(kernel.shape[-1:], jnp.float32)
+    largest = jnp.abs(kernel).max(range(kernel.ndim - 1))
+    unit = jnp.maximum(_divide(largest, 127), _divide(jnp.abs(bias), np.float32(scale * _BIAS_LIMIT)))
+    unit = lax.stop_gradient(jnp.where(unit > 0, unit, 1))
+    return _round(_divide(kernel, unit)), _round(_divide(bias, np.float32(scale) * unit)), unit
+
+
+# rules
+
+
+def _relu(graph: Graph, readers: list[int]) -> bool:
+    """Whether a single ReLU or ReLU6 is all that reads a value."""
+    only = graph.ops[readers[0]] if len(readers) == 1 else None
+    return isinstance(only, Act) and only.function in ("relu", "relu6")
+
+
+def _limit(op: AnyOp) -> float:
+    """What 255 may at most stand for: the clip of a ReLU6 is left to that of the u8."""
+    return 6.0 if isinstance(op, Act) and op.function == "relu6" else math.inf
+
+
+def _held(graph: Graph, quantisation: Quantisation) -> list[Scale | None]:
+    """The scale in which `simulate` holds each value: before a fused ReLU that of the ReLU."""
+    readers = graph.consumers()
+    return [
+        quantisation.values[readers[v][0] + 1] if scale is None and readers[v] else scale
+        for v, scale in enumerate(quantisation.values)
+    ]
+
+
+def _activations(graph: Graph, params: Arrays, x: Array) -> list[Array]:
+    """Every value of the float network."""
+    values = [x]
+    for op in graph.ops:
+        inputs = [values[v] for v in op.inputs]
+        values.append(_norm(op, params, inputs[0]) if isinstance(op, Norm) else compute(op, params, inputs))
+    return values
+
+
+# steps: numbers in, numbers out
+
+
+def _step(op: AnyOp, params: Arrays, inputs: list[Array], scales: Sequence[Scale | None], y: Scale | None) -> Array:
+    """One op on u8 numbers that stand for reals by `scales`; the result by `y`, or real if that is None."""
+    q, x = inputs[0], scales[0]
+    assert x is not None
+    match op:
+        case Conv() | Dense():
+            kernel, bias, unit = integer_weights(op, params, x.scale)
+            total = _accumulate(op, q - x.zero_point, kernel) + bias
+            unit = np.float32(x.scale) * unit
+            return total * unit if y is None else _requantise(total, _divide(unit, y.scale), y)
+        case Split() | Shuffle() | Pool(reduce="max"):
+            return compute(op, params, inputs)
+    assert y is not None
+    match op:
+        case Act():
+            return _look_up(op.function, q, x, y)
+        case Concat():
+            parts = (_look_up("identity", q, x, y) for q, x in zip(inputs, scales, strict=True) if x is not None)
+            return jnp.concatenate(list(parts), -1)
+        case Add():
+            return _add(*inputs, *scales, y)
+        case Mul():
+            return _mul(*inputs, *scales, y)
+        case Pool(window=0):
+            count = math.prod(q.shape[1:3])
+            total = q.sum((1, 2), keepdims=True) - count * x.zero_point
+            return _requantise(total, np.float32(x.scale) / (np.float32(y.scale) * np.float32(count)), y)
+        case Pool():
+            return _quantise(compute(op, params, [_dequantise(q, x)]), y)
+        case Norm():
+            return _quantise(_norm(op, params, _dequantise(q, x)), y)
+
+
+def _accumulate(op: Conv | Dense, q: Array, kernel: Array) -> Array:
+    """The exact sums of products of whole numbers, rounded once to float32."""
+
+    def product(q: Array, kernel: Array) -> Array:
+        if isinstance(op, Dense):
+            return q @ kernel
+        return kernels.conv(q, kernel, stride=op.stride, groups=op.groups)
+
+    q = q.reshape(q.shape[0], -1) if isinstance(op, Dense) else q
+    window = math.prod(kernel.shape[:-2])
+    depth, step = kernel.shape[-2], _EXACT_TERMS // window
+    whole = product(q, kernel)
+    if depth <= step:
+        return whole
+    groups = op.groups if isinstance(op, Conv) else 1
+    grouped = q.reshape(*q.shape[:-1], groups, depth)
+    total = jnp.int32(0)
+    for start in range(0, depth, step):
+        part = grouped[..., start : start + step].reshape(*q.shape[:-1], -1)
+        total = total + product(part, kernel[..., start : start + step, :]).astype(jnp.int32)
+    return _straight_through(total.astype(jnp.float32), whole)
+
+
+def _requantise(total: Array, multiplier: Any, y: Scale) -> Array:
+    """MlasRequantizeOutput: clip, round half to even, then add the zero point."""
+    return _round(jnp.clip(total * multiplier, -y.zero_point, 255 - y.zero_point)) + y.zero_point
+
+
+def _quantise(real: Array, y: Scale) -> Array:
+    """MlasQuantizeLinear."""
+    return _requantise(_divide(real, y.scale), 1.0, y)
+
+
+def _dequantise(q: Array, x: Scale) -> Array:
+    return (q - x.zero_point) * np.float32(x.scale)
+
+
+def _look_up(function: str, q: Array, x: Scale, y: Scale) -> Array:
+    """A pointwise function of a u8 is a table of 256, made here as ONNX Runtime makes or computes it."""
+    real = (np.arange(256) - x.zero_point).astype(np.float32) * np.float32(x.scale)
+    quotient = _POINTWISE[function](real).astype(np.float32) / np.float32(y.scale)
+    table = np.rint(np.clip(quotient, -y.zero_point, 255 - y.zero_point)) + y.zero_point
+    smooth = _dequantise(q, x) if function == "identity" else ACTIVATIONS[function](_dequantise(q, x))
+    exact = q if (table == np.arange(256)).all() else jnp.asarray(table, jnp.float32)[q.astype(jnp.uint8)]
+    return _straight_through(exact, jnp.clip(smooth / np.float32(y.scale) + y.zero_point, 0, 255))
+
+
+def _add(a: Array, b: Array, sa: Scale, sb: Scale, y: Scale) -> Array:
+    """MlasQLinearAdd for AVX2: fused multiply-adds, which XLA makes of this as well; zero points in one constant."""
+    ra, rb = np.float32(sa.scale) / np.float32(y.scale), np.float32(sb.scale) / np.float32(y.scale)
+    fixed = np.float32(y.zero_point) - (ra * np.float32(sa.zero_point) + rb * np.float32(sb.zero_point))
+    return _round(jnp.clip((fixed + b * rb) + a * ra, 0, 255))
+
+
+def _mul(a: Array, b: Array, sa: Scale, sb: Scale, y: Scale) -> Array:
+    """MlasQLinearMul: no fused multiply-add, and the zero point is added before rounding."""
+    ratio = np.float32(sa.scale) * np.float32(sb.scale) / np.float32(y.scale)
+    product = jnp.clip((a - sa.zero_point) * (b - sb.zero_point) * ratio, -1 - y.zero_point, 256 - y.zero_point)
+    return _round(jnp.clip(product + y.zero_point, 0, 255))
+
+
+def _norm(op: Norm, params: Arrays, x: Array) -> Array:
+    scale = params[f"{op.name}/scale"] / jnp.sqrt(params[f"{op.name}/var"] + NORM_EPSILON)
+    return x * scale + (params[f"{op.name}/offset"] - params[f"{op.name}/mean"] * scale)
+
+
+def _divide(x: Array, y: Any) -> Array:
+    """IEEE division of float32. XLA multiplies by the reciprocal where it sees that `y` is constant or broadcast."""
+    return x / lax.optimization_barrier(jnp.broadcast_to(jnp.asarray(y, jnp.float32), x.shape))
+
+
+@jax.custom_jvp
+def _straight_through(exact: Array, smooth: Array) -> Array:
+    """The value of `exact`, the gradient of `smooth`."""
+    return exact
+
+
+@_straight_through.defjvp
+def _(primals, tangents):
+    return primals[0], tangents[1]
+
+
+def _round(x: Array) -> Array:
+    """To whole numbers, half to even; the gradient passes as if it were not there."""
+    return _straight_through(jnp.round(x), x)
+
+
+def _hard_sigmoid(x: np.ndarray) -> np.ndarray:
+    return np.clip(x * np.float32(1 / 6) + np.float32(0.5), 0, 1)
+
+
+def _sigmoid(x: np.ndarray) -> np.ndarray:
+    return 1 / (1 + np.exp(-x.astype(np.float64)))
+
+
+_POINTWISE = {  # in the form ONNX Runtime computes them, which in the last bit differs from the JAX back-end's
+    "identity": lambda x: x,
+    "relu": lambda x: np.maximum(x, 0),
+    "relu6": lambda x: np.clip(x, 0, 6),
+    "hard_sigmoid": _hard_sigmoid,
+    "hard_swish": lambda x: x * _hard_sigmoid(x),
+    "sigmoid": _sigmoid,
+    "swish": lambda x: x * _sigmoid(x),
+    "gelu": lambda x: x * 0.5 * (1 + np.vectorize(math.erf)(x / math.sqrt(2))),
+}

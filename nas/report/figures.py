@@ -1,0 +1,229 @@
+"""The plots, as Plotly's JSON. Colours are mid-tones that read on white and on black; text is coloured by the page."""
+
+import math
+from collections.abc import Iterable, Sequence
+from html import escape
+from typing import Any
+
+from nas.report import words
+from nas.report.folder import Agreement, Member, Metrics, Run
+from nas.search import Front, Trial
+
+Figure = dict[str, Any]
+
+COLOURS = {
+    "trial": "#8f99a8",
+    "front": "#4a8fe0",
+    "winner": "#ee7733",
+    "handmade": "#a077d6",
+    "smallest": "#2f9e8f",
+    "largest": "#2f9e8f",
+    "limit": "#d9534f",
+}
+SYMBOLS = {"winner": "diamond", "handmade": "square", "smallest": "triangle-down", "largest": "triangle-up"}
+NAMES = {"winner": "winner", "handmade": "hand-made", "smallest": "smallest", "largest": "largest"}
+SIZES = {  # of the networks that the supernet is trained on in every step
+    "largest": ("largest network", "#4a8fe0"),
+    "random": ("random networks", "#8f99a8"),
+    "smallest": ("smallest network", "#2f9e8f"),
+}
+_POINTS = 150  # of a training curve: more are averaged
+
+
+def front(run: Run) -> Figure:
+    """Accuracy against latency: what was tried, the front, and what came of it."""
+    precision, limit_ms = run.summary.precision, run.summary.limit_ms
+    undominated = list(Front.of(run.trials))
+    on_front = {t.trial for t in undominated}
+    dominated = [t for t in run.trials if t.failure is None and t.trial not in on_front]
+    grey = {"color": COLOURS["trial"], "size": 6, "opacity": 0.5}
+    blue = {"color": COLOURS["front"], "size": 8}
+    steps = {"color": COLOURS["front"], "width": 1.5, "shape": "hv"}
+    traces = [
+        _tried(dominated, run, name="trials", marker=grey),
+        _tried(undominated, run, name="front of the trials", mode="lines+markers", line=steps, marker=blue),
+        _risen(run),
+    ]
+    for role, name in NAMES.items():
+        of_role = [m for m in run.members if m.facts.role == role]
+        traces.append(_became(of_role, precision, name=f"{name}, {precision}", marker=_marker(role)))
+    other = "int8" if precision == "float32" else "float32"
+    hollow = {**_marker("winner"), "symbol": "diamond-open"}
+    traces.append(_became(run.winners, other, name=f"winner, {other}", marker=hollow))
+
+    figure = _figure(traces, "latency, ms (logarithmic)", "top-1 accuracy", percent=True)
+    layout = figure["layout"]
+    layout |= {"height": 520, "showlegend": True}
+    layout["margin"]["t"] = 64
+    limits = [] if limit_ms is None else [limit_ms]
+    layout["xaxis"] |= _logarithmic([*limits, *(x for trace in traces for x in trace["x"] if x is not None)])
+    red = {"color": COLOURS["limit"], "width": 1.5, "dash": "dash"}
+    layout["shapes"] = [
+        {"type": "line", "x0": x, "x1": x, "yref": "paper", "y0": 0, "y1": 1, "layer": "below", "line": red}
+        for x in limits
+    ]
+    beside = {"showarrow": False, "xanchor": "left", "yanchor": "bottom", "xshift": 4}
+    layout["annotations"] = [
+        {"x": math.log10(x), "yref": "paper", "y": 0, "text": f"limit {words.ms(x)}", **beside} for x in limits
+    ]
+    return figure
+
+
+def agreement(run: Run, precision: str, proof: Agreement) -> Figure:
+    """Measured against predicted latency, in one precision."""
+    held_out = [("held-out network", r.predicted_ms, r.measured_ms) for r in proof.rows]
+    blue = {"color": COLOURS["front"], "size": 7, "opacity": 0.75}
+    groups = [(held_out, blue)]
+    for role in NAMES:
+        files = [(m.facts.name, m.facts.outcome(precision)) for m in run.members if m.facts.role == role]
+        known = [(n, o.predicted_ms, o.latency_ms) for n, o in files if o and o.predicted_ms and o.latency_ms]
+        groups.append((known, _marker(role)))
+    axis = _logarithmic([ms for rows, _ in groups for row in rows for ms in row[1:]])
+    low, high = (10**end for end in axis["range"])
+    equal = {"mode": "lines", "line": {"color": COLOURS["trial"], "width": 1}, "hoverinfo": "skip"}
+    traces = [
+        _band(0.10, low, high, opacity=0.10),
+        _band(0.05, low, high, opacity=0.16),
+        {"x": [low, high], "y": [low, high], **equal},
+    ]
+    for rows, marker in groups:
+        texts = [
+            f"<b>{escape(name)}</b><br>predicted {words.ms(predicted)}, measured {words.ms(measured)} "
+            f"({words.percent(predicted / measured - 1, sign=True)})"
+            for name, predicted, measured in rows
+        ]
+        traces.append(_dots([row[1] for row in rows], [row[2] for row in rows], texts, marker=marker))
+    figure = _figure(traces, "predicted, ms", "measured, ms")
+    for name in ("xaxis", "yaxis"):
+        figure["layout"][name] |= axis
+    return figure
+
+
+def supernet(metrics: Metrics, quantity: str) -> Figure:
+    """`quantity` ("loss" or "top1") of the supernet's largest, random and smallest networks against steps."""
+    curves = [_curve(metrics, f"{quantity}_{size}", name, colour) for size, (name, colour) in SIZES.items()]
+    return _curves(curves, quantity)
+
+
+def fine_tuning(members: Sequence[Member], winner: Member, quantity: str) -> Figure:
+    """`quantity` ("loss" or "top1") of winners and baselines against steps."""
+    curves = []
+    for member in members:
+        curve = _curve(member.training, quantity, member.facts.name, COLOURS[member.facts.role])
+        curve["line"]["width"] = 2.5 if member is winner else 1.2
+        curve["line"]["dash"] = {"smallest": "dot", "largest": "dash"}.get(member.facts.role, "solid")
+        curves.append(curve)
+    return _curves(curves, quantity)
+
+
+def _tried(trials: Sequence[Trial], run: Run, **style: Any) -> Figure:
+    """Trials: validation accuracy and predicted latency."""
+    texts = []
+    for t in trials:
+        networks = words.network(run.space.decode(t.genotype)) if run.space else ["-".join(map(str, t.genotype))]
+        head = (
+            f"<b>trial {t.trial}</b>: {words.percent(t.top1)} of {t.total} validation images, "
+            f"{words.ms(t.latency_ms)} predicted"
+        )
+        texts.append("<br>".join([head, *map(escape, networks)]))
+    return _dots([t.latency_ms for t in trials], [t.top1 for t in trials], texts, **style)
+
+
+def _became(members: Iterable[Member], precision: str, **style: Any) -> Figure:
+    """Networks after fine-tuning: test accuracy and measured latency of their files in `precision`."""
+    files = [(m, m.facts.outcome(precision)) for m in members]
+    known = [(m, o.latency_ms, o.accuracy) for m, o in files if o and o.latency_ms and o.accuracy is not None]
+    texts = []
+    for member, latency_ms, accuracy in known:
+        facts = f"{words.percent(accuracy)} of the test images, {words.ms(latency_ms)} measured, {precision}"
+        lines = [facts, *words.network(member.architecture.network)]
+        texts.append("<br>".join([f"<b>{escape(member.facts.name)}</b>", *map(escape, lines)]))
+    return _dots([row[1] for row in known], [row[2] for row in known], texts, **style)
+
+
+def _risen(run: Run) -> Figure:
+    """From each winner's trial to what became of it."""
+    trial_of = {t.genotype: t for t in run.trials if t.failure is None}
+    xs: list[float | None] = []
+    ys: list[float | None] = []
+    for member in run.winners:
+        trial, outcome = trial_of.get(member.architecture.genotype), member.facts.outcome(run.summary.precision)
+        if trial is not None and outcome is not None:
+            xs += [trial.latency_ms, outcome.latency_ms, None]
+            ys += [trial.top1, outcome.accuracy, None]
+    dotted = {"color": COLOURS["winner"], "width": 1, "dash": "dot"}
+    return {"x": xs, "y": ys, "name": "from trial to winner", "mode": "lines", "line": dotted, "hoverinfo": "skip"}
+
+
+def _dots(x: Sequence[float], y: Sequence[float], texts: Sequence[str], **style: Any) -> Figure:
+    """Points with a text each, shown when pointed at."""
+    return {"x": x, "y": y, "text": texts, "hovertemplate": "%{text}<extra></extra>", "mode": "markers", **style}
+
+
+def _marker(role: str) -> Figure:
+    return {"color": COLOURS[role], "symbol": SYMBOLS[role], "size": 12 if role == "winner" else 10}
+
+
+def _band(share: float, low: float, high: float, *, opacity: float) -> Figure:
+    """Where the measured latency is within `share` of the predicted one."""
+    return {
+        "x": [low, high, high, low],
+        "y": [low * (1 - share), high * (1 - share), high * (1 + share), low * (1 + share)],
+        "mode": "none",
+        "fill": "toself",
+        "fillcolor": f"rgba(143, 153, 168, {opacity})",
+        "hoverinfo": "skip",
+    }
+
+
+def _curve(metrics: Metrics, key: str, name: str, colour: str) -> Figure:
+    """One line; long ones are averaged over equal numbers of rows."""
+    rows = [(r["step"], r[key]) for r in metrics if r.get(key) is not None and math.isfinite(r[key])]
+    each = -(-len(rows) // _POINTS) or 1
+    groups = [rows[i : i + each] for i in range(0, len(rows), each)]
+    return {
+        "x": [group[-1][0] for group in groups],
+        "y": [round(math.fsum(value for _, value in group) / len(group), 5) for group in groups],
+        "name": escape(name),
+        "mode": "lines",
+        "line": {"color": colour, "width": 1.5},
+    }
+
+
+def _curves(curves: list[Figure], quantity: str) -> Figure:
+    """Curves against steps; top-1 as a share, and losses from zero."""
+    is_share = quantity == "top1"
+    figure = _figure(curves, "step", "top-1 in training" if is_share else "loss", percent=is_share)
+    figure["layout"]["hovermode"] = "x unified"
+    figure["layout"]["yaxis"] |= {"hoverformat": ".1%"} if is_share else {"hoverformat": ".3f", "rangemode": "tozero"}
+    return figure
+
+
+def _figure(traces: list[Figure], x: str, y: str, *, percent: bool = False) -> Figure:
+    """The traces that have points, and a calm layout."""
+    axis = {"zeroline": False, "automargin": True, "gridcolor": "#dfe3e7"}
+    return {
+        "data": [{"type": "scatter", "showlegend": True, **trace} for trace in traces if trace["x"]],
+        "layout": {
+            "height": 360,
+            "margin": {"l": 56, "r": 12, "t": 12, "b": 44},
+            "paper_bgcolor": "rgba(0, 0, 0, 0)",
+            "plot_bgcolor": "rgba(0, 0, 0, 0)",
+            "font": {"family": "system-ui, sans-serif", "size": 12.5},
+            "showlegend": False,
+            "legend": {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"},
+            "hoverlabel": {"align": "left", "namelength": -1},
+            "hovermode": "closest",
+            "xaxis": {**axis, "title": {"text": x}},
+            "yaxis": {**axis, "title": {"text": y}, **({"tickformat": ".1~%"} if percent else {})},
+        },
+    }
+
+
+def _logarithmic(values: Sequence[float]) -> Figure:
+    """An axis that holds `values` with some room, ticks at round numbers."""
+    low, high = (math.log10(0.94 * min(values)), math.log10(1.06 * max(values))) if values else (-1.0, 0.0)
+    steps = (1, 1.5, 2, 3, 5, 7) if high - low < 1.3 else (1, 2, 5) if high - low < 2.5 else (1,)
+    ticks = [float(f"{m}e{k}") for k in range(math.floor(low), math.ceil(high) + 1) for m in steps]
+    ticks = [t for t in ticks if low <= math.log10(t) <= high]
+    return {"type": "log", "range": [low, high], "tickvals": ticks, "ticktext": [f"{t:g}" for t in ticks]}

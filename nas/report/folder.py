@@ -1,0 +1,322 @@
+"""Reading a run folder: its files as frozen objects. Unknown keys are ignored, so that files may grow."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import msgspec
+
+from nas.architecture import Architecture, load_architecture
+from nas.config import Experiment, convert, load_toml
+from nas.errors import ConfigError, JournalError, RunError, SpaceError
+from nas.search import Trial, journal
+from nas.space import Space, load_space
+
+T = TypeVar("T")
+Metrics = list[dict[str, Any]]  # one row a logged step
+
+
+class SpaceFacts(msgspec.Struct, frozen=True):
+    """environment.json: which space."""
+
+    name: str
+    digest: str
+    networks: float
+    choices: int
+
+
+class DataFacts(msgspec.Struct, frozen=True):
+    """environment.json: which images."""
+
+    source: str
+    digest: str
+    train: int
+    val: int
+    test: int
+    classes: tuple[str, ...]
+    image_shape: tuple[int, int, int]
+
+
+class DeviceFacts(msgspec.Struct, frozen=True):
+    """environment.json: which device, see nas.config.Device."""
+
+    name: str
+    device: str
+    runtime: str
+    threads: int = 1
+    batch: int = 1
+    frequency_policy: str = ""
+    notes: str = ""
+
+
+class Environment(msgspec.Struct, frozen=True):
+    """environment.json: what one must know to repeat the run."""
+
+    nas: str
+    python: str
+    versions: dict[str, str]
+    hardware: str
+    platform: str
+    seed: int
+    space: SpaceFacts
+    data: DataFacts
+    device: DeviceFacts
+    tables: dict[str, str]  # precision -> digest
+    started: str = ""
+    git_commit: str | None = None
+
+
+class Pair(msgspec.Struct, frozen=True):
+    """One held-out network."""
+
+    predicted_ms: float
+    measured_ms: float
+
+
+class Agreement(msgspec.Struct, frozen=True):
+    """How well a table predicts networks that it was not made from."""
+
+    networks: int
+    mape: float
+    within_5: float
+    within_10: float
+    kendall_tau: float
+    tau_low: float
+    tau_high: float
+    rows: tuple[Pair, ...] = ()
+
+
+class Proof(msgspec.Struct, frozen=True):
+    """latency/proof.json."""
+
+    precisions: dict[str, Agreement]
+
+
+class Outcome(msgspec.Struct, frozen=True):
+    """What one file of a network does on the device."""
+
+    accuracy: float | None  # on the test set, in the runtime
+    latency_ms: float | None  # median, measured
+    predicted_ms: float | None
+    size_bytes: int | None
+    file: str  # relative to the run folder
+    passed: bool
+
+
+class Candidate(Outcome, frozen=True, kw_only=True):
+    """A winner or baseline; what it inherits is of its float32 file."""
+
+    name: str
+    folder: str  # relative to the run folder
+    role: Literal["winner", "smallest", "largest", "handmade"]
+    validation_accuracy: float | None
+    macs: int
+    params: int
+    int8: Outcome | None = None
+
+    def outcome(self, precision: str) -> Outcome | None:
+        """Of the file in that precision, if there is one."""
+        return {"float32": self, "int8": self.int8}.get(precision)
+
+
+class Refusal(msgspec.Struct, frozen=True):
+    """A file that did not pass and is not delivered."""
+
+    name: str
+    precision: str
+    reason: str
+
+
+class Summary(msgspec.Struct, frozen=True):
+    """summary.json: the answer."""
+
+    name: str
+    question: str
+    precision: Literal["float32", "int8"]  # that was searched for
+    limit_ms: float | None
+    limit: str | float | None  # as asked
+    reachable_ms: tuple[float, float]
+    winner: Candidate
+    winners: tuple[Candidate, ...]
+    baselines: tuple[Candidate, ...]
+    beats_handmade: bool | None
+    verdict: str
+    refused: tuple[Refusal, ...]
+    trials: int
+    seconds: dict[str, float]  # of each stage
+
+
+class Spread(msgspec.Struct, frozen=True):
+    """Measured latency in milliseconds."""
+
+    median: float
+    p10: float
+    p90: float
+    predicted: float | None = None
+
+
+class Check(msgspec.Struct, frozen=True):
+    """verify.json: the proof that one file does what the network does."""
+
+    passed: bool
+    full_check: bool | None = None
+    max_abs_diff: float | None = None
+    max_rel_diff: float | None = None
+    top1_agreement: float | None = None
+    accuracy: float | None = None
+    jax_accuracy: float | None = None
+    latency_ms: Spread | None = None
+    size_bytes: int | None = None
+    reason: str | None = None
+
+
+class BlockTime(msgspec.Struct, frozen=True):
+    """blocks.json: predicted latency of one block."""
+
+    name: str
+    label: str
+    latency_ms: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Member:
+    """A winner or baseline with the files of its folder."""
+
+    facts: Candidate
+    architecture: Architecture
+    checks: dict[str, Check]
+    blocks: dict[str, tuple[BlockTime, ...]]
+    training: Metrics
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """Everything that the report needs of a run."""
+
+    folder: Path
+    experiment: Experiment
+    environment: Environment
+    summary: Summary
+    proof: Proof
+    training: Metrics  # of the supernet
+    trials: list[Trial]
+    winners: tuple[Member, ...]
+    baselines: tuple[Member, ...]
+    space: Space | None  # None: it has changed since, or is elsewhere
+
+    @property
+    def winner(self) -> Member:
+        """The answer."""
+        return next(m for m in self.winners if m.facts.name == self.summary.winner.name)
+
+    @property
+    def members(self) -> tuple[Member, ...]:
+        """Winners, then baselines."""
+        return (*self.winners, *self.baselines)
+
+
+def read_run(folder: Path) -> Run:
+    """The run in `folder`.
+
+    Raises:
+        RunError: a file is missing or damaged.
+    """
+    summary = _load(folder / "summary.json", Summary)
+    if summary.winner.name not in [w.name for w in summary.winners]:
+        raise _damaged(folder / "summary.json", f"its winner `{summary.winner.name}` is not among its winners")
+    environment = _load(folder / "environment.json", Environment)
+    config = _required(folder / "config.toml")
+    raw, text = load_toml(config, what="resolved experiment")
+    experiment = convert(raw, Experiment, path=config, text=text)
+    return Run(
+        folder=folder,
+        experiment=experiment,
+        environment=environment,
+        summary=summary,
+        proof=_load(folder / "latency" / "proof.json", Proof),
+        training=_metrics(folder / "supernet" / "metrics.jsonl"),
+        trials=_trials(folder / "search" / "journal.jsonl"),
+        winners=tuple(_member(folder, c) for c in summary.winners),
+        baselines=tuple(_member(folder, c) for c in summary.baselines),
+        space=_space(folder, experiment, environment),
+    )
+
+
+def _member(run: Path, facts: Candidate) -> Member:
+    folder = run / facts.folder
+    architecture = load_architecture(_required(folder / "architecture.json"))
+    blocks = _load(folder / "blocks.json", dict[str, tuple[BlockTime, ...]])
+    names = [b.name for b in architecture.network.blocks]
+    if any([b.name for b in times] != names for times in blocks.values()):
+        raise _damaged(folder / "blocks.json", "its blocks are not those of architecture.json")
+    return Member(
+        facts=facts,
+        architecture=architecture,
+        checks=_load(folder / "verify.json", dict[str, Check]),
+        blocks=blocks,
+        training=_metrics(folder / "training" / "metrics.jsonl"),
+    )
+
+
+def _trials(path: Path) -> list[Trial]:
+    """The committed trials of a search journal."""
+    _, records = journal.read(_required(path))
+    try:
+        return [
+            Trial(
+                r["trial"],
+                tuple(r["genotype"]),
+                r["correct"],
+                r["total"],
+                {name: cost for name, cost in r["costs"].items() if name != "error"},
+                r["failure"],
+                r["seconds"],
+            )
+            for r in records
+        ]
+    except (KeyError, TypeError, AttributeError) as e:
+        raise JournalError(f"{path}: a record is not a trial ({e!r}). Was it written by another version?") from e
+
+
+def _space(folder: Path, experiment: Experiment, environment: Environment) -> Space | None:
+    """The very space that was searched: the run's own copy (space.toml), or the one that the experiment names."""
+    data = environment.data
+    for name in (str(folder / "space.toml"), experiment.space):
+        try:
+            space = load_space(name, input_shape=data.image_shape, classes=len(data.classes))
+        except (ConfigError, SpaceError):
+            continue
+        if space.digest == environment.space.digest:
+            return space
+    return None
+
+
+def _load(path: Path, cls: type[T]) -> T:
+    try:
+        return msgspec.convert(json.loads(_required(path).read_text(encoding="utf-8")), cls)
+    except (OSError, ValueError) as e:
+        raise _damaged(path, str(e)) from e
+
+
+def _metrics(path: Path) -> Metrics:
+    """The rows; none if nothing was trained."""
+    if not path.is_file():
+        return []
+    try:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+    except (OSError, ValueError) as e:
+        raise _damaged(path, str(e)) from e
+
+
+def _required(path: Path) -> Path:
+    if not path.is_file():
+        raise RunError(
+            f"{path}: this file is missing, so the run is not finished or this is not its folder. Run `nas run` with "
+            f"its experiment: finished stages are kept, and the report comes last."
+        )
+    return path
+
+
+def _damaged(path: Path, why: str) -> RunError:
+    return RunError(f"{path}: damaged: {why}. Delete it and run `nas run` with the experiment: it is made again.")

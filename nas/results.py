@@ -1,0 +1,90 @@
+"""A finished run, read back: its front, its winners, its figures."""
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Any
+
+from nas.config import Experiment, load_experiment
+from nas.deliver import Winner, load_winner
+from nas.errors import RunError
+from nas.files import read_json
+from nas.search import Front, Trial
+from nas.search.journal import read
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What one run folder holds."""
+
+    path: Path
+
+    @functools.cached_property
+    def experiment(self) -> Experiment:
+        """The resolved experiment."""
+        return load_experiment(self.path / "config.toml")
+
+    @functools.cached_property
+    def summary(self) -> dict[str, Any]:
+        """summary.json."""
+        return read_json(self.path / "summary.json")
+
+    @functools.cached_property
+    def proof(self) -> dict[str, Any]:
+        """latency/proof.json."""
+        return read_json(self.path / "latency" / "proof.json")
+
+    @functools.cached_property
+    def trials(self) -> tuple[Trial, ...]:
+        """Every trial of the search, in order."""
+        return tuple(_trial(r) for r in read(self.path / "search" / "journal.jsonl")[1])
+
+    @functools.cached_property
+    def front(self) -> Front:
+        """The trials that no other beats in both accuracy (validation, inherited weights) and latency."""
+        return Front.of(self.trials)
+
+    @functools.cached_property
+    def winners(self) -> dict[str, Winner]:
+        """The finished networks by name, best of the search first."""
+        return {e["name"]: load_winner(self.path / e["folder"]) for e in self.summary["winners"]}
+
+    @property
+    def winner(self) -> Winner:
+        """The one that the report recommends."""
+        return self.winners[self.summary["winner"]["name"]]
+
+    def verified(self, name: str) -> dict[str, Any]:
+        """verify.json of a winner or baseline."""
+        for entry in (*self.summary["winners"], *self.summary["baselines"]):
+            if entry["name"] == name:
+                return read_json(self.path / entry["folder"] / "verify.json")
+        raise RunError(f"{self.path}: no network is called {name!r}; there are {', '.join(self.winners)}.")
+
+    def __repr__(self) -> str:
+        return f"Run({str(self.path)!r}: {self.summary['verdict']})"
+
+
+def load_run(path: str | Path) -> Run:
+    """The run in `path`.
+
+    Raises:
+        RunError: it is not a finished run.
+    """
+    path = Path(path)
+    if not (path / "summary.json").exists():
+        raise RunError(f"{path}: not a finished run (summary.json is missing). Finish it with `nas run`.")
+    return Run(path)
+
+
+def _trial(record: dict[str, Any]) -> Trial:
+    cheap = {name: value for name, value in record["costs"].items() if name != "error"}
+    return Trial(
+        record["trial"],
+        tuple(record["genotype"]),
+        record["correct"],
+        record["total"],
+        cheap,
+        record["failure"],
+        record["seconds"],
+    )

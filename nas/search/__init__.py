@@ -1,0 +1,42 @@
+"""Search: strategies, journal, driver, and the executors that evaluate for it. Ray enters by `ray_executor` only."""
+
+from nas.search.ageing_evolution import ageing_evolution
+from nas.search.driver import search
+from nas.search.executor import Executor, Result
+from nas.search.front import Front, Trial, Trials
+from nas.search.inline import InlineExecutor
+from nas.search.nsga2 import nsga2
+from nas.search.problem import Problem
+from nas.search.random_search import random_search
+from nas.search.ray_executor import RayExecutor
+from nas.search.strategy import Strategy, trial_rng
+
+STRATEGIES = {
+    "random": random_search,
+    "ageing_evolution": ageing_evolution,
+    "nsga2": nsga2,
+}
+
+EXECUTORS = {
+    "inline": InlineExecutor,
+    "ray": RayExecutor,
+}
+
+__all__ = [
+    "EXECUTORS",
+    "STRATEGIES",
+    "Executor",
+    "Front",
+    "InlineExecutor",
+    "Problem",
+    "RayExecutor",
+    "Result",
+    "Strategy",
+    "Trial",
+    "Trials",
+    "ageing_evolution",
+    "nsga2",
+    "random_search",
+    "search",
+    "trial_rng",
+]

@@ -1,0 +1,172 @@
+"""The search loop. Its outcome depends on problem, strategy, lag and seed, not on executor, worker count or timing.
+
+That takes three rules. Trial k is proposed from the results of trials 0..k-lag and no others, told in order, even if
+more are known (a deterministic lag: workers stay busy without generations). Results enter the journal in order of
+trial. And a search that goes on after a crash asks for every journalled trial again and compares.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from nas.errors import JournalError, LimitError
+from nas.search.executor import Executor, Result
+from nas.search.front import Trial, Trials
+from nas.search.journal import Journal, Record
+from nas.search.problem import Problem, choose
+from nas.search.strategy import Genotype, Strategy, trial_rng
+
+_PROPOSALS = 64  # asked of the strategy for each trial: the first that is feasible and new is taken
+_COMMIT_SECONDS = 0.1  # results wait at most so long for others to share their fsync, unless an evaluation blocks first
+
+logger = logging.getLogger(__name__)
+
+
+def search(
+    problem: Problem,
+    strategy: Strategy,
+    executor: Executor,
+    *,
+    trials: int,
+    lag: int,
+    seed: int,
+    journal_path: Path | str,
+    initial: Sequence[Genotype] = (),
+    on_trial: Callable[[Trial], None] | None = None,
+) -> Trials:
+    """Runs, or goes on with, the search of `journal_path` until it has `trials` trials; closes the executor.
+
+    Args:
+        problem: what is searched; its limits hold for every genotype that is evaluated.
+        strategy: proposes genotypes.
+        executor: evaluates them; not touched if the journal already has all trials.
+        trials: how many; a later call with more continues the same search.
+        lag: trial k sees the results of trials 0..k-lag; below `executor.slots` workers stay idle.
+        seed: of all randomness.
+        journal_path: the journal, new or of this very search.
+        initial: genotypes to evaluate first; infeasible ones are skipped, and the journal's header lists them.
+        on_trial: called for each trial in order, also for those read from the journal.
+
+    Returns:
+        The trials in order. `status` is "exhausted" if the space has no more feasible genotypes than that.
+
+    Raises:
+        LimitError: not even the smallest network is feasible.
+        JournalError: the journal is damaged, in use, or of another search.
+        ExecutorError: the workers cannot do their work.
+    """
+    if lag < 1 or trials < 0 or seed < 0:
+        raise ValueError(f"lag {lag}, trials {trials}, seed {seed}: lag >= 1, trials >= 0 and seed >= 0 are needed")
+    if not problem.feasible(problem.canonical(problem.smallest[None]))[0]:
+        raise LimitError("Not even the smallest network of the space is within the limits. Raise the limits.")
+    first, skipped = _starters(problem, initial)
+    header = {
+        "problem": problem.digest,
+        "strategy": strategy.identity,
+        "lag": lag,
+        "seed": seed,
+        "initial": [g.tolist() for g in first],
+        "skipped": [g.tolist() for g in skipped],
+    }
+    with executor, Journal(journal_path, header) as journal:
+        replay = journal.records[:trials]
+        asked: list[Genotype] = []
+        seen: set[bytes] = set()
+        done = Trials()
+        finished: dict[int, Result] = {}
+        state, told = strategy.init(), 0
+        committed_at = time.monotonic()
+
+        while len(done) < trials:
+            # ask as far ahead as the lag allows
+            while len(asked) < min(trials, len(done) + lag) and done.status != "exhausted":
+                k = len(asked)
+                while told <= k - lag:
+                    costs = np.array(list(done[told].costs.values()))
+                    state, told = strategy.tell(state, asked[told], costs), told + 1
+                rng = trial_rng(seed, k)
+                genotype = (
+                    first[k] if k < len(first) else choose(problem, rng, strategy.ask(rng, state, _PROPOSALS), seen)
+                )
+                if genotype is None:
+                    done.status = "exhausted"
+                    logger.warning("The space is exhausted after %d trials: no other feasible genotype was found.", k)
+                    break
+                asked.append(genotype)
+                seen.add(genotype.tobytes())
+                if k < len(replay):
+                    finished[k] = _replayed(journal, replay[k], k, genotype)
+                else:
+                    executor.submit(k, genotype)
+
+            if len(done) == len(asked):
+                break  # exhausted, and nothing is under way
+            if len(done) not in finished:
+                if time.monotonic() - committed_at > _COMMIT_SECONDS:
+                    journal.commit()
+                    committed_at = time.monotonic()
+                number, result = executor.next()
+                finished[number] = result
+
+            # record what is next in order
+            while len(done) in finished:
+                k = len(done)
+                trial = _trial(problem, k, asked[k], finished.pop(k))
+                if k >= len(replay):
+                    journal.append(_record(trial))
+                done.append(trial)
+                if on_trial is not None:
+                    on_trial(trial)
+        if len(done) < len(replay):
+            raise _diverged(journal, len(done), "the journal has further trials where the space is exhausted now")
+        return done
+
+
+def _starters(problem: Problem, initial: Sequence[Genotype]) -> tuple[list[Genotype], list[Genotype]]:
+    """The initial genotypes to evaluate, canonical and each once, and the infeasible ones."""
+    first: dict[bytes, Genotype] = {}
+    skipped: dict[bytes, Genotype] = {}
+    for genotype in initial:
+        genotype = problem.canonical(np.asarray(genotype, np.uint8)[None])
+        chosen = first if problem.feasible(genotype)[0] else skipped
+        chosen.setdefault(genotype[0].tobytes(), genotype[0])
+    for genotype in skipped.values():
+        logger.info("Initial genotype %s is outside the limits and skipped.", "-".join(map(str, genotype)))
+    return list(first.values()), list(skipped.values())
+
+
+def _trial(problem: Problem, number: int, genotype: Genotype, result: Result) -> Trial:
+    correct, failure = result.correct, result.failure
+    if correct is not None and not 0 <= correct <= problem.total:
+        correct, failure = None, f"the evaluator counted {correct} of {problem.total} images correct"
+    values = problem.cheap(genotype[None])[0]
+    cheap = {name: float(value) for name, value in zip(problem.cheap_names, values, strict=True)}
+    return Trial(number, tuple(genotype.tolist()), correct, problem.total, cheap, failure, result.seconds)
+
+
+def _record(trial: Trial) -> Record:
+    return {
+        "trial": trial.trial,
+        "genotype": list(trial.genotype),
+        "correct": trial.correct,
+        "total": trial.total,
+        "costs": {name: None if np.isnan(cost) else cost for name, cost in trial.costs.items()},
+        "seconds": trial.seconds,
+        "failure": trial.failure,
+    }
+
+
+def _replayed(journal: Journal, record: Record, number: int, genotype: Genotype) -> Result:
+    if record.get("trial") != number or record.get("genotype") != genotype.tolist():
+        raise _diverged(journal, number, f"it has {record.get('genotype')}, the strategy proposes {genotype.tolist()}")
+    return Result(record["correct"], record["seconds"], record["failure"])
+
+
+def _diverged(journal: Journal, number: int, how: str) -> JournalError:
+    return JournalError(
+        f"{journal.path}: diverged at trial {number}: {how}. The strategy or the space has changed since; "
+        f"go on with the version that wrote the journal, or start anew in another run folder."
+    )

@@ -1,0 +1,35 @@
+"""NSGA-II (Deb et al. 2002, doi:10.1109/4235.996017), steady state: one child in, the worst out."""
+
+import numpy as np
+
+from nas.search.pareto import order
+from nas.search.strategy import Costs, Genotype, Genotypes, Population, Strategy, mutate, uniform
+
+
+def nsga2(sizes: tuple[int, ...], *, population: int) -> Strategy:
+    """Binary tournaments, uniform crossover and per-gene mutation over an elite of `population` trials.
+
+    The steady-state form (mu + 1) learns from each trial as it comes; generations would leave workers idle.
+
+    Args:
+        sizes: the number of values of each gene.
+        population: the size of the elite; proposals are uniform until it is full.
+    """
+    rate = 1 / max(1, sum(size > 1 for size in sizes))  # one mutation a child on average
+
+    def ask(rng: np.random.Generator, state: Population, n: int) -> Genotypes:
+        if len(state) < population:
+            return uniform(rng, sizes, n)
+        # the population is kept in NSGA-II's order, so the smaller index wins the tournament
+        mothers, fathers = rng.integers(0, len(state), (2, n, 2)).min(axis=2)
+        from_mother = rng.random((n, len(sizes))) < 0.5
+        children = np.where(from_mother, state.genotypes[mothers], state.genotypes[fathers])
+        return mutate(rng, children, sizes, rng.random(children.shape) < rate)
+
+    def tell(state: Population, genotype: Genotype, costs: Costs) -> Population:
+        grown = state.add(genotype, costs)
+        return grown.take(order(grown.costs)[:population])
+
+    return Strategy(
+        init=lambda: Population.empty(len(sizes)), ask=ask, tell=tell, identity=f"nsga2(population={population})"
+    )

@@ -1,0 +1,69 @@
+"""What is searched: genotypes, their exact cheap costs, what is feasible, and how a wish becomes a trial."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nas.search.strategy import Genotype, Genotypes, uniform
+
+_ENUMERATE = 2**16  # spaces up to this size are searched to their very last genotype
+_TRIES = 64  # batches of random walks through a larger space before it counts as exhausted
+_BATCH = 64
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A space under limits. Its functions are pure, vectorised and quick: they run for thousands of genotypes a
+    trial."""
+
+    sizes: tuple[int, ...]  # number of values of each gene
+    canonical: Callable[[Genotypes], Genotypes]  # [n, g] -> [n, g]: genes that have no effect set to 0
+    cheap: Callable[[Genotypes], NDArray[np.float64]]  # [n, g] -> [n, c]: exact costs that need no evaluation
+    feasible: Callable[[Genotypes], NDArray[np.bool_]]  # [n, g] -> [n]: within every limit
+    smallest: Genotype  # [g], feasible: infeasible wishes are walked towards it
+    digest: str  # of space, latency table, limits and evaluation: a journal of another digest is not continued
+    total: int  # images that an evaluation counts over: error = 1 - correct / total
+    cheap_names: tuple[str, ...] = ("latency_ms",)  # of the c cheap costs
+
+    @property
+    def cost_names(self) -> tuple[str, ...]:
+        """The objectives in the order that a strategy sees them."""
+        return ("error", *self.cheap_names)
+
+
+def choose(problem: Problem, rng: np.random.Generator, wishes: Genotypes, seen: set[bytes]) -> Genotype | None:
+    """The genotype to evaluate next: canonical, feasible and not in `seen`; None if the space is exhausted.
+
+    The first of `wishes` [n, g] that will do; else the first on the walks from each of them to the smallest network,
+    one gene at a time in random order; else any other. Up to 65,536 genotypes "any other" is exact, beyond that it is
+    4,096 random walks.
+    """
+    genes = len(problem.sizes)
+
+    def first_new(genotypes: Genotypes) -> Genotype | None:
+        genotypes = problem.canonical(genotypes)
+        for genotype in genotypes[problem.feasible(genotypes)]:
+            if genotype.tobytes() not in seen:
+                return genotype
+        return None
+
+    def walks(starts: Genotypes) -> Genotypes:
+        """[n * g, g]: each start with 1, 2, ... g genes of the smallest."""
+        turn = np.argsort(rng.random(starts.shape), axis=1)  # [n, g]: when each gene gives way
+        given_way = turn[:, None, :] <= np.arange(genes)[None, :, None]
+        return np.where(given_way, problem.smallest, starts[:, None, :]).reshape(-1, genes).astype(np.uint8)
+
+    for candidates in (wishes, walks(wishes)):
+        if (found := first_new(candidates)) is not None:
+            return found
+    count = math.prod(problem.sizes)
+    if count <= _ENUMERATE:
+        everything = np.unravel_index(rng.permutation(count), problem.sizes)
+        return first_new(np.stack(everything, axis=1).astype(np.uint8))
+    for _ in range(_TRIES):
+        if (found := first_new(walks(uniform(rng, problem.sizes, _BATCH)))) is not None:
+            return found
+    return None

@@ -1,0 +1,34 @@
+import os
+
+import pytest
+
+from nas.measure import busiest, hardware, load, pinned
+
+
+def test_the_hardware_is_told():
+    assert f"{os.cpu_count()} cores" in hardware()
+
+
+def test_load_and_busy_processes_are_told():
+    assert "load average" in load()
+    assert isinstance(busiest(seconds=0.01), str)
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system cannot pin")
+def test_affinity_is_restored_also_after_an_error():
+    before = os.sched_getaffinity(0)
+    if len(before) < 2:
+        pytest.skip("one CPU: nothing to pin to")
+    with pinned(1) as cpus:
+        assert os.sched_getaffinity(0) == set(cpus)
+        assert len(cpus) == 1
+    assert os.sched_getaffinity(0) == before
+
+    with pytest.raises(RuntimeError), pinned(1):
+        raise RuntimeError
+    assert os.sched_getaffinity(0) == before
+
+
+def test_more_threads_than_cpus_pin_nothing():
+    with pinned(10_000) as cpus:
+        assert cpus == ()

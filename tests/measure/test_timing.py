@@ -1,0 +1,108 @@
+import gc
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from nas.measure import Samples, interleave, measure_files
+
+
+class Machine:
+    """A clock that calls advance: by their own milliseconds, times the machine's speed at that time."""
+
+    def __init__(self, speed: Callable[[float], float] = lambda now: 1.0):
+        self.now, self.speed = 0.0, speed
+
+    def clock(self) -> float:
+        return self.now
+
+    def call(self, milliseconds: float | Callable[[float], float]) -> Callable[[], None]:
+        def run() -> None:
+            own = milliseconds(self.now) if callable(milliseconds) else milliseconds
+            self.now += own * self.speed(self.now) / 1e3
+
+        return run
+
+
+def times(machine: Machine, milliseconds: dict[str, float], **options) -> Samples[str]:
+    calls = {name: machine.call(ms) for name, ms in milliseconds.items()}
+    return interleave(calls, seed=0, clock=machine.clock, **{"seconds": 0.0, "min_rounds": 20, **options})
+
+
+def test_each_round_runs_every_call_once_in_a_fresh_order():
+    samples = times(Machine(), {"a": 1.0, "b": 2.0, "c": 3.0}, min_rounds=30)
+    assert samples.times_ms.shape == (30, 3)
+    assert all(sorted(row) == [0, 1, 2] for row in samples.order.tolist())
+    assert len({tuple(row) for row in samples.order.tolist()}) > 3
+    np.testing.assert_allclose(samples.times_ms, [[1.0, 2.0, 3.0]] * 30)
+
+
+def test_the_budget_ends_the_rounds_but_not_before_the_fewest():
+    assert len(times(Machine(), {"a": 10.0}, seconds=2.0, min_rounds=3).times_ms) == pytest.approx(100, abs=2)
+    assert len(times(Machine(), {"a": 10.0}, seconds=0.0, min_rounds=7).times_ms) == 7
+
+
+def test_a_machine_that_changes_speed_does_not_change_ratios():
+    machine = Machine(lambda now: 1.0 if int(now / 0.7) % 3 == 0 else 1.6)
+    own = {f"net{i}": 0.5 + 0.1 * i for i in range(20)}
+    timings = times(machine, own, min_rounds=60).timings()
+    ratios = np.array([timings[n].latency_ms / ms for n, ms in own.items()])
+    np.testing.assert_allclose(ratios / np.median(ratios), 1, atol=0.01)
+    assert np.median(ratios) == pytest.approx(1.0, rel=0.02)  # stated at the quiet level
+    assert timings["net0"].p90_ms > 1.5 * timings["net0"].p10_ms  # the percentiles tell how it was
+
+
+def test_preemption_hardly_moves_a_timing():
+    rng = np.random.default_rng(0)
+    machine = Machine(lambda now: 5.0 if rng.random() < 0.2 else 1.0)
+    timings = times(machine, {f"net{i}": 1.0 + i for i in range(10)}, min_rounds=60).timings()
+    for i in range(10):
+        assert timings[f"net{i}"].latency_ms == pytest.approx(1.0 + i, rel=0.02)
+
+
+def test_tiny_calls_are_repeated_within_a_sample():
+    machine, count = Machine(), 0
+
+    def tiny() -> None:
+        nonlocal count
+        count += 1
+        machine.now += 2e-6
+
+    interleave({"tiny": tiny}, seconds=0.0, min_rounds=10, seed=0, clock=machine.clock)
+    assert 500 <= count <= 600  # 10 rounds of 50 and one to warm up, 5 to find that out
+
+
+def test_disagreement_sees_uneven_changes_only():
+    even = times(Machine(lambda now: 1.0 if now < 0.5 else 1.4), {"a": 1.0, "b": 2.0, "c": 3.0}, min_rounds=99)
+    assert even.disagreement(["a", "b", "c"], parts=3) < 0.01
+    machine = Machine()
+    own = {n: machine.call(lambda now, ms=ms: ms * (1.5 if now > 0.5 and ms > 2 else 1)) for n, ms in
+           {"a": 1.0, "b": 2.0, "c": 3.0, "d": 4.0, "e": 1.5}.items()}  # fmt: skip
+    uneven = interleave(own, seconds=0.0, min_rounds=99, seed=0, clock=machine.clock)
+    assert uneven.disagreement(list(own), parts=3) > 0.15
+
+
+def test_progress_ends_at_one_and_garbage_collection_is_restored():
+    machine, told = Machine(), []
+    interleave({"a": machine.call(1.0)}, seconds=0.05, min_rounds=3, seed=0, progress=told.append, clock=machine.clock)
+    assert told == sorted(told)
+    assert told[-1] == 1.0
+    assert gc.isenabled()
+
+
+def test_garbage_collection_is_restored_after_an_error():
+    def broken() -> None:
+        assert not gc.isenabled()
+        raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        interleave({"a": broken}, seconds=0.0, min_rounds=3, seed=0)
+    assert gc.isenabled()
+
+
+def test_files_are_measured_against_each_other():
+    data = np.random.default_rng(0).random((200, 200))
+    timings = measure_files({"once": lambda: data @ data, "often": lambda: [data @ data for _ in range(8)]}, seconds=0.2)
+    assert timings["often"].latency_ms > 2 * timings["once"].latency_ms
+    assert timings["once"].rounds >= 15
+    assert timings["once"].p10_ms <= timings["once"].median_ms <= timings["once"].p90_ms

@@ -1,0 +1,234 @@
+"""The page: it says what the files say, needs nothing else, and refuses what is not a finished run."""
+
+import html
+import json
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+
+import pytest
+from synthetic_run import LIMIT_MS, build_run
+
+from nas.errors import RunError
+from nas.report import write_report
+from nas.report.folder import read_run
+from nas.search import Front
+
+VOID = {"meta", "link", "br", "hr", "img", "input", "area", "base", "col", "embed", "source", "track", "wbr"}
+
+
+def page(folder):
+    """The page without the library inside it, no-break spaces made plain."""
+    text = write_report(folder).read_text(encoding="utf-8")
+    assert text.count("plotly.js v") == 1
+    return re.sub(r"<script>\s*/\*\*.*?</script>", "", text, flags=re.DOTALL).replace("\N{NO-BREAK SPACE}", " ")
+
+
+def plots(text):
+    return json.loads(re.search(r'<script type="application/json" id="plots">(.*?)</script>', text, re.DOTALL)[1])
+
+
+def plain(text):
+    """What a reader sees: no tags, single spaces."""
+    body = re.sub(r"<(script|style)\b.*?</\1>", "", text, flags=re.DOTALL)
+    return " ".join(html.unescape(re.sub(r"<[^>]+>", "", body)).split())
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return build_run(tmp_path_factory.mktemp("run"))
+
+
+@pytest.fixture(scope="module")
+def text(run):
+    return page(run)
+
+
+def test_the_first_lines_give_the_question_and_the_answer(run, text):
+    winner = json.loads((run / "summary.json").read_text())["winner"]
+    said = plain(text)
+    start = said[: said.index("Accuracy against latency")]
+    assert "The most accurate network for 16x16 digits within half of the latency range?" in start
+    assert f"winner_1 classifies {winner['accuracy']:.1%}".replace("%", " %") in start
+    assert f"{winner['latency_ms']:.3f} ms, within the limit of 0.210 ms." in start
+    for fact in ("p10 to p90", "winners/winner_1/model.onnx", "winners/winner_1/model.int8.onnx", "valid ONNX",
+                 "int8 alternative", "Beats the hand-made network.", "1 thread", "AMD EPYC"):  # fmt: skip
+        assert fact in start
+
+
+def test_every_network_stands_in_the_table_and_is_drawn(text):
+    table = text[text.index('id="networks"') : text.index('id="latency"')]
+    for name in ("winner_1", "winner_2", "winner_3", "smallest", "largest", "handmade"):
+        assert f"<b>{name}</b>" in table
+    assert table.count(">float32</td>") == table.count(">int8</td>") == 6
+    drawn = text[text.index('id="architectures"') : text.index('id="provenance"')]
+    assert drawn.count("<svg") == 6
+    assert ">skipped</text>" in drawn
+
+
+def test_provenance_names_hashes_versions_seed_and_times(run, text):
+    environment = json.loads((run / "environment.json").read_text())
+    said = plain(text)
+    for fact in (environment["space"]["digest"], environment["data"]["digest"], "9f86d081884c7d65", "commit 3e06048",
+                 "onnxruntime 1.23.2", "6 min 52 s", "Time taken: 12 min 28 s"):  # fmt: skip
+        assert fact in said
+
+
+def test_the_plots_hold_every_trial_and_the_front(run, text):
+    trials = read_run(run).trials
+    front = Front.of(trials)
+    traces = {t["name"]: t for t in plots(text)["front"]["data"]}
+    assert traces["front of the trials"]["x"] == [t.latency_ms for t in front]
+    succeeded = sum(t.failure is None for t in trials)
+    assert len(traces["trials"]["x"]) + len(front) == succeeded < len(trials)
+    assert "stage 1: " in traces["trials"]["text"][0]
+    assert f"{len(trials) - succeeded} of {len(trials)} trials failed" in plain(text)
+    assert plots(text)["front"]["layout"]["shapes"][0]["x0"] == LIMIT_MS
+
+
+def test_every_plot_has_a_place_and_every_place_a_plot(text):
+    assert sorted(re.findall(r'data-plot="([\w-]+)"', text)) == sorted(plots(text))
+
+
+def test_nothing_is_loaded_from_anywhere(text):
+    """The policy forbids it to the browser, the library's maps included; and the page itself does not try."""
+    assert "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:" in text
+    assert not re.search(r"<(link|iframe|img|object|embed|base)\b|@import|url\(|\bsrc\s*=", text)
+    assert "http" not in text.replace('xmlns="http://www.w3.org/2000/svg"', "").replace("http-equiv", "")
+
+
+def test_the_tags_of_the_page_are_balanced(text):
+    class Checker(HTMLParser):
+        def __init__(self):
+            super().__init__()
+            self.open = []
+
+        def handle_starttag(self, tag, attrs):
+            if tag not in VOID:
+                self.open.append(tag)
+
+        def handle_endtag(self, tag):
+            if self.open[-1] in ("li", "p") and tag != self.open[-1]:
+                self.open.pop()
+            assert self.open.pop() == tag, self.getpos()
+
+    checker = Checker()
+    checker.feed(text)
+    assert checker.open == []
+
+
+def test_what_others_have_named_is_escaped(tmp_path):
+    names = ("<b>&", "</script><script>alert(1)", *map(str, range(8)))
+    folder = build_run(tmp_path, winners=1, trials=20, classes=names, question="Is <i>this</i> & {{ that }} safe?")
+    text = page(folder)
+    assert "&lt;b&gt;&amp;, &lt;/script&gt;&lt;script&gt;alert(1)" in text
+    assert "Is &lt;i&gt;this&lt;/i&gt; &amp; {{ that }} safe?" in text
+    assert "<b>&" not in text
+    assert "alert(1)" not in "".join(re.findall(r"<script.*?</script>", text, re.DOTALL))
+
+
+def test_a_run_without_int8_and_with_one_winner_has_its_page(tmp_path):
+    said = plain(page(build_run(tmp_path, winners=1, int8=False, trials=20)))
+    assert "No int8 file was made." in said
+    assert "other winners" not in said
+
+
+def test_an_answer_over_the_limit_is_called_so(tmp_path):
+    said = plain(page(build_run(tmp_path, winners=1, trials=20, factor=3.0)))
+    assert ": over the limit of 0.210 ms." in said
+    assert "within the limit of 0.210" not in said
+
+
+def test_an_answer_that_failed_its_checks_is_called_so(tmp_path):
+    said = plain(page(build_run(tmp_path, winners=1, trials=20, passed=False)))
+    assert "Its file did not pass the checks." in said
+    assert "did not pass its checks: top-1 agreement with JAX is 91.1 %, 99 % is needed." in said
+    assert "winner_1, float32: top-1 agreement with JAX is 91.1 %" in said
+
+
+def test_a_space_that_has_changed_since_costs_only_the_words(tmp_path):
+    folder = build_run(tmp_path, winners=1, trials=20)
+    environment = json.loads((folder / "environment.json").read_text())
+    environment["space"]["digest"] = "of another"
+    (folder / "environment.json").write_text(json.dumps(environment))
+    text = page(folder)
+    assert "The space has changed since" in text
+    assert ">skipped</text>" not in text
+
+
+def test_training_that_left_no_metrics_leaves_no_plot(tmp_path):
+    folder = build_run(tmp_path, winners=1, trials=20)
+    for path in folder.rglob("metrics.jsonl"):
+        path.unlink()
+    text = page(folder)
+    assert "Nothing was trained" in text
+    assert not [name for name in plots(text) if name.startswith(("supernet", "fine"))]
+
+
+def test_a_loss_that_is_not_a_number_leaves_a_gap_and_no_broken_page(tmp_path):
+    folder = build_run(tmp_path, winners=1, trials=20)
+    with open(folder / "supernet" / "metrics.jsonl", "a") as file:
+        file.write('{"step": 6000, "loss_largest": NaN, "top1_largest": null}\n')
+    curve = plots(page(folder))["supernet-loss"]["data"][0]
+    assert max(curve["x"]) < 6000
+
+
+NEEDED = (
+    "config.toml",
+    "environment.json",
+    "latency/proof.json",
+    "search/journal.jsonl",
+    "summary.json",
+    "winners/winner_1/architecture.json",
+    "winners/winner_1/verify.json",
+    "baselines/handmade/blocks.json",
+)
+
+
+@pytest.fixture
+def moved(run):
+    """Hides a file of the shared run for one test."""
+    hidden = []
+
+    def move(name):
+        path = run / name
+        hidden.append((path, path.rename(path.with_name("hidden"))))
+
+    yield move
+    for path, there in hidden:
+        there.replace(path)
+
+
+@pytest.mark.parametrize("name", NEEDED)
+def test_a_missing_file_is_named_with_the_command_that_makes_it(run, text, moved, name):
+    before = (run / "report.html").stat()
+    moved(name)
+    with pytest.raises(RunError, match=f"{re.escape(name)}: this file is missing.*`nas run`"):
+        write_report(run)
+    assert (run / "report.html").stat() == before
+
+
+@pytest.mark.parametrize("damage", ["", "{", "[]", '{"name": 3}', "\x00"])
+@pytest.mark.parametrize("name", ["summary.json", "environment.json", "winners/winner_1/verify.json"])
+def test_a_damaged_file_is_named(run, moved, name, damage):
+    moved(name)
+    (run / name).write_text(damage)
+    with pytest.raises(RunError, match=f"{re.escape(name)}: damaged: .*`nas run`"):
+        write_report(run)
+
+
+def test_block_times_of_another_network_are_refused(run, moved):
+    moved("winners/winner_1/blocks.json")
+    (run / "winners/winner_1/blocks.json").write_text((run / "baselines/largest/blocks.json").read_text())
+    with pytest.raises(RunError, match="its blocks are not those of architecture"):
+        write_report(run)
+
+
+def test_the_same_files_give_the_same_page(run, text):
+    assert page(run) == text
+
+
+def test_neither_jax_nor_ray_is_imported():
+    code = "import sys, nas.report; assert not {'jax', 'flax', 'ray', 'onnxruntime'} & {*sys.modules}"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,88 @@
+"""A toy problem, one-max under a latency limit, and evaluators that break on purpose."""
+
+import os
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+from nas.search import Problem
+
+SIZES = (4,) * 10
+TOTAL = 1000
+
+
+def problem(sizes=SIZES, *, limit_ms=18.0, digest="toy") -> Problem:
+    """Accuracy and latency both grow with the genes; gene 1 has no effect while gene 0 is 0."""
+    weights = 1.0 + 0.1 * np.arange(len(sizes))
+
+    def canonical(genotypes):
+        out = genotypes.copy()
+        out[out[:, 0] == 0, 1] = 0
+        return out
+
+    def cheap(genotypes):
+        return (1.0 + genotypes @ weights)[:, None]
+
+    return Problem(
+        sizes=sizes,
+        canonical=canonical,
+        cheap=cheap,
+        feasible=lambda genotypes: cheap(genotypes)[:, 0] <= limit_ms,
+        smallest=np.zeros(len(sizes), np.uint8),
+        digest=digest,
+        total=TOTAL,
+    )
+
+
+def correct(genotype) -> int:
+    """Saturating in the first genes, so that not all milliseconds are worth the same."""
+    gain = np.sqrt(np.asarray(genotype, float)) / (1 + np.arange(len(genotype)) % 5)
+    return int(TOTAL * gain.sum() / (np.sqrt(3) * len(genotype)))
+
+
+def evaluator(delay_seconds=0.0, log=None, weights=None):
+    """Counts; appends one line a call to `log` if given."""
+    bonus = 0 if weights is None else int(weights["bonus"].sum())
+
+    def evaluate(genotypes):
+        time.sleep(delay_seconds)
+        if log is not None:
+            with open(log, "a") as file:
+                file.writelines("-".join(map(str, g.tolist())) + "\n" for g in genotypes)
+        return [correct(g) + bonus for g in genotypes]
+
+    return evaluate
+
+
+def bad_evaluator(log, timeout_seconds=60.0):
+    """Raises, hangs or kills its process, as the first gene says."""
+
+    def evaluate(genotypes):
+        (genotype,) = genotypes
+        with open(log, "a") as file:
+            file.write(f"{os.getpid()} {genotype[0]}\n")
+        print("noise on stdout")
+        print("noise on stderr", file=sys.stderr)
+        if genotype[0] == 1:
+            raise ValueError("no such network")
+        if genotype[0] == 2:
+            time.sleep(timeout_seconds)
+        if genotype[0] == 3:
+            os._exit(1)
+        return [correct(genotype)]
+
+    return evaluate
+
+
+def broken_evaluator():
+    raise FileNotFoundError("no weights here")
+
+
+def facts_evaluator(path):
+    """Notes what the worker's process is like."""
+    Path(path).write_text(
+        repr((sorted(os.sched_getaffinity(0)), os.environ["OMP_NUM_THREADS"], os.environ["XLA_FLAGS"]))
+    )
+    return evaluator()

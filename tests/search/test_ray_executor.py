@@ -1,0 +1,171 @@
+"""The Ray executor against the inline one, and against candidates that misbehave. One cluster serves most tests."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import search_toy as toy
+from test_driver import go
+
+from nas.errors import ExecutorError
+from nas.search import RayExecutor
+from nas.search.executor import Result
+from nas.search.ray_executor import _connect
+
+
+def with_nas(**more):
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p), **more}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster():
+    """A cluster of two CPUs that the executors of this module find, use and leave running."""
+    with contextlib.ExitStack() as undo:
+        before = {p.pid for p in psutil.Process().children(recursive=True)}
+        yield _connect("local", 2, None, undo)
+        family = [p for p in psutil.Process().children(recursive=True) if p.pid not in before]
+    _, alive = psutil.wait_procs(family, timeout=10)
+    assert not [p for p in alive if p.status() != psutil.STATUS_ZOMBIE]
+
+
+def genotype(first):
+    return np.array([first, *[1] * 9], np.uint8)
+
+
+def results(executor, genotypes):
+    """The results by trial, all submitted at once."""
+    with executor:
+        for trial, g in enumerate(genotypes):
+            executor.submit(trial, g)
+        return dict(executor.next() for _ in genotypes)
+
+
+def test_same_trials_as_inline(tmp_path):
+    executor = RayExecutor("search_toy:evaluator", workers=2)
+    assert executor.slots == 4
+    assert go(tmp_path / "ray", executor=executor) == go(tmp_path / "inline")
+
+
+def test_weights_reach_the_factory(tmp_path):
+    executor = RayExecutor("search_toy:evaluator", {}, {"bonus": np.full(1000, 2)}, workers=1)
+    assert results(executor, [genotype(0)])[0].correct == toy.correct(genotype(0)) + 2000
+
+
+def test_bad_candidates_fail_alone_and_their_neighbours_do_not(tmp_path, capfd):
+    """Raising: one attempt. Crashing and hanging: three, each on a fresh worker, and then quarantine."""
+    log = tmp_path / "log"
+    executor = RayExecutor("search_toy:bad_evaluator", {"log": str(log)}, workers=2, timeout_seconds=1.0)
+    firsts = [0, 0, 3, 0, 1, 2, 0, 0, 0]
+    found = results(executor, [genotype(first) for first in firsts])
+    for trial, first in enumerate(firsts):
+        result = found[trial]
+        if first == 0:
+            assert (result.correct, result.failure) == (toy.correct(genotype(0)), None)
+        else:
+            assert result.correct is None
+    assert found[4].failure == "ValueError: no such network"
+    assert found[2] == Result(None, 0.0, "crashed the worker 3 times")
+    assert found[5] == Result(None, 0.0, "gave no answer within 1 s 3 times")
+    calls = [line.split() for line in log.read_text().splitlines()]
+    for first, attempts in {"1": 1, "2": 3, "3": 3}.items():
+        assert len({pid for pid, gene in calls if gene == first}) == attempts
+    assert "".join(capfd.readouterr()) == ""  # nothing reaches the terminal
+
+
+def test_an_evaluator_that_cannot_be_built_is_an_error_not_a_failure():
+    with pytest.raises(ExecutorError, match="no weights here"):
+        results(RayExecutor("search_toy:broken_evaluator", workers=1), [genotype(0)])
+
+
+@pytest.mark.slow
+def test_workers_that_die_at_once_are_an_error_not_a_loop():
+    with pytest.raises(ExecutorError, match="keep dying"):
+        results(RayExecutor("os:_exit", {"status": 1}, workers=1), [genotype(0)])
+
+
+def test_a_starved_cluster_is_an_error_that_says_what_is_missing():
+    executor = RayExecutor("search_toy:evaluator", workers=1, threads=3, schedule_seconds=1.0)
+    with pytest.raises(ExecutorError, match=r"1 workers of 3 CPUs need 3; it has 2 CPUs"):
+        results(executor, [genotype(0)])
+
+
+def test_a_worker_keeps_to_its_cores(tmp_path):
+    facts = tmp_path / "facts"
+    results(RayExecutor("search_toy:facts_evaluator", {"path": str(facts)}, workers=1), [genotype(0)])
+    cores, threads, flags = eval(facts.read_text())
+    assert cores == sorted(os.sched_getaffinity(0))[:1]
+    assert threads == "1"
+    assert "--xla_cpu_multi_thread_eigen=false" in flags
+
+
+def test_listens_on_loopback_only():
+    listening = []
+    for process in (psutil.Process(), *psutil.Process().children(recursive=True)):
+        with contextlib.suppress(psutil.NoSuchProcess):  # a worker of an earlier test that is just going
+            found = process.net_connections(kind="inet")
+            listening += [c.laddr.ip for c in found if c.status == psutil.CONN_LISTEN]
+    assert len(listening) >= 4
+    assert all(ip.rpartition(":")[2].startswith("127.") or ip == "::1" for ip in listening), listening
+
+
+def test_who_has_no_token_is_turned_away():
+    import ray
+
+    script = "import sys, ray._raylet as r; r.GcsClient(address=sys.argv[1]).internal_kv_keys(b'', None, timeout=5)"
+    address = ray.get_runtime_context().gcs_address
+    for token, refused in ((os.environ["RAY_AUTH_TOKEN"], False), ("wrong" * 8, True)):
+        command = [sys.executable, "-c", script, address]
+        visitor = subprocess.run(
+            command, env=with_nas(RAY_AUTH_TOKEN=token), capture_output=True, text=True, timeout=60
+        )
+        assert ("AuthenticationError" in visitor.stderr) is refused
+        assert (visitor.returncode != 0) is refused
+
+
+DRIVER = """
+import sys
+from test_driver import go
+from nas.search import RayExecutor
+go(sys.argv[1], executor=RayExecutor("search_toy:evaluator", {"delay_seconds": 0.2}, workers=2), trials=60)
+"""
+
+
+def test_a_killed_driver_leaves_no_process_behind_and_resumes(tmp_path):
+    path = tmp_path / "journal"
+    driver = subprocess.Popen(
+        [sys.executable, "-c", DRIVER, path],
+        env=with_nas(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    deadline = time.monotonic() + 60
+    while not (path.exists() and path.read_bytes().count(b"\n") > 3):
+        assert time.monotonic() < deadline
+        assert driver.poll() is None, driver.communicate()[0]
+        time.sleep(0.05)
+    family = psutil.Process(driver.pid).children(recursive=True)
+    assert len(family) > 5
+    driver.send_signal(signal.SIGKILL)
+    output, _ = driver.communicate(timeout=15)
+    assert output == ""  # nothing of Ray reaches the terminal
+    deadline = time.monotonic() + 15
+    while left := [p for p in family if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]:
+        assert time.monotonic() < deadline, [(p.pid, p.cmdline()) for p in left]
+        time.sleep(0.2)
+    assert go(path) == go(tmp_path / "whole")
+
+
+def test_the_room_is_imported_without_ray():
+    code = "import sys; sys.modules['ray'] = None; import nas.search; assert nas.search.EXECUTORS['ray']"
+    subprocess.run([sys.executable, "-c", code], env=with_nas(), check=True)
+    assert "import ray" not in "".join(
+        p.read_text() for p in Path(sys.modules["nas.search"].__path__[0]).glob("*.py") if p.name != "ray_executor.py"
+    )
