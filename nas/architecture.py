@@ -3,6 +3,7 @@
 The file is canonical JSON of `Architecture`; its JSON Schema is nas/schemas/architecture.v1.schema.json.
 """
 
+import itertools
 import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -104,7 +105,7 @@ def _check(architecture: Architecture, path: Path) -> None:
     blocks = architecture.network.blocks
     if not blocks:
         raise fail("the network has no block")
-    for before, after in zip(blocks, blocks[1:], strict=False):
+    for before, after in itertools.pairwise(blocks):
         if before.graph.shape != after.graph.input:
             raise fail(f"block {after.name} reads {after.graph.input}, but {before.name} gives {before.graph.shape}")
     for index, op in enumerate(flatten(blocks).ops):

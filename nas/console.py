@@ -35,11 +35,22 @@ class Console:
         self._told = now
         eta = (now - self._began) / max(done, 1) * (total - done)
         words = "  ".join(f"{k} {v if isinstance(v, str) else format(v, '.4g')}" for k, v in (values or {}).items())
-        line = f"  {done}/{total}  eta {_duration(eta)}  {words}"
+        self._line(f"  {done}/{total}  eta {_duration(eta)}  {words}", last=done >= total)
+
+    def share(self, what: str, share: float, eta_seconds: float) -> None:
+        """`share` (0 to 1) of something is done, and the rest takes so long."""
+        now = time.monotonic()
+        if now - self._told < (0.1 if self.live else self.plain_seconds) and share < 1:
+            return
+        self._told = now
+        left = _duration(eta_seconds) if eta_seconds < 1e6 else "?"
+        self._line(f"  {what} {share:4.0%}  eta {left}", last=share >= 1)
+
+    def _line(self, line: str, *, last: bool) -> None:
         if self.live:
             print(f"\r\033[K{line[:150]}", end="", file=self.stream, flush=True)
             self._open = True
-            if done >= total:
+            if last:
                 self._end_line()
         else:
             print(line, file=self.stream, flush=True)

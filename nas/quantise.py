@@ -15,9 +15,10 @@ follows the order of operations of ONNX Runtime's x86-64 kernels. Two things kee
 kernel has no fused multiply-add, since it would make one.
 """
 
+import functools
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -70,8 +71,9 @@ def sources(graph: Graph) -> list[int | None]:
     readers = graph.consumers()
     for number in range(len(graph.ops) + 1):
         op = graph.ops[number - 1] if number else None
-        ends = number == len(graph.ops)
-        if (isinstance(op, Dense) and ends) or (isinstance(op, Conv | Dense | Add) and _relu(graph, readers[number])):
+        read_by = [graph.ops[r] for r in readers[number]]
+        fused = isinstance(op, Conv | Dense | Add) and len(read_by) == 1 and _rectifies(read_by[0])
+        if fused or (isinstance(op, Dense) and not read_by):
             out.append(None)
         elif isinstance(op, Split | Shuffle) or (isinstance(op, Pool) and op.reduce == "max"):
             out.append(out[op.inputs[0]])
@@ -82,12 +84,7 @@ def sources(graph: Graph) -> list[int | None]:
 
 def placeholder(graph: Graph) -> Quantisation:
     """Plausible scales without any data, for measuring latency: activations within [-4, 4], after ReLU [0, 4]."""
-
-    def scale(number: int) -> Scale:
-        relu = number and getattr(graph.ops[number - 1], "function", None) in ("relu", "relu6")
-        return Scale.of(0.0 if relu else -4.0, 4.0)
-
-    return Quantisation(tuple(None if s is None else scale(s) for s in sources(graph)))
+    return _quantisation(graph, lambda v: (0.0 if _rectifies(graph.ops[v - 1] if v else None) else -4.0, 4.0))
 
 
 def check(graph: Graph, quantisation: Quantisation) -> None:
@@ -108,37 +105,32 @@ def check(graph: Graph, quantisation: Quantisation) -> None:
             f"{len(wanted)}. Calibrate the folded form of the very graph that is exported."
         )
     for op, scale in zip(graph.ops, got[1:], strict=True):
-        if isinstance(op, Act) and scale is not None and (limit := _limit(op)) < math.inf:
-            if scale.zero_point or np.float32(scale.scale) * np.float32(255) > limit:
-                raise ExportError(f"the scale of a {op.function} goes beyond [0, {limit}]; calibrate the graph again.")
+        if not _rectifies(op) or scale is None:
+            continue
+        if scale.zero_point or np.float32(scale.scale) * np.float32(255) > _limit(op):
+            raise ExportError(
+                f"the scale of a {op.function} is {scale}, which covers more than [0, {_limit(op)}]; "
+                f"calibrate the graph again."
+            )
 
 
-def calibrate(
-    graph: Graph, params: Arrays, images: np.ndarray, *, percentile: float = 100.0, batch_size: int = 64
-) -> Quantisation:
+def calibrate(graph: Graph, params: Arrays, images: np.ndarray, *, batch_size: int = 64) -> Quantisation:
     """Scales from the ranges that float activations take on training `images` [n, height, width, channels].
 
-    Args:
-        percentile: the range goes from percentile 100 - p to p of a batch, averaged over batches; at 100, the
-            default, it covers everything that was seen. See the module's tests for what was measured.
+    A range is from the smallest to the largest value seen. Percentiles were measured and are not worth a setting: over
+    three networks on digits the error of the logits was 2.6-3.0 % of their deviation with the whole range, 2.4-3.2 %
+    with the percentile 99.999 of a batch, 3.6-4.0 % with 99.99, and 11-13 % with 99.9.
     """
+    if not len(images):
+        raise ExportError("calibration got no images; give it some hundred of the training images.")
 
     @jax.jit
     def ranges(batch: Array) -> Array:
-        ends = jnp.asarray([100 - percentile, percentile])
-        values = [v.reshape(-1) for v in _activations(graph, params, batch)]
-        if percentile == 100:
-            return jnp.stack([jnp.stack([v.min(), v.max()]) for v in values])
-        return jnp.stack([jnp.percentile(v, ends) for v in values])
+        return jnp.stack([jnp.stack([v.min(), v.max()]) for v in _activations(graph, params, batch)])
 
     seen = np.stack([ranges(images[i : i + batch_size]) for i in range(0, len(images), batch_size)])  # [b, values, 2]
-    low, high = (seen[..., 0].min(0), seen[..., 1].max(0)) if percentile == 100 else np.moveaxis(seen.mean(0), -1, 0)
-    scales = {
-        s: Scale.of(float(low[s]), float(high[s]), at_most=_limit(graph.ops[s - 1]) if s else math.inf)
-        for s in sources(graph)
-        if s is not None
-    }
-    return Quantisation(tuple(None if s is None else scales[s] for s in sources(graph)))
+    low, high = seen[..., 0].min(0), seen[..., 1].max(0)
+    return _quantisation(graph, lambda v: (float(low[v]), float(high[v])))
 
 
 def simulate(graph: Graph, params: Arrays, quantisation: Quantisation, images: Array) -> Array:
@@ -152,11 +144,12 @@ def simulate(graph: Graph, params: Arrays, quantisation: Quantisation, images: A
     check(graph, quantisation)
     held = _held(graph, quantisation)
     first, last = held[0], held[-1]
-    assert first is not None
+    assert first is not None  # `check` saw that the input has one
     values = [_quantise(images, first)]
     with jax.default_matmul_precision("highest"):  # sums in bfloat16 or TF32 would not be exact
         for op, scale in zip(graph.ops, held[1:], strict=True):
-            values.append(_step(op, params, [values[v] for v in op.inputs], [held[v] for v in op.inputs], scale))
+            read = [s for v in op.inputs if (s := held[v]) is not None]  # only logits have none, and nothing reads them
+            values.append(_step(op, params, [values[v] for v in op.inputs], read, scale))
     return values[-1] if last is None else _dequantise(values[-1], last)
 
 
@@ -177,14 +170,22 @@ def integer_weights(op: Conv | Dense, params: Arrays, scale: float) -> tuple[Arr
 # rules
 
 
-def _relu(graph: Graph, readers: list[int]) -> bool:
-    """Whether a single ReLU or ReLU6 is all that reads a value."""
-    only = graph.ops[readers[0]] if len(readers) == 1 else None
-    return isinstance(only, Act) and only.function in ("relu", "relu6")
+def _quantisation(graph: Graph, range_of: Callable[[int], tuple[float, float]]) -> Quantisation:
+    """Scales that cover the (low, high) that `range_of` gives for a value."""
+
+    def scale(v: int) -> Scale:
+        return Scale.of(*range_of(v), at_most=_limit(graph.ops[v - 1]) if v else math.inf)
+
+    return Quantisation(tuple(None if v is None else scale(v) for v in sources(graph)))
+
+
+def _rectifies(op: AnyOp | None) -> TypeGuard[Act]:
+    """Whether `op` is a ReLU or ReLU6, whose clipping is left to that of the u8."""
+    return isinstance(op, Act) and op.function in ("relu", "relu6")
 
 
 def _limit(op: AnyOp) -> float:
-    """What 255 may at most stand for: the clip of a ReLU6 is left to that of the u8."""
+    """What 255 may at most stand for."""
     return 6.0 if isinstance(op, Act) and op.function == "relu6" else math.inf
 
 
@@ -209,10 +210,9 @@ def _activations(graph: Graph, params: Arrays, x: Array) -> list[Array]:
 # steps: numbers in, numbers out
 
 
-def _step(op: AnyOp, params: Arrays, inputs: list[Array], scales: Sequence[Scale | None], y: Scale | None) -> Array:
+def _step(op: AnyOp, params: Arrays, inputs: list[Array], scales: Sequence[Scale], y: Scale | None) -> Array:
     """One op on u8 numbers that stand for reals by `scales`; the result by `y`, or real if that is None."""
     q, x = inputs[0], scales[0]
-    assert x is not None
     match op:
         case Conv() | Dense():
             kernel, bias, unit = integer_weights(op, params, x.scale)
@@ -226,12 +226,12 @@ def _step(op: AnyOp, params: Arrays, inputs: list[Array], scales: Sequence[Scale
         case Act():
             return _look_up(op.function, q, x, y)
         case Concat():
-            parts = (_look_up("identity", q, x, y) for q, x in zip(inputs, scales, strict=True) if x is not None)
-            return jnp.concatenate(list(parts), -1)
+            parts = [_look_up("identity", q, x, y) for q, x in zip(inputs, scales, strict=True)]
+            return jnp.concatenate(parts, -1)
         case Add():
-            return _add(*inputs, *scales, y)
+            return _add(q, inputs[1], x, scales[1], y)
         case Mul():
-            return _mul(*inputs, *scales, y)
+            return _mul(q, inputs[1], x, scales[1], y)
         case Pool(window=0):
             count = math.prod(q.shape[1:3])
             total = q.sum((1, 2), keepdims=True) - count * x.zero_point
@@ -252,7 +252,7 @@ def _accumulate(op: Conv | Dense, q: Array, kernel: Array) -> Array:
 
     q = q.reshape(q.shape[0], -1) if isinstance(op, Dense) else q
     window = math.prod(kernel.shape[:-2])
-    depth, step = kernel.shape[-2], _EXACT_TERMS // window
+    depth, step = kernel.shape[-2], max(1, _EXACT_TERMS // window)
     whole = product(q, kernel)
     if depth <= step:
         return whole
@@ -289,10 +289,17 @@ def _look_up(function: str, q: Array, x: Scale, y: Scale) -> Array:
     return _straight_through(exact, jnp.clip(smooth / np.float32(y.scale) + y.zero_point, 0, 255))
 
 
+@functools.partial(jax.jit, static_argnums=(2, 3, 4))
 def _add(a: Array, b: Array, sa: Scale, sb: Scale, y: Scale) -> Array:
-    """MlasQLinearAdd for AVX2: fused multiply-adds, which XLA makes of this as well; zero points in one constant."""
+    """MlasQLinearAdd for AVX2: fused multiply-adds, which XLA makes of this as well; zero points in one constant.
+
+    Compiled by itself, since it would not otherwise be fused where the caller is not.
+    """
     ra, rb = np.float32(sa.scale) / np.float32(y.scale), np.float32(sb.scale) / np.float32(y.scale)
-    fixed = np.float32(y.zero_point) - (ra * np.float32(sa.zero_point) + rb * np.float32(sb.zero_point))
+    fused = np.float64(ra) * sa.zero_point + np.float64(
+        rb * np.float32(sb.zero_point)
+    )  # the product in float64 is exact
+    fixed = np.float32(y.zero_point) - np.float32(fused)
     return _round(jnp.clip((fixed + b * rb) + a * ra, 0, 255))
 
 

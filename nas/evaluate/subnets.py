@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array, lax
 
 from nas.data import Dataset, Part
@@ -42,6 +41,11 @@ class SubnetEvaluator:
         """
         branches = self.supernet.branches(genotypes)
         return [int(self._correct(self.params, b, self._calibration, *self._validation)) for b in branches]
+
+    @property
+    def compiled(self) -> int:
+        """Number of programs compiled so far to score with: one, whatever was scored."""
+        return self._correct._cache_size()
 
     def statistics(self, genotype: Any) -> dict[str, Array]:
         """Batch-norm statistics of one subnet, in the stored shapes."""
@@ -81,12 +85,3 @@ class SubnetEvaluator:
 
         return count
 
-
-def compiled_programs(evaluator: SubnetEvaluator) -> int:
-    """How many programs the evaluator has compiled so far (one, whatever it has scored)."""
-    return evaluator._correct._cache_size()
-
-
-def top1(correct: int, total: int) -> float:
-    """Share of correct answers."""
-    return float(np.float64(correct) / total)

@@ -6,13 +6,12 @@ dequantised values and its result is quantised again, also where numbers are onl
 """
 
 import functools
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from nas import quantise
+from nas import kernels, quantise
 from nas.errors import DeviceError, ExportError
 from nas.fold import fold
 from nas.ops import NORM_EPSILON, Act, Add, AnyOp, Concat, Conv, Dense, Graph, Mul, Norm, Pool, Shape, Shuffle, Split
@@ -89,10 +88,10 @@ def check(model: Any) -> None:
         ) from e
 
 
-def same_pads(size: Shape, kernel: int, stride: int) -> list[int]:
-    """XLA's SAME padding of (height, width, ...) as ONNX has it: top, left, bottom, right."""
-    totals = [max((math.ceil(s / stride) - 1) * stride + kernel - s, 0) for s in size[:2]]
-    return [t // 2 for t in totals] + [t - t // 2 for t in totals]
+def _pads(size: Shape, kernel: int, stride: int) -> list[int]:
+    """SAME padding of an image (height, width, ...) as ONNX has it: top, left, bottom, right."""
+    before, after = zip(*(kernels.same_padding(s, kernel, stride) for s in size[:2]), strict=True)
+    return [*before, *after]
 
 
 class _Writer:
@@ -199,7 +198,7 @@ class _Writer:
                     group=op.groups,
                     kernel_shape=[op.kernel] * 2,
                     strides=[op.stride] * 2,
-                    pads=same_pads(size, op.kernel, op.stride),
+                    pads=_pads(size, op.kernel, op.stride),
                 )
             case Dense():
                 if len(size) > 1:
@@ -220,7 +219,7 @@ class _Writer:
                 return self.node("GlobalAveragePool", name, [x])
             case Pool():
                 window = list(size[:2]) if op.window == 0 else [op.window] * 2
-                pads = [0] * 4 if op.window == 0 else same_pads(size, op.window, op.stride)
+                pads = [0] * 4 if op.window == 0 else _pads(size, op.window, op.stride)
                 place: dict[str, Any] = {"kernel_shape": window, "strides": [op.stride] * 2, "pads": pads}
                 if op.reduce == "max":
                     return self.node("MaxPool", name, [x], **place)

@@ -1,6 +1,7 @@
 """What a table is worth: predicted against measured, on networks that had no part in making it. Shares, not percent."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -90,7 +91,8 @@ def prove(
 
 
 def _tau(a: Floats, b: Floats) -> float:
-    return float(stats.kendalltau(a, b).statistic)
+    result: Any = stats.kendalltau(a, b)  # whose type scipy does not tell
+    return float(result.statistic)
 
 
 def _interval(predicted: Floats, measured: Floats, rng: np.random.Generator) -> tuple[float, float]:

@@ -69,6 +69,12 @@ class Table(_Header, frozen=True, kw_only=True):
 
     entries: dict[str, Entry]  # by `Graph.key`
 
+    @property
+    def digest(self) -> str:
+        """Hash of everything that decides what the table predicts."""
+        deciding = [sorted((k, e.latency_ms) for k, e in self.entries.items()), msgspec.to_builtins(self.correction)]
+        return hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()[:16]
+
     def block_ms(self, graph: Graph) -> float:
         """Of one block, corrected, without the offset that comes once a network.
 
@@ -132,7 +138,7 @@ class Table(_Header, frozen=True, kw_only=True):
         Raises:
             RunError: the folder cannot be written to.
         """
-        values = [_COLUMNS]
+        values: list[tuple[str, ...]] = [_COLUMNS]
         for key, e in sorted(self.entries.items(), key=lambda item: (item[1].role, item[1].label, item[0])):
             values.append((key, e.label, e.role, repr(e.latency_ms), repr(e.spread), str(e.rounds)))
         text = io.StringIO()

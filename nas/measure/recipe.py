@@ -69,7 +69,11 @@ def measure(
     graphs = _graphs(space, networks)
     busy = machine.load()
     with machine.pinned(device.threads):  # before the sessions are built: their threads inherit it
-        calls = _build(graphs, device, precision, seed, progress)
+        report = _reporter(progress, "building", clock)
+        calls: dict[Hashable, Call] = {}
+        for index, (what, graph) in enumerate(graphs.items(), 1):
+            calls[what] = prepare(graph, device, precision, seed=seed)
+            report(index / len(graphs))
         samples = interleave(
             calls,
             seconds=settings.seconds,
@@ -183,17 +187,6 @@ def _convs(shape: Shape, count: int) -> Graph:
     for index in range(count):
         x = net.conv(x, f"conv{index}", shape[-1], bias=True)
     return net.graph()
-
-
-def _build(
-    graphs: dict[Hashable, Graph], device: Device, precision: str, seed: int, progress: Progress | None
-) -> dict[Hashable, Call]:
-    report = _reporter(progress, "building", time.perf_counter)
-    calls: dict[Hashable, Call] = {}
-    for index, (name, graph) in enumerate(graphs.items(), 1):
-        calls[name] = prepare(graph, device, precision, seed=seed)
-        report(index / len(graphs))
-    return calls
 
 
 def _reporter(progress: Progress | None, what: str, clock: Clock) -> Callable[[float], None]:

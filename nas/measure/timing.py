@@ -31,7 +31,7 @@ _QUIET = 10  # percentile of the level that results are stated at: this machine 
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-    """One call. `latency_ms` is what to compare; the percentiles are of samples as they came, the busy ones included."""
+    """One call. `latency_ms` is what to compare; percentiles are of samples as they came, the busy ones included."""
 
     latency_ms: float
     spread: float  # half the interquartile range of levelled samples, relative
@@ -53,11 +53,8 @@ class Samples(Generic[K]):
         """Of every call, at the machine's quiet level."""
         log_ms, spread = self._levelled(slice(None))
         p10, median, p90 = np.percentile(self.times_ms, (10, 50, 90), axis=0)
-        rounds = len(self.times_ms)
-        return {
-            name: Timing(float(np.exp(log_ms[i])), float(spread[i]), float(median[i]), float(p10[i]), float(p90[i]), rounds)
-            for i, name in enumerate(self.names)
-        }  # fmt: skip
+        columns = np.stack([np.exp(log_ms), spread, median, p10, p90], axis=1).tolist()
+        return {n: Timing(*row, rounds=len(self.times_ms)) for n, row in zip(self.names, columns, strict=True)}
 
     def disagreement(self, names: list[K], *, parts: int) -> float:
         """Mean absolute relative difference of `names` between the first and the last of `parts` equal parts in time.
@@ -123,7 +120,8 @@ def interleave(
             times.append(row)
             orders.append(order)
             if progress is not None:
-                progress(min(len(times) / min_rounds, (clock() - start) / seconds if seconds else 1.0, 1.0))
+                used = (clock() - start) / seconds if seconds else 1.0
+                progress(min(len(times) / min_rounds, used, 1.0))
     finally:
         if collecting:
             gc.enable()
@@ -135,7 +133,7 @@ def measure_files(
 ) -> dict[K, Timing]:
     """Times prepared sessions against each other, pinned and interleaved.
 
-    To compare with a table, measure its anchors among them and divide by `Table.level`.
+    To compare with a table, time its anchors (`nas.measure.prepare`) along with them and divide by `Table.level`.
     """
     with pinned(threads):
         return interleave(sessions, seconds=seconds, min_rounds=min_rounds, seed=seed).timings()

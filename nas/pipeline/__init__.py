@@ -46,7 +46,9 @@ def run_experiment(
     stages = tuple(stages)
     with RunFolder(path, experiment) as folder:
         job = Job(experiment, folder, console)
-        todo = [s for s in stages if not folder.done(s)]
+        # a stage that is asked for by name and only rewrites its own files is done again
+        again = {"export", "verify", "report"} if len(stages) == 1 else set()
+        todo = [s for s in stages if s in again or not folder.done(s)]
         for stage in todo:
             with folder.stage(stage):
                 STAGES[stage](job)

@@ -87,6 +87,7 @@ def card(job: Job, made: Finished) -> str:
     """A page about the network for whoever gets its files; measured figures are in verify.json."""
     spec, graph = made.architecture.input, flatten(made.architecture.network.blocks)
     height, width, channels = spec.shape
+    classes = made.architecture.classes
     predicted = ", ".join(
         f"{table.network_ms(made.architecture.network):.4g} ms in {precision}"
         for precision, table in job.tables.items()
@@ -94,8 +95,8 @@ def card(job: Job, made: Finished) -> str:
     blocks = "\n".join(f"| {b.name} | {b.label} | {_size(b.graph)} |" for b in made.architecture.network.blocks)
     return f"""# {made.architecture.name}
 
-Classifies {height}x{width} images with {channels} channel{"s" if channels > 1 else ""} into {len(made.architecture.classes)} classes:
-{", ".join(made.architecture.classes)}.
+Classifies {height}x{width} images with {channels} channel{"s" if channels > 1 else ""} into {len(classes)} classes:
+{", ".join(classes)}.
 
 - Found in search space `{job.space.name}`, fine-tuned with distillation; role: {made.role}.
 - Trained on {Path(job.data.source).name} ({len(job.data.train.labels)} images). It has not been tried on anything else.

@@ -36,9 +36,9 @@ def measure(job: Job) -> None:
             job.device,
             precision,
             job.experiment.latency,
-            name=job.experiment.device,
             seed=job.experiment.seed,
-            progress=job.console.progress,
+            progress=job.console.share,
+            command=f"nas measure (experiment {job.experiment.name})",
         )
         table.save(job.path / "latency")
         tables[precision] = table

@@ -63,7 +63,8 @@ def verdict_of(job: Job, winner: dict[str, Any], hand: dict[str, Any]) -> str:
     points = 100 * (winner["accuracy"] - hand["accuracy"])
     lead = (
         f"Best network within {job.limit.ms:.4g} ms: top-1 {winner['accuracy']:.2%} on {test} test images, "
-        f"{winner['latency_ms']:.4g} ms measured ({winner['predicted_ms']:.4g} predicted), {winner['size_bytes']:,} bytes."
+        f"{winner['latency_ms']:.4g} ms measured ({winner['predicted_ms']:.4g} predicted), "
+        f"{winner['size_bytes']:,} bytes."
     )
     over = winner["latency_ms"] / job.limit.ms - 1
     late = f" Measured, it is {over:.1%} over the limit." if over > 0 else ""

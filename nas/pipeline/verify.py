@@ -12,7 +12,7 @@ from nas.errors import CheckpointError, ExportError
 from nas.evaluate import Standalone
 from nas.files import write_json
 from nas.fold import fold
-from nas.measure import Timing, time_interleaved
+from nas.measure import Timing, measure_files, prepare
 from nas.pipeline.export import file_name
 from nas.pipeline.finish import Finished, finished
 from nas.pipeline.job import Job
@@ -44,16 +44,25 @@ def verify(job: Job) -> None:
         f"verify: {len(networks)} networks in {job.device.runtime}, {len(job.data.test.labels)} test images"
     )
     checks: dict[tuple[str, str], Check] = {}
-    sessions: dict[tuple[str, str], Any] = {}
+    sessions: dict[tuple[str, Any], Any] = {}
     for number, made in enumerate(networks, start=1):
         for precision in job.device.precision:
             checks[made.name, precision], session = check(job, made, precision)
             sessions[made.name, precision] = session.prepare(_one_batch(job, made))
         job.console.progress(number, len(networks), {"": made.name})
-    job.console.say(f"  latency: {len(sessions)} files, interleaved, batch {job.device.batch}")
-    timings: dict[tuple[str, str], Timing] = time_interleaved(
+    # The table's anchors are measured again with them: they tell how fast the machine is now, compared with then.
+    for precision, table in job.tables.items():
+        for index, anchor in enumerate(table.anchors):
+            graph = job.space.decode(anchor.genotype).flat()
+            sessions[precision, index] = prepare(graph, job.device, precision, seed=index)
+    job.console.say(f"  latency: {len(checks)} files and the tables' anchors, interleaved, batch {job.device.batch}")
+    timings: dict[tuple[str, Any], Timing] = measure_files(
         sessions, seconds=job.experiment.verify.seconds, threads=job.device.threads, seed=job.experiment.seed
     )
+    level = {
+        precision: table.level(np.array([timings[precision, i].latency_ms for i in range(len(table.anchors))]))
+        for precision, table in job.tables.items()
+    }
     for made in networks:
         verdict = {}
         for precision, table in job.tables.items():
@@ -66,6 +75,7 @@ def verify(job: Job) -> None:
                     "p90": timing.p90_ms,
                     "predicted": table.network_ms(made.architecture.network),
                 },
+                "machine_level": level[precision],  # 1.1: now 10 % slower than when the table was measured
                 "passed": found.reason is None,
             }
         write_json(made.folder / "verify.json", verdict)

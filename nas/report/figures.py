@@ -32,7 +32,7 @@ _POINTS = 150  # of a training curve: more are averaged
 
 def front(run: Run) -> Figure:
     """Accuracy against latency: what was tried, the front, and what came of it."""
-    precision, limit_ms = run.summary.precision, run.summary.limit_ms
+    precision, limit_ms = run.summary.precision, run.limit_ms
     undominated = list(Front.of(run.trials))
     on_front = {t.trial for t in undominated}
     dominated = [t for t in run.trials if t.failure is None and t.trial not in on_front]
@@ -75,8 +75,8 @@ def agreement(run: Run, precision: str, proof: Agreement) -> Figure:
     blue = {"color": COLOURS["front"], "size": 7, "opacity": 0.75}
     groups = [(held_out, blue)]
     for role in NAMES:
-        files = [(m.facts.name, m.facts.outcome(precision)) for m in run.members if m.facts.role == role]
-        known = [(n, o.predicted_ms, o.latency_ms) for n, o in files if o and o.predicted_ms and o.latency_ms]
+        files = [(m.facts.name, m.files.get(precision)) for m in run.members if m.facts.role == role]
+        known = [(n, o.predicted_ms, o.latency_ms) for n, o in files if o]
         groups.append((known, _marker(role)))
     axis = _logarithmic([ms for rows, _ in groups for row in rows for ms in row[1:]])
     low, high = (10**end for end in axis["range"])
@@ -131,8 +131,8 @@ def _tried(trials: Sequence[Trial], run: Run, **style: Any) -> Figure:
 
 def _became(members: Iterable[Member], precision: str, **style: Any) -> Figure:
     """Networks after fine-tuning: test accuracy and measured latency of their files in `precision`."""
-    files = [(m, m.facts.outcome(precision)) for m in members]
-    known = [(m, o.latency_ms, o.accuracy) for m, o in files if o and o.latency_ms and o.accuracy is not None]
+    files = [(m, m.files.get(precision)) for m in members]
+    known = [(m, o.latency_ms, o.accuracy) for m, o in files if o]
     texts = []
     for member, latency_ms, accuracy in known:
         facts = f"{words.percent(accuracy)} of the test images, {words.ms(latency_ms)} measured, {precision}"
@@ -147,7 +147,7 @@ def _risen(run: Run) -> Figure:
     xs: list[float | None] = []
     ys: list[float | None] = []
     for member in run.winners:
-        trial, outcome = trial_of.get(member.architecture.genotype), member.facts.outcome(run.summary.precision)
+        trial, outcome = trial_of.get(member.architecture.genotype), member.files.get(run.summary.precision)
         if trial is not None and outcome is not None:
             xs += [trial.latency_ms, outcome.latency_ms, None]
             ys += [trial.top1, outcome.accuracy, None]

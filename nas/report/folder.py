@@ -63,6 +63,7 @@ class Environment(msgspec.Struct, frozen=True):
     data: DataFacts
     device: DeviceFacts
     tables: dict[str, str]  # precision -> digest
+    runtime: str = ""  # with its version
     started: str = ""
     git_commit: str | None = None
 
@@ -75,7 +76,7 @@ class Pair(msgspec.Struct, frozen=True):
 
 
 class Agreement(msgspec.Struct, frozen=True):
-    """How well a table predicts networks that it was not made from."""
+    """How well a table predicts networks that it was not made from (nas.latency.Proof, less what is not shown)."""
 
     networks: int
     mape: float
@@ -84,6 +85,7 @@ class Agreement(msgspec.Struct, frozen=True):
     kendall_tau: float
     tau_low: float
     tau_high: float
+    repeat_mape: float | None = None
     rows: tuple[Pair, ...] = ()
 
 
@@ -96,16 +98,16 @@ class Proof(msgspec.Struct, frozen=True):
 class Outcome(msgspec.Struct, frozen=True):
     """What one file of a network does on the device."""
 
-    accuracy: float | None  # on the test set, in the runtime
-    latency_ms: float | None  # median, measured
-    predicted_ms: float | None
-    size_bytes: int | None
+    accuracy: float  # on the test set, in the runtime
+    latency_ms: float  # median, measured
+    predicted_ms: float
+    size_bytes: int
     file: str  # relative to the run folder
     passed: bool
 
 
 class Candidate(Outcome, frozen=True, kw_only=True):
-    """A winner or baseline; what it inherits is of its float32 file."""
+    """A winner or baseline; what it inherits is of its file in the precision that was searched for."""
 
     name: str
     folder: str  # relative to the run folder
@@ -113,11 +115,8 @@ class Candidate(Outcome, frozen=True, kw_only=True):
     validation_accuracy: float | None
     macs: int
     params: int
+    float32: Outcome | None = None
     int8: Outcome | None = None
-
-    def outcome(self, precision: str) -> Outcome | None:
-        """Of the file in that precision, if there is one."""
-        return {"float32": self, "int8": self.int8}.get(precision)
 
 
 class Refusal(msgspec.Struct, frozen=True):
@@ -134,8 +133,8 @@ class Summary(msgspec.Struct, frozen=True):
     name: str
     question: str
     precision: Literal["float32", "int8"]  # that was searched for
-    limit_ms: float | None
-    limit: str | float | None  # as asked
+    limit_ms: float
+    limit: str  # as asked: "50%", "0.2" or "none"
     reachable_ms: tuple[float, float]
     winner: Candidate
     winners: tuple[Candidate, ...]
@@ -184,6 +183,7 @@ class Member:
     """A winner or baseline with the files of its folder."""
 
     facts: Candidate
+    files: dict[str, Outcome]  # of each precision, the one that was searched for first
     architecture: Architecture
     checks: dict[str, Check]
     blocks: dict[str, tuple[BlockTime, ...]]
@@ -204,6 +204,11 @@ class Run:
     winners: tuple[Member, ...]
     baselines: tuple[Member, ...]
     space: Space | None  # None: it has changed since, or is elsewhere
+
+    @property
+    def limit_ms(self) -> float | None:
+        """The limit, if one was asked for."""
+        return None if self.summary.limit == "none" else self.summary.limit_ms
 
     @property
     def winner(self) -> Member:
@@ -237,21 +242,23 @@ def read_run(folder: Path) -> Run:
         proof=_load(folder / "latency" / "proof.json", Proof),
         training=_metrics(folder / "supernet" / "metrics.jsonl"),
         trials=_trials(folder / "search" / "journal.jsonl"),
-        winners=tuple(_member(folder, c) for c in summary.winners),
-        baselines=tuple(_member(folder, c) for c in summary.baselines),
+        winners=tuple(_member(folder, c, summary.precision) for c in summary.winners),
+        baselines=tuple(_member(folder, c, summary.precision) for c in summary.baselines),
         space=_space(folder, experiment, environment),
     )
 
 
-def _member(run: Path, facts: Candidate) -> Member:
+def _member(run: Path, facts: Candidate, precision: str) -> Member:
     folder = run / facts.folder
     architecture = load_architecture(_required(folder / "architecture.json"))
     blocks = _load(folder / "blocks.json", dict[str, tuple[BlockTime, ...]])
     names = [b.name for b in architecture.network.blocks]
     if any([b.name for b in times] != names for times in blocks.values()):
         raise _damaged(folder / "blocks.json", "its blocks are not those of architecture.json")
+    others = {"float32": facts.float32, "int8": facts.int8}
     return Member(
         facts=facts,
+        files={precision: facts} | {p: outcome for p, outcome in others.items() if outcome is not None},
         architecture=architecture,
         checks=_load(folder / "verify.json", dict[str, Check]),
         blocks=blocks,

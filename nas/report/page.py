@@ -1,7 +1,6 @@
 """The page: what a run found, from its files alone."""
 
 import math
-import shlex
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -55,7 +54,8 @@ def _context(run: Run) -> dict[str, Any]:
 
     summary, winner = run.summary, run.winner
     precision = summary.precision
-    answer = winner.facts.outcome(precision) or winner.facts
+    answer = winner.facts
+    handmade = next((m.facts for m in run.baselines if m.facts.role == "handmade"), None)
     other = "int8" if precision == "float32" else "float32"
     plots = {"front": figures.front(run)}
     plots |= {f"latency-{p}": figures.agreement(run, p, proof) for p, proof in run.proof.precisions.items()}
@@ -65,21 +65,22 @@ def _context(run: Run) -> dict[str, Any]:
             plots[f"supernet-{quantity}"] = figures.supernet(run.training, quantity)
         if trained:
             plots[f"fine-{quantity}"] = figures.fine_tuning(trained, winner, quantity)
-    limit = summary.limit_ms
+    limit = run.limit_ms
     return {
         "run": run,
         "summary": summary,
         "environment": run.environment,
         "experiment": run.experiment,
-        "winner": winner.facts,
         "answer": answer,
+        "limit_ms": limit,
         "check": winner.checks.get(precision, Check(passed=answer.passed)),
         "other": other,
         "other_check": winner.checks.get(other, Check(passed=False)),
-        "alternative": winner.facts.outcome(other),
-        "within": None if limit is None or answer.latency_ms is None else answer.latency_ms <= limit,
-        "interval": None if answer.accuracy is None else words.wilson(answer.accuracy, run.environment.data.test),
-        "by_chance": _by_chance(run),
+        "alternative": winner.files.get(other),
+        "within": None if limit is None else answer.latency_ms <= limit,
+        "interval": words.wilson(answer.accuracy, run.environment.data.test),
+        "handmade": handmade,
+        "by_chance": handmade is not None and _by_chance(answer.accuracy, handmade.accuracy, run.environment.data.test),
         "strip": _strip(run, winner),
         "rows": [_row(m) for m in run.members],
         "roles": figures.NAMES,
@@ -96,14 +97,9 @@ def _context(run: Run) -> dict[str, Any]:
     }
 
 
-def _by_chance(run: Run) -> bool:
-    """Whether so few test images cannot tell the answer's accuracy from the hand-made network's (95 %, two-sided)."""
-    found = [m.facts for m in (run.winner, *run.baselines) if m is run.winner or m.facts.role == "handmade"]
-    shares = [o.accuracy for f in found if (o := f.outcome(run.summary.precision)) and o.accuracy is not None]
-    if len(shares) != 2:
-        return False
-    spread = math.sqrt(sum(share * (1 - share) for share in shares) / run.environment.data.test)
-    return abs(shares[0] - shares[1]) <= 1.96 * spread
+def _by_chance(a: float, b: float, images: int) -> bool:
+    """Whether so few test images cannot tell two accuracies apart (95 %, two-sided)."""
+    return abs(a - b) <= 1.96 * math.sqrt((a * (1 - a) + b * (1 - b)) / images)
 
 
 def _strip(run: Run, winner: Member) -> Markup | None:
@@ -111,12 +107,11 @@ def _strip(run: Run, winner: Member) -> Markup | None:
     if check is None or check.latency_ms is None:
         return None
     spread = check.latency_ms
-    return Markup(drawing.strip(run.summary.reachable_ms, run.summary.limit_ms, spread.p10, spread.median, spread.p90))
+    return Markup(drawing.strip(run.summary.reachable_ms, run.limit_ms, spread.p10, spread.median, spread.p90))
 
 
 def _row(member: Member) -> dict[str, Any]:
     """A network's part of the table, with a line for each precision."""
-    files = {p: o for p in ("float32", "int8") if (o := member.facts.outcome(p)) is not None}
     return {
         "facts": member.facts,
         "files": [
@@ -124,12 +119,10 @@ def _row(member: Member) -> dict[str, Any]:
                 "precision": precision,
                 "outcome": outcome,
                 "spread": check.latency_ms if (check := member.checks.get(precision)) else None,
-                "error": outcome.predicted_ms / outcome.latency_ms - 1
-                if outcome.predicted_ms and outcome.latency_ms
-                else None,
+                "error": outcome.predicted_ms / outcome.latency_ms - 1,
                 "reason": (check.reason if check else None) or "",
             }
-            for precision, outcome in files.items()
+            for precision, outcome in member.files.items()
         ],
     }
 
@@ -142,7 +135,7 @@ def _drawings(run: Run) -> list[tuple[Member, Markup]]:
         blocks = member.blocks.get(summary.precision) or next(iter(member.blocks.values()), ())
         times.append([b.latency_ms for b in blocks])
     positions = [p.name for p in run.space.positions] if run.space else ()
-    limit = summary.limit_ms
+    limit = run.limit_ms
     winners = max([limit or 0.0, *map(sum, times[: len(run.winners)])])
     everyone = max([winners, *map(sum, times)])
     pictures = []
@@ -155,15 +148,21 @@ def _drawings(run: Run) -> list[tuple[Member, Markup]]:
 
 def _commands(run: Run) -> list[tuple[str, str]]:
     """What to do next, and the command that does it, in the run's folder."""
-    name, trials = run.summary.name, 4 * run.experiment.search.trials
-    again = "nas run config.toml --set name="
+    name, experiment = run.summary.name, run.experiment
+
+    def again(suffix: str, change: str) -> str:
+        return f"nas run config.toml --out ../{name}-{suffix} --set name={name}-{suffix} --set {change}"
+
+    latency = f'{{name="latency_ms",precision="{run.summary.precision}",at_most="25%"}}'
+    faster = f"""'objectives=[{{name="top1"}},{latency}]'"""
     return [
-        ("Check the files once more, here or on another machine:", "nas verify ."),
-        ("Export the answer:", f"nas export {shlex.quote(run.winner.facts.folder)}"),
-        ("Search longer:", f"{again}{name}-longer --set search.trials={trials}"),
-        ("Ask for a faster network:", f"{again}{name}-faster --set "
-         """'objectives=[{name="top1"},{name="latency_ms",at_most="25%"}]'"""),
-        ("Another seed, to see how much of this was luck:", f"{again}{name}-seed --set seed={run.experiment.seed + 1}"),
-        ("Your own images, a folder for each class:", f"{again}{name}-mine --set data.source=/path/to/images"),
-        ("Another device: see what this machine can do, then run there:", "nas doctor\nnas list\nnas run config.toml"),
-    ]  # fmt: skip
+        ("Write the answer's files for your program:", f"nas export {run.winner.facts.folder} --out answer.onnx"),
+        ("Search longer:", again("longer", f"search.trials={4 * experiment.search.trials}")),
+        ("Ask for a faster network:", again("faster", faster)),
+        ("Another seed, to see how much of this was luck:", again("seed", f"seed={experiment.seed + 1}")),
+        ("Your own images, a folder for each class:", again("mine", "data.source=/path/to/images")),
+        (
+            "Another device, on the machine that has it:",
+            "nas doctor\nnas list devices\n" + again("there", "device=NAME"),
+        ),
+    ]

@@ -99,7 +99,7 @@ def test_a_damaged_table_is_refused(table, tmp_path, file, damage):
     table.save(tmp_path)
     path = tmp_path / file
     whole = path.read_bytes()
-    damaged = {"truncate": whole[: len(whole) // 2], "edit": whole.replace(b"15", b"16", 1), "binary": b"\xff\xfe\x00"}
+    damaged = {"truncate": whole[: len(whole) // 2], "edit": whole.replace(b"0", b"1", 1), "binary": b"\xff\xfe\x00"}
     assert damaged[damage] != whole
     path.write_bytes(damaged[damage])
     with pytest.raises(LatencyError, match=r"(edited|damaged).*nas measure"):
@@ -124,6 +124,16 @@ def test_a_header_of_another_version_is_refused(table, tmp_path):
     path.write_text(json.dumps(head))
     with pytest.raises(LatencyError, match=r"another version.*colour"):
         Table.load(tmp_path, "float32")
+
+
+def test_the_digest_changes_with_what_is_predicted_only(table):
+    entries = dict(table.entries)
+    key, entry = entries.popitem()
+    slower = msgspec.structs.replace(entry, latency_ms=np.nextafter(entry.latency_ms, 1))
+    replace = msgspec.structs.replace
+    assert replace(table, entries={key: slower, **entries}).digest != table.digest
+    assert replace(table, correction=Correction(1.0)).digest != table.digest
+    assert replace(table, entries={key: entry, **entries}, date="later").digest == table.digest
 
 
 def test_anchors_measured_again_tell_the_level(table):

@@ -1,0 +1,103 @@
+"""A space, a data set and an experiment small enough to compile in seconds. Not a test: other tests import it."""
+
+from pathlib import Path
+
+import numpy as np
+
+from nas.config import Data
+from nas.data import Dataset, load_data
+from nas.space import Space, load_space
+
+SPACE = """
+description = "for tests"
+[stem]
+block = "conv_stem"
+width = 4
+stride = 2
+[[stage]]
+block = ["mbconv", "shufflenet_v2"]
+depth = [1, 2]
+width = [4, 8]
+kernel = 3
+expand = [1, 2]
+act = "relu"
+[head]
+block = "classifier"
+width = 8
+"""
+
+
+def write_space(folder: Path) -> Path:
+    """The space as a file in `folder`."""
+    path = folder / "tiny.toml"
+    path.write_text(SPACE)
+    return path
+
+
+def space(folder: Path, shape: tuple[int, int, int] = (8, 8, 1), classes: int = 3) -> Space:
+    """The space over tiny images."""
+    return load_space(str(write_space(folder)), input_shape=shape, classes=classes)
+
+
+def write_data(folder: Path, *, images: int = 240, classes: int = 3, seed: int = 0) -> Path:
+    """An .npz of 8x8 images that a small network can learn: bright bars, the class says where."""
+    rng = np.random.default_rng(seed)
+    labels = np.arange(images) % classes
+    x = rng.integers(0, 120, (images, 8, 8, 1))
+    for i, label in enumerate(labels):
+        x[i, 2 * label : 2 * label + 2] += 100
+    path = folder / "bars.npz"
+    split = images * 3 // 4
+    np.savez(
+        path,
+        x_train=x[:split].astype(np.uint8), y_train=labels[:split],
+        x_test=x[split:].astype(np.uint8), y_test=labels[split:],
+    )  # fmt: skip
+    return path
+
+
+def data(folder: Path) -> Dataset:
+    """The same, loaded."""
+    return load_data(Data(source=str(write_data(folder))))
+
+
+EXPERIMENT = """
+name = "tiny"
+question = "Which tiny network reads bars?"
+space = "tiny.toml"
+objectives = [{ name = "top1" }, { name = "latency_ms", at_most = "70%" }]
+[data]
+source = "bars.npz"
+[latency]
+seconds = 0.5
+min_rounds = 5
+anchors = 3
+holdout = 5
+[train]
+epochs = 3.0
+batch_size = 32
+checkpoint_steps = 4
+calibration_images = 64
+eval_batch_size = 45
+[search]
+trials = 10
+population = 6
+lag = 4
+executor = "inline"
+[finish]
+winners = 2
+epochs = 2.0
+batch_size = 32
+[verify]
+seconds = 0.3
+parity_images = 16
+"""
+
+
+def write_experiment(folder: Path) -> Path:
+    """Experiment, space and data in `folder`; the path of the experiment."""
+    write_space(folder)
+    write_data(folder)
+    path = folder / "tiny_experiment.toml"
+    path.write_text(EXPERIMENT)
+    return path
