@@ -39,7 +39,7 @@ class Latency(Strict):
 
     seconds: float = 25.0  # timing budget per precision, building not counted
     min_rounds: int = 15  # fewest rounds, whatever the budget
-    anchors: int = 6  # networks that fix the scale of the table
+    anchors: int = 16  # networks that fix the scale of the table
     holdout: int = 24  # random networks, measured end to end, that the proof is made of
 
 

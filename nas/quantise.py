@@ -16,7 +16,9 @@ kernel has no fused multiply-add, since it would make one.
 """
 
 import functools
+import itertools
 import math
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeGuard
 
@@ -34,6 +36,7 @@ from nas.run import ACTIVATIONS, compute
 Arrays = Mapping[str, Any]
 
 _EXACT_TERMS = 2**24 // (255 * 127)  # so many products of a u8 difference and an s8 add up exactly in float32
+_LARGEST = np.finfo(np.float32).max
 _BIAS_LIMIT = 2.0**30  # of an integer bias: half of an s32, the rest is for the sum it is added to
 
 
@@ -153,18 +156,22 @@ def simulate(graph: Graph, params: Arrays, quantisation: Quantisation, images: A
     return values[-1] if last is None else _dequantise(values[-1], last)
 
 
-def integer_weights(op: Conv | Dense, params: Arrays, scale: float) -> tuple[Array, Array, Array]:
+def integer_weights(op: Conv | Dense, params: Arrays, scale: float) -> tuple[Any, Any, Any]:
     """Kernel and bias as whole numbers in float32, in the shapes of the float ones, and the kernel's scale [channels].
 
     The kernel is within -127..127. Its scale is that of the channel's largest weight, unless the bias in units of
     `scale` (the input's) times that would not fit into an s32: then the weights hardly matter, and get a coarser one.
+    NumPy arrays give NumPy arrays, equal to the last bit to what JAX arrays give.
     """
-    kernel = jnp.asarray(params[f"{op.name}/kernel"])
-    bias = jnp.asarray(params[f"{op.name}/bias"]) if op.bias else jnp.zeros(kernel.shape[-1:], jnp.float32)
-    largest = jnp.abs(kernel).max(range(kernel.ndim - 1))
-    unit = jnp.maximum(_divide(largest, 127), _divide(jnp.abs(bias), np.float32(scale * _BIAS_LIMIT)))
-    unit = lax.stop_gradient(jnp.where(unit > 0, unit, 1))
-    return _round(_divide(kernel, unit)), _round(_divide(bias, np.float32(scale) * unit)), unit
+    kernel = params[f"{op.name}/kernel"]
+    bias = params[f"{op.name}/bias"] if op.bias else np.zeros(kernel.shape[-1:], np.float32)
+    in_numpy = isinstance(kernel, np.ndarray) and isinstance(bias, np.ndarray)
+    in_jax: tuple[Any, ...] = (jnp, _divide, _round, lax.stop_gradient)
+    xp, divide, whole, fixed = (np, np.divide, np.rint, lambda x: x) if in_numpy else in_jax
+    largest = xp.abs(kernel).max(tuple(range(kernel.ndim - 1)))
+    unit = xp.maximum(divide(largest, np.float32(127)), divide(xp.abs(bias), np.float32(scale * _BIAS_LIMIT)))
+    unit = fixed(xp.where(unit > 0, unit, np.float32(1)))
+    return whole(divide(kernel, unit)), whole(divide(bias, np.float32(scale) * unit)), unit
 
 
 # rules
@@ -237,7 +244,7 @@ def _step(op: AnyOp, params: Arrays, inputs: list[Array], scales: Sequence[Scale
             total = q.sum((1, 2), keepdims=True) - count * x.zero_point
             return _requantise(total, np.float32(x.scale) / (np.float32(y.scale) * np.float32(count)), y)
         case Pool():
-            return _quantise(compute(op, params, [_dequantise(q, x)]), y)
+            return _mean(op, _dequantise(q, x), y)
         case Norm():
             return _quantise(_norm(op, params, _dequantise(q, x)), y)
 
@@ -308,6 +315,21 @@ def _mul(a: Array, b: Array, sa: Scale, sb: Scale, y: Scale) -> Array:
     ratio = np.float32(sa.scale) * np.float32(sb.scale) / np.float32(y.scale)
     product = jnp.clip((a - sa.zero_point) * (b - sb.zero_point) * ratio, -1 - y.zero_point, 256 - y.zero_point)
     return _round(jnp.clip(product + y.zero_point, 0, 255))
+
+
+def _mean(op: Pool, real: Array, y: Scale) -> Array:
+    """QLinearAveragePool: a window's reals are added one after the other, the zero point before rounding."""
+    (height, width, _), s = op.shape, op.stride
+    pads = [(0, 0), *(kernels.same_padding(size, op.window, s) for size in real.shape[1:3]), (0, 0)]
+
+    def taps(padded: Any) -> list[Any]:
+        rows, columns = (height - 1) * s + 1, (width - 1) * s + 1
+        offsets = itertools.product(range(op.window), repeat=2)
+        return [padded[:, i : i + rows : s, j : j + columns : s] for i, j in offsets]
+
+    total = functools.reduce(operator.add, taps(jnp.pad(jnp.maximum(real, -_LARGEST), pads)))
+    count = sum(taps(np.pad(np.ones((1, *real.shape[1:3], 1), np.float32), pads)))
+    return _round(jnp.clip(_divide(_divide(total, count), y.scale) + y.zero_point, 0, 255))
 
 
 def _norm(op: Norm, params: Arrays, x: Array) -> Array:

@@ -84,4 +84,3 @@ class SubnetEvaluator:
             return lax.scan(one, jnp.zeros((), jnp.int32), (images, labels))[0]
 
         return count
-

@@ -7,6 +7,7 @@ dequantised values and its result is quantised again, also where numbers are onl
 
 import functools
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -71,6 +72,18 @@ def to_bytes(model: Any) -> bytes:
     """The file of an `onnx.ModelProto`, checked."""
     check(model)
     return model.SerializeToString(deterministic=True)
+
+
+def load(path: Path) -> Any:
+    """The `onnx.ModelProto` in a file.
+
+    Raises:
+        ExportError: it is not one.
+    """
+    try:
+        return _library().load(path)
+    except Exception as e:  # protobuf's own exceptions
+        raise ExportError(f"{path}: not an ONNX file: {e}. Export it again.") from e
 
 
 def check(model: Any) -> None:
@@ -164,7 +177,7 @@ class _Writer:
             kernel, bias = self.params[f"{op.name}/kernel"], self.params.get(f"{op.name}/bias")
             out = [self.constant(f"{op.name}/kernel", self.layout(op, kernel))]
             return out if bias is None else [*out, self.constant(f"{op.name}/bias", bias)]
-        kernel, bias, unit = map(np.asarray, quantise.integer_weights(op, self.params, scale.scale))
+        kernel, bias, unit = quantise.integer_weights(op, self.params, scale.scale)
         out = [self.stored(f"{op.name}/kernel", self.layout(op, kernel).astype(np.int8), unit)]
         return [*out, self.stored(f"{op.name}/bias", bias.astype(np.int32), unit * np.float32(scale.scale))]
 

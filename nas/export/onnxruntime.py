@@ -54,6 +54,10 @@ class OnnxRuntime:
             raise ExportError(f"ONNX Runtime {ort.__version__} cannot load {what}: {e}. Export it again.") from e
         return _Session(ort, session)
 
+    def check(self, model: Path) -> None:
+        """See `Runtime`: ONNX's full check."""
+        writer.check(writer.load(model))
+
 
 class _Session:
     """See `Session`."""

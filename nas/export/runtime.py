@@ -65,3 +65,11 @@ class Runtime(Protocol):
             DeviceError: the runtime is not installed.
         """
         ...
+
+    def check(self, model: Path) -> None:
+        """Nothing, if the file is valid by its format's own checker.
+
+        Raises:
+            ExportError: it is not.
+        """
+        ...

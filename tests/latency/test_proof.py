@@ -25,6 +25,16 @@ def test_tau_is_scipys_and_lies_within_its_interval():
     assert wide.tau_high - wide.tau_low > proof.tau_high - proof.tau_low
 
 
+def test_the_interval_is_that_of_scipys_tau_over_resamples():
+    rng = np.random.default_rng(1)
+    measured = rng.integers(1, 6, 20).astype(float)  # with ties
+    predicted = measured + rng.integers(-1, 2, 20)
+    proof = prove(predicted, measured)
+    picks = rng.integers(0, 20, (2000, 20))
+    taus = [stats.kendalltau(predicted[i], measured[i]).statistic for i in picks]
+    assert (proof.tau_low, proof.tau_high) == pytest.approx(np.quantile(taus, (0.025, 0.975)), abs=0.03)
+
+
 def test_the_same_seed_gives_the_same_interval():
     rng = np.random.default_rng(0)
     a, b = rng.uniform(1, 2, 12), rng.uniform(1, 2, 12)

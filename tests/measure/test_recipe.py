@@ -23,10 +23,10 @@ def device() -> Device:
 
 
 class Simulated:
-    """A device on which a call costs an overhead and so much for each op and MAC; `changes` makes it uneven."""
+    """A device on which a call costs an overhead and so much for each op and MAC, and SE doubles at some time."""
 
-    def __init__(self, changes: bool = False):
-        self.now, self.changes = 0.0, changes
+    def __init__(self, changes_at: float = float("inf")):
+        self.now, self.changes_at = 0.0, changes_at
 
     def own_ms(self, graph: Graph) -> float:
         return 0.02 + 0.01 * sum(op_counts(graph).values()) + cost.macs(graph) * 1e-6
@@ -36,7 +36,7 @@ class Simulated:
         se = "mul" in op_counts(graph)
 
         def call() -> None:
-            self.now += own * (2.0 if self.changes and se and self.now > 1.0 else 1.0)
+            self.now += own * (2.0 if se and self.now > self.changes_at else 1.0)
 
         return call
 
@@ -68,7 +68,15 @@ def test_any_number_of_anchors_will_do(monkeypatch, space, device, anchors):
 
 def test_an_uneven_machine_is_refused_and_who_uses_it_is_told(monkeypatch, space, device):
     with pytest.raises(LatencyError, match=r"disagree by \d+%.*using CPU now.*quieter"):
-        simulate(monkeypatch, space, device, Simulated(changes=True))
+        simulate(monkeypatch, space, device, Simulated(changes_at=4.0), seconds=8.0)
+
+
+def test_a_space_without_choices_is_refused(monkeypatch, space, device, tmp_path):
+    single = tmp_path / "single.toml"
+    stage = '[[stage]]\nblock = "mbconv"\nwidth = 16\n'
+    single.write_text(f'[stem]\nblock = "conv_stem"\nwidth = 16\n{stage}[head]\nblock = "classifier"\nwidth = 32\n')
+    with pytest.raises(LatencyError, match="has 1 networks"):
+        simulate(monkeypatch, load_space(str(single)), device, Simulated())
 
 
 def test_the_same_seed_measures_the_same_networks_none_of_them_twice(space):
