@@ -193,28 +193,29 @@ def nearest(word: str, known: typing.Iterable[str], *, kind: str) -> str:
 
 def line_of(text: str, keys: list[str]) -> int:
     """The line (from 1) where the value under `keys` stands, inline tables included, or the nearest enclosing one."""
-    best, best_depth, table, counts = 1, 0, [], {}
+    best, best_depth = 1, 0
+    table: list[str] = []
+    counts: dict[str, int] = {}
+    inline: list[int] = []  # lines of inline tables below the best match that have the last key
     for number, line in enumerate(text.splitlines(), start=1):
+        path = None
         if header := re.match(r"\s*\[(\[)?\s*([\w.\-\"]+)\s*\]", line):
-            name = header[2].replace('"', "").split(".")
+            table = header[2].replace('"', "").split(".")
             if header[1]:
                 counts[header[2]] = counts.get(header[2], -1) + 1
-                name = [*name, str(counts[header[2]])]
-            table = name
+                table = [*table, str(counts[header[2]])]
             path = table
         elif match := re.match(r"\s*([\w\-\"]+(?:\.[\w\-]+)*)\s*=", line):
             path = [*table, *match[1].replace('"', "").split(".")]
-        else:
-            path = None
         if path is not None:
             depth = _shared(path, keys)
             if depth == len(path) and depth > best_depth:
-                best, best_depth = number, depth
-        # an inline table: the last key stands somewhere on this line or the ones after the best match
-        if keys and number >= best and best_depth and best_depth < len(keys) and _shared(table, keys) == len(table):
-            inline = re.search(rf"[{{,]\s*{re.escape(keys[-1])}\s*=", line)
-            if inline and best_depth >= len([k for k in keys[:-1] if not k.isdigit()]):
-                return number
+                best, best_depth, inline = number, depth, []
+        if best_depth and best_depth < len(keys) and re.search(rf"[{{,]\s*{re.escape(keys[-1])}\s*=", line):
+            inline.append(number)
+    if best_depth < len(keys) and inline:
+        index = next((int(k) for k in keys[best_depth:] if k.isdigit()), 0)
+        return inline[min(index, len(inline) - 1)]
     return best
 
 
@@ -281,13 +282,17 @@ def load_experiment(path: str | Path, *, smoke: bool = False, overrides: typing.
         for part in reversed(key.strip().split(".")):
             nested = {part: nested}
         raw = overlay(raw, nested)
-    source = Path(raw.get("data", {}).get("source", "") if isinstance(raw.get("data"), dict) else "")
     experiment = convert(raw, Experiment, path=path, text=text)
-    if source.name and not source.is_absolute() and experiment.data.source != "digits":
-        resolved = str((path.parent / source).resolve())
-        experiment = msgspec.structs.replace(experiment, data=msgspec.structs.replace(experiment.data, source=resolved))
-    if Path(experiment.space).suffix == ".toml" and not Path(experiment.space).is_absolute():
-        experiment = msgspec.structs.replace(experiment, space=str((path.parent / experiment.space).resolve()))
+    # Paths in the file are relative to it; paths on the command line to where the command is given.
+    overridden = {item.partition("=")[0].strip() for item in overrides}
+    source, space = experiment.data.source, experiment.space
+    if source != "digits" and not Path(source).is_absolute():
+        base = Path.cwd() if "data.source" in overridden else path.parent
+        data = msgspec.structs.replace(experiment.data, source=str((base / source).resolve()))
+        experiment = msgspec.structs.replace(experiment, data=data)
+    if Path(space).suffix == ".toml" and not Path(space).is_absolute():
+        base = Path.cwd() if "space" in overridden else path.parent
+        experiment = msgspec.structs.replace(experiment, space=str((base / space).resolve()))
     check(experiment, path=path, text=text)
     return experiment
 

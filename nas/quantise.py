@@ -51,7 +51,7 @@ class Scale(msgspec.Struct, frozen=True, array_like=True):
         """The finest scale that covers [low, high] and 0, in which 255 stands for no more than `at_most`."""
         low, high = min(low, 0.0), max(high, 0.0)
         scale = np.float32((high - low) / 255)
-        if not np.isfinite(scale) or scale < np.finfo(np.float32).tiny:
+        if scale < np.finfo(np.float32).tiny:
             scale = np.float32(1 / 255)  # nothing but zeros was seen
         while scale * np.float32(255) > at_most:
             scale = np.nextafter(scale, np.float32(0))
@@ -123,6 +123,9 @@ def calibrate(graph: Graph, params: Arrays, images: np.ndarray, *, batch_size: i
     A range is from the smallest to the largest value seen. Percentiles were measured and are not worth a setting: over
     three networks on digits the error of the logits was 2.6-3.0 % of their deviation with the whole range, 2.4-3.2 %
     with the percentile 99.999 of a batch, 3.6-4.0 % with 99.99, and 11-13 % with 99.9.
+
+    Raises:
+        ExportError: there are no images, or an activation is not finite.
     """
     if not len(images):
         raise ExportError("calibration got no images; give it some hundred of the training images.")
@@ -131,7 +134,11 @@ def calibrate(graph: Graph, params: Arrays, images: np.ndarray, *, batch_size: i
     def ranges(batch: Array) -> Array:
         return jnp.stack([jnp.stack([v.min(), v.max()]) for v in _activations(graph, params, batch)])
 
-    seen = np.stack([ranges(images[i : i + batch_size]) for i in range(0, len(images), batch_size)])  # [b, values, 2]
+    # The last batch reaches back to be as large as the others: nothing is compiled twice, and a range is the same.
+    starts = [max(0, min(i, len(images) - batch_size)) for i in range(0, len(images), batch_size)]
+    seen = np.stack([ranges(images[i : i + batch_size]) for i in starts])  # [batches, values, 2]
+    if not np.isfinite(seen).all():
+        raise ExportError("an activation is not finite on the calibration images; the network cannot be quantised.")
     low, high = seen[..., 0].min(0), seen[..., 1].max(0)
     return _quantisation(graph, lambda v: (float(low[v]), float(high[v])))
 
@@ -303,10 +310,8 @@ def _add(a: Array, b: Array, sa: Scale, sb: Scale, y: Scale) -> Array:
     Compiled by itself, since it would not otherwise be fused where the caller is not.
     """
     ra, rb = np.float32(sa.scale) / np.float32(y.scale), np.float32(sb.scale) / np.float32(y.scale)
-    fused = np.float64(ra) * sa.zero_point + np.float64(
-        rb * np.float32(sb.zero_point)
-    )  # the product in float64 is exact
-    fixed = np.float32(y.zero_point) - np.float32(fused)
+    zero_points = float(ra) * sa.zero_point + float(rb * np.float32(sb.zero_point))  # float64: a fused multiply-add
+    fixed = np.float32(y.zero_point) - np.float32(zero_points)
     return _round(jnp.clip((fixed + b * rb) + a * ra, 0, 255))
 
 
@@ -329,7 +334,8 @@ def _mean(op: Pool, real: Array, y: Scale) -> Array:
 
     total = functools.reduce(operator.add, taps(jnp.pad(jnp.maximum(real, -_LARGEST), pads)))
     count = sum(taps(np.pad(np.ones((1, *real.shape[1:3], 1), np.float32), pads)))
-    return _round(jnp.clip(_divide(_divide(total, count), y.scale) + y.zero_point, 0, 255))
+    mean = lax.optimization_barrier(_divide(total, count))  # or XLA divides once, by the product of the divisors
+    return _round(jnp.clip(_divide(mean, y.scale) + y.zero_point, 0, 255))
 
 
 def _norm(op: Norm, params: Arrays, x: Array) -> Array:

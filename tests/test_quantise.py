@@ -66,6 +66,15 @@ def test_a_quantisation_of_another_graph_is_refused():
         check(graph, wide)
     with pytest.raises(ExportError, match="no images"):
         calibrate(graph, params, images_of(graph, 0))
+    with pytest.raises(ExportError, match="not finite"):
+        calibrate(graph, params, np.full((2, *graph.input), np.nan, np.float32))
+
+
+def test_a_last_smaller_batch_counts():
+    graph, params = fold(GRAPHS["classifier"], params_of(GRAPHS["classifier"]))
+    images = images_of(graph, 10)
+    images[-1] *= 9
+    assert calibrate(graph, params, images, batch_size=4) == calibrate(graph, params, images, batch_size=64)
 
 
 def test_a_large_bias_on_a_dead_channel_fits_into_32_bits():

@@ -67,6 +67,16 @@ def test_simulated_int8_network_equals_the_runtimes(name):
         assert (got.argmax(-1) == simulated.argmax(-1))[clear].all()
 
 
+def test_scales_that_are_all_equal_meet_ties_everywhere_and_round_them_alike():
+    graph = GRAPHS["everything"]
+    images = images_of(graph, 32, seed=5)
+    folded, params = fold(graph, params_of(graph))
+    quantisation = placeholder(folded)
+    simulated = jax.jit(simulate, static_argnums=(0, 2))(folded, params, quantisation, images)
+    got = RUNTIME.open(RUNTIME.emit(graph, params_of(graph), quantisation=quantisation))(images)
+    assert (got == simulated).mean() > 0.99
+
+
 @pytest.mark.parametrize("kind", ["add", "mul", "concat"])
 def test_every_pair_of_bytes_gives_the_byte_that_the_runtime_gives(kind):
     def write(net, x):

@@ -1,0 +1,267 @@
+"""Mistakes, made on purpose: each ends with exit code 2 and one clear paragraph, no traceback, and nothing is lost."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+from click.testing import CliRunner
+
+import nas
+from nas import cli
+from nas.config import load_experiment
+from nas.errors import CheckpointError, ConfigError, NasError, RunError, SpaceError
+from nas.files import write_bytes
+from nas.runfolder import RunFolder, resolved
+
+
+@pytest.fixture
+def place(tmp_path) -> Path:
+    tiny.write_experiment(tmp_path)
+    return tmp_path
+
+
+def told(capsys, *arguments: object) -> tuple[int, str]:
+    """Exit code and what was printed of a command, run in this process."""
+    with pytest.raises(SystemExit) as ended:
+        cli.main([str(a) for a in arguments])
+    return int(ended.value.code or 0), capsys.readouterr().err
+
+
+def run(capsys, place: Path, *overrides: str) -> tuple[int, str]:
+    sets = [x for o in overrides for x in ("--set", o)]
+    return told(capsys, "run", place / "tiny_experiment.toml", "--out", place / "run", *sets)
+
+
+MISTAKES = {
+    "a missing data path": ("data.source='nowhere.npz'", "nowhere.npz"),
+    "an unknown space": ("space='digits_mixd'", "Did you mean `digits_mixed`"),
+    "an unknown device": ("device='host_onnxruntim'", "Did you mean `host_onnxruntime`"),
+    "an unknown key": ("train.epoch=3", "Did you mean `epochs`"),
+    "an unknown format": ("data.format='npy'", "npz"),
+    "a value out of range": ("search.lag=0", "`search.lag` is 0"),
+    "images too small for the strides": ("data.image_size=1", "image_size"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_on_the_command_line_is_told_in_a_paragraph(capsys, place, monkeypatch, mistake):
+    monkeypatch.chdir(place)
+    override, message = MISTAKES[mistake]
+    code, text = run(capsys, place, override)
+    assert code == 2
+    assert message in text
+    assert "Traceback" not in text
+    assert not (place / "run" / "supernet").exists()
+
+
+def test_debug_shows_the_traceback(capsys, place):
+    code, text = told(capsys, "--debug", "run", place / "none.toml")
+    assert code == 2
+    assert "Traceback" in text
+
+
+BAD_DATA = {
+    "labels out of range": (lambda x, y: (x, np.where(y == 2, 900, y)), "900"),
+    "negative labels": (lambda x, y: (x, y - 1), "-1"),
+    "one class only": (lambda x, y: (x, y * 0), "one class"),
+    "two channels": (lambda x, y: (np.repeat(x, 2, -1), y), "channel"),
+    "NaNs": (lambda x, y: (np.where(x > 200, np.nan, x / 255.0), y), "NaN"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_DATA)
+def test_bad_data_are_told_before_anything_is_measured(capsys, place, kind):
+    change, message = BAD_DATA[kind]
+    stored = dict(np.load(place / "bars.npz"))
+    stored["x_train"][0] = 255
+    stored["x_train"], stored["y_train"] = change(stored["x_train"], stored["y_train"].astype(int))
+    np.savez(place / "bars.npz", **stored)
+    code, text = run(capsys, place)
+    assert code == 2
+    assert message in text
+    assert not (place / "run" / "latency").exists()
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory) -> Path:
+    """A folder with an experiment and a run whose table is measured."""
+    place = tmp_path_factory.mktemp("measured")
+    experiment = load_experiment(tiny.write_experiment(place))
+    nas.run_experiment(experiment, place / "run", stages=["measure"])
+    return place
+
+
+@pytest.fixture
+def copy(measured, tmp_path) -> Path:
+    shutil.copytree(measured, tmp_path / "copy")
+    for name in ("tiny_experiment.toml", "tiny.toml", "bars.npz"):
+        assert (tmp_path / "copy" / name).exists()
+    config = tmp_path / "copy" / "run" / "config.toml"
+    config.write_text(config.read_text().replace(str(measured), str(tmp_path / "copy")))
+    return tmp_path / "copy"
+
+
+def test_a_limit_that_no_network_meets_is_told_before_training_with_the_reachable_range(capsys, place):
+    text = (place / "tiny_experiment.toml").read_text()
+    (place / "tiny_experiment.toml").write_text(text.replace('"70%"', "1e-6"))
+    code, text = run(capsys, place)
+    assert code == 2
+    assert "the fastest network" in text
+    assert "the slowest" in text
+    assert not (place / "run" / "supernet").exists()
+
+
+def test_a_run_folder_of_another_configuration_is_refused_and_the_difference_named(capsys, copy):
+    code, text = run(capsys, copy, "train.epochs=9")
+    assert code == 2
+    assert "another configuration" in text
+    assert "epochs = 9.0" in text
+
+
+def test_a_folder_that_is_no_run_is_left_alone(capsys, place):
+    (place / "run").mkdir()
+    (place / "run" / "thesis.tex").write_text("years of work")
+    code, text = run(capsys, place)
+    assert code == 2
+    assert "thesis.tex" in text
+    assert (place / "run" / "thesis.tex").read_text() == "years of work"
+
+
+def test_an_edited_latency_table_is_refused(capsys, copy):
+    path = copy / "run" / "latency" / "table.float32.csv"
+    path.write_text(path.read_text().replace("0.0", "0.1", 1))
+    code, text = run(capsys, copy)
+    assert code == 2
+    assert "checksum" in text
+
+
+def test_a_damaged_journal_is_refused_with_the_offset(tmp_path):
+    from nas.errors import JournalError
+    from nas.search.journal import Journal
+
+    with Journal(tmp_path / "journal.jsonl", {"seed": 0}) as journal:
+        for k in range(3):
+            journal.append({"trial": k})
+    data = bytearray((tmp_path / "journal.jsonl").read_bytes())
+    data[len(data) // 2] ^= 1
+    (tmp_path / "journal.jsonl").write_bytes(data)
+    with pytest.raises(JournalError, match=r"byte \d+"):
+        Journal(tmp_path / "journal.jsonl", {"seed": 0}).__enter__()
+    assert (tmp_path / "journal.jsonl").read_bytes() == data
+
+
+def test_a_damaged_checkpoint_is_refused_and_kept(tmp_path):
+    import jax.numpy as jnp
+
+    from nas.train import Checkpoints
+
+    tree = {"params": {"a": jnp.arange(4096.0)}}
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(3, tree)
+    for file in (tmp_path / "3").rglob("*"):
+        if file.is_file() and "d" in file.parent.name and file.stat().st_size:
+            file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    with Checkpoints(tmp_path) as checkpoints, pytest.raises(CheckpointError, match="cannot be restored"):
+        checkpoints.restore(3, tree)
+    assert (tmp_path / "3").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda d: d | {"schema": "nas.architecture/9"}, ConfigError, "reads 'nas.architecture/1'"),
+        (lambda d: d | {"colour": 1}, ConfigError, "colour"),
+        (lambda d: d | {"classes": ["a"]}, SpaceError, "number of classes"),
+        (lambda d: d["network"]["blocks"].pop(1) and d, SpaceError, "reads"),
+        (lambda d: d["network"]["blocks"][0]["graph"]["ops"][0].update(inputs=[7]) or d, SpaceError, "not exist yet"),
+    ],
+)
+def test_an_architecture_that_was_tampered_with_is_refused(tmp_path, change, error, message):
+    space = tiny.space(tmp_path)
+    from nas.architecture import SCHEMA, Architecture, Input
+
+    made = Architecture(SCHEMA, "x", space.decode(space.largest()), Input((8, 8, 1), (0.5,), (0.2,)), ("a", "b", "c"))
+    (tmp_path / "a.json").write_text(json.dumps(change(json.loads(made.to_json()))))
+    with pytest.raises(error, match=message):
+        nas.load_architecture(tmp_path / "a.json")
+
+
+def test_parameters_of_another_network_are_refused(tmp_path):
+    from nas.architecture import load_params, save_params
+
+    space = tiny.space(tmp_path)
+    save_params(tmp_path / "params", {"other/kernel": np.zeros(3)})
+    with pytest.raises(CheckpointError, match="another network"):
+        load_params(tmp_path / "params", space.decode(space.largest()))
+    (tmp_path / "params" / "params.safetensors").write_bytes(b"garbage")
+    with pytest.raises(CheckpointError, match="cannot read"):
+        load_params(tmp_path / "params", space.decode(space.largest()))
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere; the next test covers the path")
+def test_a_read_only_folder_is_told(capsys, place):
+    (place / "run").mkdir(mode=0o500)
+    code, text = run(capsys, place)
+    assert code == 2
+    assert "cannot write" in text
+
+
+def test_a_disk_that_is_full_or_read_only_is_told_and_what_stood_there_still_stands(tmp_path, monkeypatch):
+    path = tmp_path / "table.csv"
+    write_bytes(path, b"measured")
+
+    def refuse(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(RunError, match="No space left on device"):
+        write_bytes(path, b"half")
+    monkeypatch.undo()
+    assert path.read_bytes() == b"measured"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_run_in_a_place_that_cannot_hold_a_folder_is_told(place):
+    (place / "file").write_text("not a folder")
+    experiment = load_experiment(place / "tiny_experiment.toml")
+    with pytest.raises(RunError, match="cannot write"), RunFolder(place / "file" / "run", experiment):
+        pass
+
+
+def test_every_error_is_of_the_family_that_the_command_line_explains():
+    from nas import errors
+
+    family = [e for e in vars(errors).values() if isinstance(e, type) and issubclass(e, Exception)]
+    assert all(issubclass(e, NasError) for e in family)
+
+
+def test_help_has_an_example_for_every_command():
+    runner = CliRunner()
+    assert runner.invoke(cli.cli, ["--help"]).exit_code == 0
+    for name in cli.cli.commands:
+        text = runner.invoke(cli.cli, [name, "--help"]).output
+        assert f"Example: nas {name}" in text, name
+
+
+@pytest.mark.parametrize("what", ["spaces", "devices", "blocks", "strategies", "runtimes", "data"])
+def test_lists_name_things_with_a_word_about_each(what):
+    shown = CliRunner().invoke(cli.cli, ["list", what])
+    assert shown.exit_code == 0, shown.output
+    assert all(len(line.split(maxsplit=1)) == 2 for line in shown.output.splitlines())
+
+
+def test_the_doctor_names_versions_runtimes_and_hardware():
+    shown = CliRunner().invoke(cli.cli, ["doctor"])
+    assert shown.exit_code == 0, shown.output
+    assert "runtime onnxruntime" in shown.output
+    assert "accelerators:" in shown.output
+
+
+def test_the_resolved_configuration_says_every_default(place):
+    text = resolved(load_experiment(place / "tiny_experiment.toml"))
+    assert "lag = 4" in text
+    assert "timeout_seconds = 300.0" in text
