@@ -103,7 +103,7 @@ def test_a_missing_file_and_a_malformed_override_are_told(tmp_path):
 
 
 def test_lines_are_found_in_tables_arrays_of_tables_and_inline_tables():
-    text = 'a = 1\n[b]\nc = 2\n[[s]]\nx = 1\n[[s]]\nx = 2\ny = { z = 3 }\n'
+    text = "a = 1\n[b]\nc = 2\n[[s]]\nx = 1\n[[s]]\nx = 2\ny = { z = 3 }\n"
     assert line_of(text, ["b", "c"]) == 3
     assert line_of(text, ["s", "1", "x"]) == 7
     assert line_of(text, ["s", "1", "y", "z"]) == 8

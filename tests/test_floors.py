@@ -74,8 +74,6 @@ def test_imports_run_downhill(path):
 
 @pytest.mark.parametrize("library", ENTERS)
 def test_a_heavy_library_enters_in_one_place_and_only_where_it_is_used(library):
-    found = {
-        str(p.relative_to(ROOT)): top for p in FILES for name, top in imports(p) if name.split(".")[0] == library
-    }
+    found = {str(p.relative_to(ROOT)): top for p in FILES for name, top in imports(p) if name.split(".")[0] == library}
     assert sorted(found) == sorted(ENTERS[library])
     assert not any(found.values()), f"{library} is imported at the top of {found}"

@@ -45,7 +45,9 @@ def finish(job: Job) -> None:
     )
     largest = job.space.largest()
     teacher = job.space.decode(largest)
-    teacher_params = job.supernet.slice(dict(evaluator.params) | evaluator.statistics(largest), teacher)
+    # slices of NumPy arrays: in JAX each would be a compilation
+    shared = {n: np.asarray(a) for n, a in (dict(evaluator.params) | evaluator.statistics(largest)).items()}
+    teacher_params = job.supernet.slice(shared, teacher)
     for number, candidate in enumerate(chosen, start=1):
         folder = candidate.folder(job.path)
         if (folder / "validation.json").exists():
@@ -54,7 +56,7 @@ def finish(job: Job) -> None:
         job.console.start(f"finish: {candidate.name} ({number} of {len(chosen)}), {settings.epochs:g} epochs")
         params = finetune(
             network,
-            job.supernet.slice(evaluator.params, network),
+            job.supernet.slice(shared, network),
             teacher,
             teacher_params,
             job.data,

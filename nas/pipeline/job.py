@@ -112,8 +112,9 @@ class Job:
         self.folder.require("train")
         settings = self.experiment.train
         steps = steps_of(self.data.train, settings.epochs, settings.batch_size)
-        params = self.supernet.init(jax.random.key(self.experiment.seed))
-        like = {"params": params, "optimiser": optimiser.build(settings.optimiser, steps).init(params)}
+        params = self.supernet.init(self.experiment.seed)
+        transform = optimiser.build(settings.optimiser, steps)
+        like = {"params": params, "optimiser": jax.eval_shape(transform.init, params)}
         with Checkpoints(self.path / "supernet" / "checkpoints") as checkpoints:
             return checkpoints.restore(steps, like)["params"]
 

@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -165,7 +166,10 @@ class RayExecutor:
         self.close()
 
     def _start(self) -> None:
-        self._ray = _connect(self._address, self._workers * self._threads, self._weights, self._cluster)
+        with warnings.catch_warnings():
+            # Ray starts its daemons by fork and exec; between the two nothing of JAX's threads is touched.
+            warnings.filterwarnings("ignore", r"os\.fork\(\) was called", RuntimeWarning)
+            self._ray = _connect(self._address, self._workers * self._threads, self._weights, self._cluster)
         shared = None if self._weights is None else self._ray.put(dict(self._weights))
         self._setup_arguments = (*self._recipe, shared)  # at top level Ray turns the reference into the arrays
         environment = {f"{name}_NUM_THREADS": str(self._threads) for name in ("OMP", "OPENBLAS", "MKL")}

@@ -41,15 +41,19 @@ class Supernet:
         same = itertools.groupby(self.space.positions, key=_signature)
         return [list(group) for _, group in same]
 
-    def init(self, key: Array) -> dict[str, Array]:
-        """Trained arrays: He-normal kernels (He et al. 2015, arXiv:1502.01852), scales 1, the rest 0, float32."""
+    def init(self, seed: int) -> dict[str, np.ndarray]:
+        """Trained arrays: He-normal kernels (He et al. 2015, arXiv:1502.01852), scales 1, the rest 0, float32.
+
+        Drawn by NumPy: in JAX every shape would be a compilation of its own.
+        """
         out = {}
         for index, (name, w) in enumerate(sorted(self.weights.items())):
             if w.role == "kernel":
-                noise = jax.random.normal(jax.random.fold_in(key, index), w.shape, jnp.float32)
-                out[name] = noise * (1.0 if name.endswith("logits/kernel") else 2.0) ** 0.5 / w.fan_in**0.5
+                gain = 1.0 if name.endswith("logits/kernel") else 2.0
+                noise = np.random.default_rng([seed, index]).standard_normal(w.shape, np.float32)
+                out[name] = noise * np.float32((gain / w.fan_in) ** 0.5)
             elif w.trained:
-                out[name] = jnp.full(w.shape, float(w.role == "scale"), jnp.float32)
+                out[name] = np.full(w.shape, w.role == "scale", np.float32)
         return out
 
     def apply(self, params: Params, branches: Array, images: Array, *, mode: Mode) -> tuple[Array, dict[str, Array]]:

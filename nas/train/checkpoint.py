@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from nas.errors import CheckpointError
 
@@ -41,7 +40,7 @@ class Checkpoints:
         Raises:
             CheckpointError: the files are damaged, or are of other shapes.
         """
-        abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(np.shape(a), a.dtype), like)
+        abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), like)
         try:
             return self._manager.restore(step, args=self._ocp.args.StandardRestore(abstract))
         except Exception as e:  # Orbax and TensorStore raise many types

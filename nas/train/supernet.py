@@ -48,7 +48,7 @@ def train_supernet(
     steps = steps_of(data.train, settings.epochs, settings.batch_size)
     transform = optimiser.build(settings.optimiser, steps)
     step_function = make_step(supernet, data, settings, transform, seed=seed)
-    params = supernet.init(jax.random.key(seed))
+    params = jax.tree.map(jnp.asarray, supernet.init(seed))
     pick = sandwich(supernet, settings, seed=seed)
 
     def step(state: State, number: int, images: NDArray[Any], labels: NDArray[Any]) -> tuple[State, dict[str, Any]]:

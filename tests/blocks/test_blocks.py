@@ -23,7 +23,9 @@ def params_of(graph, seed=0):
     rng = np.random.default_rng(seed)
     return {
         w.name: jnp.asarray(
-            rng.normal(size=w.shape) / w.fan_in**0.5 if w.role == "kernel" else np.full(w.shape, w.role in ("scale", "var")),
+            rng.normal(size=w.shape) / w.fan_in**0.5
+            if w.role == "kernel"
+            else np.full(w.shape, w.role in ("scale", "var")),
             jnp.float32,
         )
         for w in weights(graph)

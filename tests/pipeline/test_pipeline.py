@@ -133,8 +133,10 @@ def test_export_works_from_architecture_and_parameters_alone(finished, tmp_path)
     source = finished / "winners" / "winner_1"
     shutil.copy(source / "architecture.json", tmp_path)
     shutil.copytree(source / "params", tmp_path / "elsewhere")
+    files = tmp_path / "architecture.json", "--params", tmp_path / "elsewhere", "--out", tmp_path / "x.onnx"
+    files = tmp_path / "architecture.json", "--params", tmp_path / "elsewhere", "--out", tmp_path / "x.onnx"
     done = subprocess.run(
-        command("export", tmp_path / "architecture.json", "--params", tmp_path / "elsewhere", "--out", tmp_path / "x.onnx"),
+        command("export", *files),
         capture_output=True, text=True, cwd=ROOT,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
