@@ -21,7 +21,7 @@ class Strict(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Base of everything read from TOML or JSON: frozen, unknown keys refused."""
 
 
-class Data(Strict):
+class Data(Strict, frozen=True):
     """Which images. `source` is "digits" or a path; relative paths are relative to the experiment file."""
 
     source: str
@@ -34,7 +34,7 @@ class Data(Strict):
     seed: int = 0  # of the splits
 
 
-class Latency(Strict):
+class Latency(Strict, frozen=True):
     """How the latency table is measured (see nas/measure)."""
 
     seconds: float = 25.0  # timing budget per precision, building not counted
@@ -43,7 +43,7 @@ class Latency(Strict):
     holdout: int = 24  # random networks, measured end to end, that the proof is made of
 
 
-class Optimiser(Strict):
+class Optimiser(Strict, frozen=True):
     """An optax optimiser with warm-up + cosine schedule. `learning_rate` is the peak."""
 
     name: str = "sgd"  # a name in nas.train.optimiser.OPTIMISERS
@@ -53,14 +53,14 @@ class Optimiser(Strict):
     clip_norm: float | None = 5.0  # global gradient norm
 
 
-class Augment(Strict):
+class Augment(Strict, frozen=True):
     """Augmentation of training images, on device, deterministic in (seed, step)."""
 
     flip: bool = False  # horizontal flip with probability 1/2
     shift: int = 0  # random shift by up to so many pixels, zero padded
 
 
-class Train(Strict):
+class Train(Strict, frozen=True):
     """Supernet training: the sandwich rule with in-place distillation (BigNAS, Yu et al. 2020, arXiv:2003.11142)."""
 
     epochs: float = 30.0
@@ -74,7 +74,7 @@ class Train(Strict):
     eval_batch_size: int = 128
 
 
-class Search(Strict):
+class Search(Strict, frozen=True):
     """The search proper. The outcome depends on these values and the seed alone, not on timing or worker count."""
 
     strategy: str = "nsga2"  # a name in nas.search.STRATEGIES
@@ -87,7 +87,7 @@ class Search(Strict):
     timeout_seconds: float = 300.0  # for one evaluation
 
 
-class Objective(Strict):
+class Objective(Strict, frozen=True):
     """What is optimised. `at_most` is a limit in the objective's unit, or "50%" of the space's reachable range."""
 
     name: str  # "top1" or "latency_ms"
@@ -95,7 +95,7 @@ class Objective(Strict):
     at_most: float | str | None = None
 
 
-class Finish(Strict):
+class Finish(Strict, frozen=True):
     """What winners and baselines alike go through: fine-tuning, distilled from the supernet's largest network."""
 
     winners: int = 3
@@ -107,14 +107,14 @@ class Finish(Strict):
     calibration_images: int = 256  # training images that int8 ranges are taken from
 
 
-class Verify(Strict):
+class Verify(Strict, frozen=True):
     """The proof that each file does what the network does."""
 
     seconds: float = 10.0  # timing budget for all files together
     parity_images: int = 64  # test images compared value by value
 
 
-class Experiment(Strict, kw_only=True):
+class Experiment(Strict, frozen=True, kw_only=True):
     """One experiment file, resolved."""
 
     name: str
@@ -136,7 +136,7 @@ class Experiment(Strict, kw_only=True):
         return next(o for o in self.objectives if o.name == "latency_ms")
 
 
-class Device(Strict):
+class Device(Strict, frozen=True):
     """latency_models/<name>/device.toml: what one must know to trust a number."""
 
     device: str  # in words

@@ -1,6 +1,7 @@
 """The JAX back-end: computes what a graph says. Images and activations are [batch, height, width, channels]."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +24,7 @@ from nas.ops import (
     Split,
 )
 
-Arrays = Mapping[str, Array]
+Arrays = Mapping[str, Any]  # of JAX or NumPy
 
 ACTIVATIONS = {
     "relu": jax.nn.relu,
@@ -36,7 +37,7 @@ ACTIVATIONS = {
 }
 
 
-def run(graph: Graph, params: Arrays, x: Array, *, batch_stats: bool = False) -> tuple[Array, dict[str, Array]]:
+def run(graph: Graph, params: Arrays, x: Any, *, batch_stats: bool = False) -> tuple[Array, dict[str, Array]]:
     """What `graph` makes of `x` [n, *graph.input], and the batch-norm statistics it saw.
 
     Args:

@@ -32,13 +32,19 @@ _QUIET = 10  # percentile of the level that results are stated at: this machine 
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-    """One call. `latency_ms` is what to compare; percentiles are of samples as they came, the busy ones included."""
+    """One call. `latency_ms` is what to compare.
 
-    latency_ms: float
-    spread: float  # half the interquartile range of levelled samples, relative
-    median_ms: float
+    All but the last three figures are of levelled samples, stated at the machine's quiet level.
+    """
+
+    latency_ms: float  # a low quartile
+    spread: float  # half the interquartile range, relative
     p10_ms: float
+    median_ms: float
     p90_ms: float
+    found_p10_ms: float  # of the samples as they came, the machine's busy moments included
+    found_median_ms: float
+    found_p90_ms: float
     rounds: int
 
 
@@ -52,9 +58,10 @@ class Samples(Generic[K]):
 
     def timings(self) -> dict[K, Timing]:
         """Of every call, at the machine's quiet level."""
-        log_ms, spread = self._levelled(slice(None))
-        p10, median, p90 = np.percentile(self.times_ms, (10, 50, 90), axis=0)
-        columns = np.stack([np.exp(log_ms), spread, median, p10, p90], axis=1).tolist()
+        log_ms = self._levelled(slice(None))
+        p10, low, median, high, p90 = np.exp(np.percentile(log_ms, (10, _QUARTILE, 50, 75, 90), axis=0))
+        found = np.percentile(self.times_ms, (10, 50, 90), axis=0)
+        columns = np.stack([low, (high / low - 1) / 2, p10, median, p90, *found], axis=1).tolist()
         return {n: Timing(*row, rounds=len(self.times_ms)) for n, row in zip(self.names, columns, strict=True)}
 
     def disagreement(self, names: list[K], *, parts: int) -> float:
@@ -64,12 +71,15 @@ class Samples(Generic[K]):
         """
         size = max(len(self.times_ms) // parts, 1)
         columns = [self.names.index(n) for n in names]
-        first, last = (self._levelled(rows)[0][columns] for rows in (slice(size), slice(-size, None)))
+        first, last = (
+            np.percentile(self._levelled(rows)[:, columns], _QUARTILE, axis=0)
+            for rows in (slice(size), slice(-size, None))
+        )
         ratio = last - first
         return float(np.abs(np.expm1(ratio - np.median(ratio))).mean())
 
-    def _levelled(self, rows: slice) -> tuple[Floats, Floats]:
-        """Log of latency_ms at the quiet level, and spread, each [names], from the given rounds."""
+    def _levelled(self, rows: slice) -> Floats:
+        """Log of the given rounds' samples [rounds, names], as they would be at the machine's quiet level."""
         log_ms, order = np.log(self.times_ms[rows]), self.order[rows]
         typical = np.median(log_ms, axis=0)
         level = np.zeros_like(log_ms)
@@ -78,8 +88,7 @@ class Samples(Generic[K]):
             in_time = median_filter(in_time, _NEIGHBOURS, mode="nearest").reshape(order.shape)
             np.put_along_axis(level, order, in_time, axis=1)
             typical = np.median(log_ms - level, axis=0)
-        low, quartile, high = np.percentile(log_ms - level, (25, _QUARTILE, 75), axis=0)
-        return quartile + np.percentile(level, _QUIET), (np.exp(high - low) - 1) / 2
+        return log_ms - level + np.percentile(level, _QUIET)
 
 
 def interleave(

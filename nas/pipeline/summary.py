@@ -63,21 +63,21 @@ def verdict_of(job: Job, winner: dict[str, Any], hand: dict[str, Any]) -> str:
     points = 100 * (winner["accuracy"] - hand["accuracy"])
     lead = (
         f"Best network within {job.limit.ms:.4g} ms: top-1 {winner['accuracy']:.2%} on {test} test images, "
-        f"{winner['levelled_ms']:.4g} ms measured ({winner['predicted_ms']:.4g} predicted), "
+        f"{winner['latency_ms']:.4g} ms measured ({winner['predicted_ms']:.4g} predicted), "
         f"{winner['size_bytes']:,} bytes."
     )
-    over = winner["levelled_ms"] / job.limit.ms - 1
+    over = winner["latency_ms"] / job.limit.ms - 1
     late = f" Measured, it is {over:.1%} over the limit." if over > 0 else ""
     if not winner["passed"]:
         late += " It did not pass verification, and should not be deployed."
     compared = (
         f"{'beats' if points > 0 else 'equals' if points == 0 else 'does NOT beat'} the hand-made network "
-        f"({hand['accuracy']:.2%} at {hand['levelled_ms']:.4g} ms)"
+        f"({hand['accuracy']:.2%} at {hand['latency_ms']:.4g} ms)"
     )
     images = round(abs(points) / 100 * test)
     by = f" by {abs(points):.2f} points ({images} images)" if points > 0 else ""
     short = f": it is {abs(points):.2f} points ({images} images) below" if points < 0 else ""
-    faster = 1 - winner["levelled_ms"] / hand["levelled_ms"]
+    faster = 1 - winner["latency_ms"] / hand["latency_ms"]
     speed = f", and is {abs(faster):.0%} {'faster' if faster > 0 else 'slower'}" if abs(faster) >= 0.005 else ""
     return f"{lead}{late} It {compared}{by}{short}{speed}."
 
@@ -94,7 +94,6 @@ def _entry(job: Job, made: Finished) -> dict[str, Any]:
             "file": str(folder / file_name(precision, job.runtime.suffix)),
             "accuracy": v["accuracy"],
             "latency_ms": v["latency_ms"]["median"],
-            "levelled_ms": v["levelled_ms"],
             "predicted_ms": v["latency_ms"]["predicted"],
             "size_bytes": v["size_bytes"],
             "passed": v["passed"],

@@ -18,6 +18,7 @@
 An option that only some of a stage's blocks have is a choice only where such a block is chosen.
 """
 
+import dataclasses
 import inspect
 import itertools
 from pathlib import Path
@@ -71,6 +72,25 @@ def load_space(name: str, *, input_shape: Shape = (32, 32, 3), classes: int = 10
     return Space(path.stem, input_shape, classes, tuple(builder.choices), tuple(builder.positions), file.description)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Stage:
+    """One [[stage]] as it was read; a gene is None where there is nothing to choose."""
+
+    keys: list[str]  # where it stands in the file
+    name: str
+    names: tuple[str, ...]  # of blocks
+    options: dict[str, tuple[Any, ...]]
+    depths: tuple[int, ...]
+    widths: tuple[int, ...]
+    depth_gene: int | None
+    width_gene: int | None
+
+    def present(self, layer: int) -> tuple[Any, ...]:
+        """The condition under which a layer exists; none if it always does."""
+        deep = tuple(i for i, d in enumerate(self.depths) if d >= layer)
+        return () if self.depth_gene is None or len(deep) == len(self.depths) else ((self.depth_gene, deep),)
+
+
 class _Builder:
     """Collects choices and positions, stage by stage."""
 
@@ -78,7 +98,7 @@ class _Builder:
         self.source, self.classes = source, classes
         self.choices: list[Choice] = []
         self.positions: list[Position] = []
-        self.size = input_shape[:2]
+        self.size: tuple[int, ...] = input_shape[:2]
         self.width_gene: int | None = None  # the gene that decides how wide the chain is here
         self.widths: tuple[int, ...] = (input_shape[-1],)
 
@@ -103,68 +123,69 @@ class _Builder:
         """One [[stage]]: its choices, and a position for every layer it can have."""
         keys, name = ["stage", str(index)], f"stage{index + 1}"
         names = self._blocks(keys, table)
-        options = [k for k in table if k not in _STAGE_KEYS]
-        self._check_options(keys, names, options)
-        depths = self._values(keys, table, "depth", 1, kind=int)
-        widths = self._values(keys, table, "width", None, kind=int)
-        stride = self._values(keys, table, "stride", 1, kind=int)
-        if len(stride) > 1:
+        options = {k: self._values(keys, table, k, None) for k in table if k not in _STAGE_KEYS}
+        self._check_options(keys, names, list(options))
+        if isinstance(table.get("stride"), list):
             raise self.source.fail([*keys, "stride"], f"`{name}.stride` is a list; a stride cannot be chosen.")
-        if min(self.size) < stride[0]:
+        stride: int = self._values(keys, table, "stride", 1, kind=int)[0]
+        if min(self.size) < stride:
             raise SpaceError(
                 f"{self.source.path}: at {name} the image is {self.size[0]}x{self.size[1]}, too small for stride "
-                f"{stride[0]}. Use larger images (data.image_size) or fewer strides."
+                f"{stride}. Use larger images (data.image_size) or fewer strides."
             )
         tied = set(table.get("tied", ()))
         if unknown := sorted(tied - {"block", *options}):
             hint = config.nearest(unknown[0], ["block", *options], kind="option")
             raise self.source.fail([*keys, "tied"], f"`tied` names `{unknown[0]}`, which the stage does not set.{hint}")
+        depths = self._values(keys, table, "depth", 1, kind=int)
+        widths = self._values(keys, table, "width", None, kind=int)
+        stage = _Stage(
+            keys, name, names, options, depths, widths, self._choose(f"{name}/depth", depths),
+            self._choose(f"{name}/width", widths),
+        )  # fmt: skip
 
-        depth_gene = self._choose(f"{name}/depth", depths)
-        width_gene = self._choose(f"{name}/width", widths)
         shared: dict[str, int | None] = {}
         for layer in range(1, max(depths) + 1):
-            active = () if depth_gene is None else ((depth_gene, tuple(i for i, d in enumerate(depths) if d >= layer)),)
-            if len(active) and len(active[0][1]) == len(depths):
-                active = ()
             genes: dict[str, int | None] = {}
-            for option in ("block", *options):
-                values = tuple(names) if option == "block" else self._values(keys, table, option, None)
-                scope, conditions = (name, ()) if option in tied else (f"{name}/layer{layer}", active)
-                if option != "block" and genes["block"] is not None:
-                    owners = tuple(i for i, b in enumerate(names) if option in blocks.options(b))
-                    if len(owners) < len(names):
-                        conditions = (*conditions, (genes["block"], owners))
-                if option in tied and layer > 1:
-                    genes[option] = shared[option]
-                else:
-                    genes[option] = shared[option] = self._choose(f"{scope}/{option}", values, conditions)
-            self._layer(keys, f"{name}/layer{layer}", table, names, options, genes, depth_gene, depths, width_gene,
-                        widths, stride[0] if layer == 1 else 1, layer)  # fmt: skip
+            for option, values in {"block": names, **options}.items():
+                scope = name if option in tied else f"{name}/layer{layer}"
+                conditions = () if option in tied else stage.present(layer)
+                owners = tuple(i for i, b in enumerate(names) if option == "block" or option in blocks.options(b))
+                if genes.get("block") is not None and len(owners) < len(names):
+                    conditions = (*conditions, (genes["block"], owners))
+                if option not in tied or layer == 1:
+                    shared[option] = self._choose(f"{scope}/{option}", values, conditions)
+                genes[option] = shared[option]
+            self._layer(stage, layer, genes, stride if layer == 1 else 1)
             if layer == 1:
-                self.width_gene, self.widths = width_gene, widths
-                self.size = tuple(-(-s // stride[0]) for s in self.size)
+                self.width_gene, self.widths = stage.width_gene, widths
+                self.size = tuple(-(-s // stride) for s in self.size)
 
-    def _layer(self, keys, name, table, names, options, genes, depth_gene, depths, width_gene, widths, stride, layer):
+    def _layer(self, stage: "_Stage", layer: int, genes: dict[str, int | None], stride: int) -> None:
         """The position of one layer: every combination of the genes it reads, and the block of each."""
+        name = f"{stage.name}/layer{layer}"
         axes: dict[int, int] = {}  # gene -> number of values, in the order of the axes
-        for gene in (depth_gene if layer > min(depths) else None, self.width_gene, width_gene, *genes.values()):
+        depth_gene = stage.depth_gene if layer > min(stage.depths) else None
+        for gene in (depth_gene, self.width_gene, stage.width_gene, *genes.values()):
             if gene is not None:
                 axes.setdefault(gene, len(self.choices[gene].values))
+
+        def pick(values: tuple[Any, ...], gene: int | None, value: dict[int, int]) -> Any:
+            return values[0] if gene is None else values[value[gene]]
+
         made: dict[tuple[int, ...], Block | None] = {}
         for picked in itertools.product(*(range(n) for n in axes.values())):
             value = dict(zip(axes, picked, strict=True))
-            if depth_gene in value and depths[value[depth_gene]] < layer:
+            if depth_gene is not None and pick(stage.depths, depth_gene, value) < layer:
                 made[picked] = None
                 continue
-            block = names[value[genes["block"]]] if genes["block"] is not None else names[0]
-            arguments = {"width": widths[value[width_gene]] if width_gene is not None else widths[0], "stride": stride}
-            for option in options:
+            block = pick(stage.names, genes["block"], value)
+            arguments = {"width": pick(stage.widths, stage.width_gene, value), "stride": stride}
+            for option, values in stage.options.items():
                 if option in blocks.options(block):
-                    gene, values = genes[option], self._values(keys, table, option, None)
-                    arguments[option] = values[value[gene]] if gene is not None else values[0]
-            width = self.widths[value[self.width_gene]] if self.width_gene is not None else self.widths[0]
-            made[picked] = self._block(keys, f"{name}/{block}", block, width, arguments)
+                    arguments[option] = pick(values, genes[option], value)
+            width = pick(self.widths, self.width_gene, value)
+            made[picked] = self._block(stage.keys, f"{name}/{block}", block, width, arguments)
         self._add(name, tuple(axes), made)
 
     def _add(self, name: str, genes: tuple[int, ...], made: dict[tuple[int, ...], Block | None]) -> None:

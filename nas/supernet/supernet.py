@@ -17,7 +17,7 @@ from nas.space import Position, Space
 from nas.supernet.sharing import read, store_shapes
 from nas.supernet.switch import Mode, elastic
 
-Params = Mapping[str, Array]
+Params = Mapping[str, Any]  # arrays of JAX or NumPy
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

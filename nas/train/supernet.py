@@ -110,7 +110,7 @@ def make_step(
         (gradients, _), (hard, correct) = lax.scan(one, zero, (branches, jnp.arange(n) == 0))
         updates, optimiser_state = transform.update(gradients, state["optimiser"], params)
         metrics = {"loss_largest": hard[0], "loss_smallest": hard[1], "top1_largest": correct[0]}
-        metrics |= {"top1_smallest": correct[1], "gradient_norm": optax.global_norm(gradients)}
+        metrics |= {"top1_smallest": correct[1], "gradient_norm": optax.tree.norm(gradients)}
         if n > 2:
             metrics |= {"loss_random": hard[2:].mean(), "top1_random": correct[2:].mean()}
         return {"params": optax.apply_updates(params, updates), "optimiser": optimiser_state}, metrics
