@@ -143,8 +143,8 @@ def test_export_works_from_architecture_and_parameters_alone(finished, tmp_path)
     assert (tmp_path / "x.onnx").read_bytes() == (source / "model.onnx").read_bytes()
 
 
-def _delayed_kill(folder: Path, experiment: Path, marker: str) -> None:
-    """Runs the job and kills it hard as soon as `marker` exists below the run folder."""
+def _killed_at(folder: Path, experiment: Path, marker: str) -> bool:
+    """Runs the job and kills it hard as soon as `marker` exists below the run folder; False if it ended before."""
     process = subprocess.Popen(
         command("run", experiment, "--out", folder), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
@@ -158,6 +158,7 @@ def _delayed_kill(folder: Path, experiment: Path, marker: str) -> None:
     finally:
         process.kill()
         process.wait()
+    return process.returncode == -signal.SIGKILL
 
 
 KILL_AT = {
@@ -173,8 +174,8 @@ KILL_AT = {
 
 def test_killed_in_every_stage_and_resumed_it_ends_the_same_to_the_bit(measured, finished, workplace):
     experiment = workplace / "tiny_experiment.toml"
-    for marker in KILL_AT.values():
-        _delayed_kill(measured, experiment, marker)
+    killed = [name for name, marker in KILL_AT.items() if _killed_at(measured, experiment, marker)]
+    assert killed == list(KILL_AT)
     done = subprocess.run(command("run", experiment, "--out", measured), capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     wanted, got = outcome(finished), outcome(measured)
