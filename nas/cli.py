@@ -25,9 +25,9 @@ _EPILOG = "Exit codes: 0 done, 1 a defect of nas, 2 wrong use or input, 130 inte
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110}, epilog=_EPILOG)
-@click.option("--debug", is_flag=True, help="Show the traceback of errors.")
+@click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of errors; anywhere on the line.")
 @click.version_option(package_name="nas")
-def cli(debug: bool) -> None:
+def cli() -> None:
     """From data, device and budget to a verified network."""
 
 
@@ -127,6 +127,8 @@ def main(arguments: list[str] | None = None) -> None:
     """Runs the command line and exits the process."""
     arguments = sys.argv[1:] if arguments is None else arguments
     again = "nas " + shlex.join(arguments)
+    debug = "--debug" in arguments  # wherever it stands
+    arguments = [a for a in arguments if a != "--debug"]
     code = 0
     with _Interrupts(again):
         try:
@@ -138,7 +140,7 @@ def main(arguments: list[str] | None = None) -> None:
             code = 2
         except NasError as e:
             code = 2
-            if "--debug" in arguments:
+            if debug:
                 traceback.print_exc()
             click.echo(f"error: {e}", err=True)
         except (KeyboardInterrupt, click.Abort):

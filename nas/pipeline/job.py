@@ -10,8 +10,9 @@ import numpy as np
 from nas.config import Device, Experiment
 from nas.console import Console
 from nas.data import Dataset, load_data
-from nas.errors import LimitError
+from nas.errors import LimitError, RunError
 from nas.export import RUNTIMES
+from nas.files import read_json
 from nas.latency import Table, load_device
 from nas.runfolder import RunFolder
 from nas.space import Space, load_space
@@ -68,6 +69,14 @@ class Job:
     def tables(self) -> dict[str, Table]:
         """The measured latency table of each precision."""
         self.folder.require("measure")
+        then = read_json(self.path / "environment.json")
+        for what, digest in (("space", self.space.digest), ("data", self.data.digest)):
+            if then[what]["digest"] != digest:
+                raise RunError(
+                    f"{self.path}: the {what} has changed since this run began (hash {then[what]['digest'][:12]}, now "
+                    f"{digest[:12]}). Bring it back as it was (space.toml in the run folder is the space's copy), or "
+                    f"start a new run with --out."
+                )
         return {p: Table.load(self.path / "latency", p) for p in self.device.precision}
 
     @property

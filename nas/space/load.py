@@ -59,8 +59,7 @@ def load_space(name: str, *, input_shape: Shape = (32, 32, 3), classes: int = 10
         SpaceError: unknown name, or strides that do not fit the image.
         ConfigError: a mistake in the file, with its line.
     """
-    known = catalog.list_spaces()
-    path = catalog.find(name, kind="space", file="space.toml", known=known, error=SpaceError)
+    path = space_file(name)
     raw, text = config.load_toml(path, what="search space")
     source = _Source(path, text)
     file = config.convert(raw, _File, path=path, text=text)
@@ -89,6 +88,15 @@ class _Stage:
         """The condition under which a layer exists; none if it always does."""
         deep = tuple(i for i, d in enumerate(self.depths) if d >= layer)
         return () if self.depth_gene is None or len(deep) == len(self.depths) else ((self.depth_gene, deep),)
+
+
+def space_file(name: str) -> Path:
+    """The TOML file of a space given by name or path.
+
+    Raises:
+        SpaceError: there is none; names the nearest known one.
+    """
+    return catalog.find(name, kind="space", file="space.toml", known=catalog.list_spaces(), error=SpaceError)
 
 
 class _Builder:

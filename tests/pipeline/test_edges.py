@@ -59,9 +59,10 @@ def test_a_mistake_on_the_command_line_is_told_in_a_paragraph(capsys, place, mon
 
 
 def test_debug_shows_the_traceback(capsys, place):
-    code, text = told(capsys, "--debug", "run", place / "none.toml")
-    assert code == 2
-    assert "Traceback" in text
+    for arguments in (("--debug", "run", place / "none.toml"), ("run", place / "none.toml", "--debug")):
+        code, text = told(capsys, *arguments)
+        assert code == 2
+        assert "Traceback" in text
 
 
 BAD_DATA = {
@@ -129,6 +130,18 @@ def test_a_folder_that_is_no_run_is_left_alone(capsys, place):
     assert code == 2
     assert "thesis.tex" in text
     assert (place / "run" / "thesis.tex").read_text() == "years of work"
+
+
+def test_a_space_or_data_that_changed_since_the_run_began_are_told(capsys, copy):
+    tiny.write_data(copy, seed=1)
+    code, text = run(capsys, copy)
+    assert code == 2
+    assert "the data has changed" in text
+    tiny.write_data(copy)
+    (copy / "tiny.toml").write_text(tiny.SPACE.replace("expand = [1, 2]", "expand = [1, 3]"))
+    code, text = run(capsys, copy)
+    assert code == 2
+    assert "the space has changed" in text
 
 
 def test_an_edited_latency_table_is_refused(capsys, copy):

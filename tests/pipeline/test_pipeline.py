@@ -62,8 +62,8 @@ def outcome(run: Path) -> dict[str, object]:
 
 
 def test_a_run_folder_holds_what_the_contract_says(finished):
-    for name in ("config.toml", "environment.json", "latency/proof.json", "search/journal.jsonl", "search/front.csv",
-                 "summary.json", "report.html", "supernet/metrics.jsonl", "supernet/checkpoints"):  # fmt: skip
+    for name in ("config.toml", "environment.json", "space.toml", "latency/proof.json", "search/journal.jsonl",
+                 "search/front.csv", "summary.json", "report.html", "supernet/metrics.jsonl", "supernet/checkpoints"):  # fmt: skip
         assert (finished / name).exists(), name
     proof = json.loads((finished / "latency" / "proof.json").read_text())
     assert {"networks", "mape", "within_5", "within_10", "kendall_tau"} <= set(proof)
