@@ -21,6 +21,13 @@ ROOT = Path(__file__).resolve().parents[2]
 STAGES = ("measure", "train", "search", "finish", "export", "verify", "report")
 
 
+FILES = [
+    *("config.toml", "environment.json", "space.toml", "summary.json", "report.html"),
+    *("latency/proof.json", "latency/table.float32.csv", "latency/table.int8.csv"),
+    *("supernet/metrics.jsonl", "supernet/checkpoints", "search/journal.jsonl", "search/front.csv"),
+]
+
+
 def command(*arguments: object) -> list[str]:
     return [sys.executable, "-m", "nas.cli", *map(str, arguments)]
 
@@ -62,8 +69,7 @@ def outcome(run: Path) -> dict[str, object]:
 
 
 def test_a_run_folder_holds_what_the_contract_says(finished):
-    for name in ("config.toml", "environment.json", "space.toml", "latency/proof.json", "search/journal.jsonl",
-                 "search/front.csv", "summary.json", "report.html", "supernet/metrics.jsonl", "supernet/checkpoints"):  # fmt: skip
+    for name in FILES:
         assert (finished / name).exists(), name
     proof = json.loads((finished / "latency" / "proof.json").read_text())
     assert {"networks", "mape", "within_5", "within_10", "kendall_tau"} <= set(proof)
