@@ -17,7 +17,7 @@ quickstart: setup
 	$(RUN)/nas run experiments/quickstart.toml
 
 test: setup
-	$(RUN)/python -m pytest -m "not slow"
+	$(RUN)/python -m pytest -m "not slow" -n 2 --dist loadfile
 
 slow: setup
 	$(RUN)/python -m pytest -m slow

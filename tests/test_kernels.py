@@ -197,12 +197,14 @@ def test_depthwise_keeps_bfloat16_sums_in_float32():
 
 
 def test_depthwise_lets_nan_and_infinity_stay_in_their_channel():
-    x, w = draw(6, (1, 5, 5, 3), (3, 3, 1, 3))
-    out = kernels.depthwise(x.at[0, 2, 2].set(jnp.array([jnp.nan, jnp.inf, 0])), w)
-    assert np.isnan(out[0, 1:4, 1:4, 0]).all()
-    assert np.isinf(out[0, 1:4, 1:4, 1]).all()
-    assert np.isfinite(out[..., 2]).all()
-    assert np.isfinite(out[0, 0]).all()
+    for size in (5, 12):  # a matrix for each channel, and a sum over taps, where they stay near too
+        x, w = draw(6, (2, size, size, 3), (3, 3, 1, 3))
+        out = kernels.depthwise(x.at[0, 2, 2].set(jnp.array([jnp.nan, jnp.inf, 0])), w)
+        assert np.isnan(out[0, 1:4, 1:4, 0]).all()
+        assert not np.isfinite(out[0, 1:4, 1:4, 1]).any()
+        assert np.isfinite(out[..., 2]).all()
+        assert np.isfinite(out[1]).all()  # nor do they reach another image
+    assert np.isfinite(out[0, 5:]).all()
 
 
 @pytest.mark.parametrize("shape", [(3,), (5, 3), (4, 5, 6, 3)])

@@ -35,6 +35,7 @@ def test_fashion_mnist_smoke_on_a_slice_of_the_real_data(real_data, tmp_path):
     check(smoke("fashion_mnist", real_data / "fashion_mnist.npz", tmp_path / "run"), 10, (28, 28, 1))
 
 
+@pytest.mark.slow
 def test_cifar10_smoke_on_a_slice_of_the_real_data_in_the_binary_layout(real_data, tmp_path):
     unpack = real_data / "unpack_cifar10.py"
     subprocess.run([sys.executable, unpack, tmp_path], check=True, capture_output=True)

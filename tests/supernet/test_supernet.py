@@ -118,7 +118,7 @@ def test_200_subnets_train_and_are_evaluated_with_one_compilation_each(tmp_path)
     transform = optimiser.build(settings.optimiser, 50)
     step = make_step(supernet, data, settings, transform, seed=0)
     pick = sandwich(supernet, settings, seed=0)
-    params = supernet.init(0)
+    params = jax.tree.map(jnp.asarray, supernet.init(0))
     state = {"params": params, "optimiser": transform.init(params)}
     for number in range(100):  # two random subnets a step
         state, _ = step(state, np.uint32(number), pick(number), data.train.images[:8], data.train.labels[:8])
