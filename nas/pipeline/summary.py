@@ -70,6 +70,11 @@ def verdict_of(job: Job, winner: dict[str, Any], hand: dict[str, Any]) -> str:
     late = f" Measured, it is {over:.1%} over the limit." if over > 0 else ""
     if not winner["passed"]:
         late += " It did not pass verification, and should not be deployed."
+    if winner["genotype"] == hand["genotype"]:
+        return (
+            f"{lead}{late} It IS the hand-made network: among {job.experiment.search.trials} trials the search found "
+            f"none that does better on the validation images. More trials (search.trials) may."
+        )
     compared = (
         f"{'beats' if points > 0 else 'equals' if points == 0 else 'does NOT beat'} the hand-made network "
         f"({hand['accuracy']:.2%} at {hand['latency_ms']:.4g} ms)"
@@ -103,6 +108,7 @@ def _entry(job: Job, made: Finished) -> dict[str, Any]:
         "name": made.name,
         "role": made.role,
         "folder": str(folder),
+        "genotype": list(made.architecture.genotype),
         "validation_accuracy": made.validation_accuracy,
         "macs": cost.macs(graph),
         "params": cost.parameters(graph),
