@@ -25,7 +25,7 @@ slow: setup
 lint: setup
 	$(RUN)/ruff format --check .
 	$(RUN)/ruff check .
-	$(RUN)/pyright
+	$(RUN)/pyright --pythonpath $(RUN)/python
 
 format: setup
 	$(RUN)/ruff format .
