@@ -68,6 +68,9 @@ def verdict_of(job: Job, winner: dict[str, Any], hand: dict[str, Any]) -> str:
     )
     over = winner["latency_ms"] / job.limit.ms - 1
     late = f" Measured, it is {over:.1%} over the limit." if over > 0 else ""
+    level = winner["machine_level"] - 1  # since the table: anchors measured again beside the files
+    if abs(level) > 0.05:
+        late += f" The machine is {abs(level):.0%} {'slower' if level > 0 else 'faster'} now than for the prediction."
     if not winner["passed"]:
         late += " It did not pass verification, and should not be deployed."
     if winner["genotype"] == hand["genotype"]:
@@ -100,6 +103,7 @@ def _entry(job: Job, made: Finished) -> dict[str, Any]:
             "accuracy": v["accuracy"],
             "latency_ms": v["latency_ms"]["median"],
             "predicted_ms": v["latency_ms"]["predicted"],
+            "machine_level": v["machine_level"],
             "size_bytes": v["size_bytes"],
             "passed": v["passed"],
         }
