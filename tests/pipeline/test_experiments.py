@@ -31,6 +31,7 @@ def check(run: nas.Run, classes: int, shape: tuple[int, int, int]) -> None:
     assert (run.path / "report.html").stat().st_size > 1e5
 
 
+@pytest.mark.slow
 def test_fashion_mnist_smoke_on_a_slice_of_the_real_data(real_data, tmp_path):
     check(smoke("fashion_mnist", real_data / "fashion_mnist.npz", tmp_path / "run"), 10, (28, 28, 1))
 
