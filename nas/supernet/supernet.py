@@ -12,7 +12,6 @@ import numpy as np
 from jax import Array, lax
 
 from nas.ops import Block, Network, Weight
-from nas.run import run
 from nas.space import Position, Space
 from nas.supernet.sharing import read, store_shapes
 from nas.supernet.switch import Mode, elastic
@@ -107,11 +106,6 @@ class Supernet:
             for name, w in self._relative(position).items()
             if w.trained or mode == "infer"
         }
-
-
-def standalone(network: Network, params: Params, images: Array, *, batch_stats: bool = False) -> tuple[Array, Any]:
-    """Logits of a network on its own, as `nas.run.run` gives them."""
-    return run(network.flat(), params, images, batch_stats=batch_stats)
 
 
 def _signature(position: Position) -> tuple[Any, ...]:
