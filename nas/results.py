@@ -9,8 +9,7 @@ from nas.config import Experiment, load_experiment
 from nas.deliver import Winner, load_winner
 from nas.errors import RunError
 from nas.files import read_json
-from nas.search import Front, Trial
-from nas.search.journal import read
+from nas.search import Front, Trials, read_trials
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,9 +34,9 @@ class Run:
         return read_json(self.path / "latency" / "proof.json")
 
     @functools.cached_property
-    def trials(self) -> tuple[Trial, ...]:
+    def trials(self) -> Trials:
         """Every trial of the search, in order."""
-        return tuple(_trial(r) for r in read(self.path / "search" / "journal.jsonl")[1])
+        return read_trials(self.path / "search" / "journal.jsonl")
 
     @functools.cached_property
     def front(self) -> Front:
@@ -75,16 +74,3 @@ def load_run(path: str | Path) -> Run:
     if not (path / "summary.json").exists():
         raise RunError(f"{path}: not a finished run (summary.json is missing). Finish it with `nas run`.")
     return Run(path)
-
-
-def _trial(record: dict[str, Any]) -> Trial:
-    cheap = {name: value for name, value in record["costs"].items() if name != "error"}
-    return Trial(
-        record["trial"],
-        tuple(record["genotype"]),
-        record["correct"],
-        record["total"],
-        cheap,
-        record["failure"],
-        record["seconds"],
-    )

@@ -50,23 +50,35 @@ def summary(job: Job) -> dict[str, Any]:
         "winners": winners,
         "baselines": baselines,
         "beats_handmade": winner["accuracy"] > hand["accuracy"],
-        "verdict": verdict_of(job, winner, hand),
+        "verdict": verdict_of(
+            winner,
+            hand,
+            limit_ms=job.limit.ms,
+            test_images=len(job.data.test.labels),
+            trials=job.experiment.search.trials,
+        ),
         "refused": refused,
         "trials": sum(1 for _ in journal.open()) - 1,
         "seconds": job.folder.seconds(),
     }
 
 
-def verdict_of(job: Job, winner: dict[str, Any], hand: dict[str, Any]) -> str:
-    """The answer in words, whatever it is."""
-    test = len(job.data.test.labels)
+def verdict_of(winner: dict[str, Any], hand: dict[str, Any], *, limit_ms: float, test_images: int, trials: int) -> str:
+    """The answer in words, whatever it is.
+
+    Args:
+        winner, hand: entries of summary.json: the answer, and the hand-made network.
+        limit_ms: that was asked for.
+        test_images: how many each accuracy was counted over.
+        trials: of the search.
+    """
     points = 100 * (winner["accuracy"] - hand["accuracy"])
     lead = (
-        f"Best network within {job.limit.ms:.4g} ms: top-1 {winner['accuracy']:.2%} on {test} test images, "
+        f"Best network within {limit_ms:.4g} ms: top-1 {winner['accuracy']:.2%} on {test_images} test images, "
         f"{winner['latency_ms']:.4g} ms measured ({winner['predicted_ms']:.4g} predicted), "
         f"{winner['size_bytes']:,} bytes."
     )
-    over = winner["latency_ms"] / job.limit.ms - 1
+    over = winner["latency_ms"] / limit_ms - 1
     late = f" Measured, it is {over:.1%} over the limit." if over > 0 else ""
     level = winner["machine_level"] - 1  # since the table: anchors measured again beside the files
     if abs(level) > 0.05:
@@ -75,14 +87,14 @@ def verdict_of(job: Job, winner: dict[str, Any], hand: dict[str, Any]) -> str:
         late += " It did not pass verification, and should not be deployed."
     if winner["genotype"] == hand["genotype"]:
         return (
-            f"{lead}{late} It IS the hand-made network: among {job.experiment.search.trials} trials the search found "
+            f"{lead}{late} It IS the hand-made network: among {trials} trials the search found "
             f"none that does better on the validation images. More trials (search.trials) may."
         )
     compared = (
         f"{'beats' if points > 0 else 'equals' if points == 0 else 'does NOT beat'} the hand-made network "
         f"({hand['accuracy']:.2%} at {hand['latency_ms']:.4g} ms)"
     )
-    images = round(abs(points) / 100 * test)
+    images = round(abs(points) / 100 * test_images)
     by = f" by {abs(points):.2f} points ({images} images)" if points > 0 else ""
     short = f": it is {abs(points):.2f} points ({images} images) below" if points < 0 else ""
     faster = 1 - winner["latency_ms"] / hand["latency_ms"]

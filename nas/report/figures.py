@@ -76,7 +76,7 @@ def agreement(run: Run, precision: str, proof: Agreement) -> Figure:
     groups = [(held_out, blue)]
     for role in NAMES:
         files = [(m.facts.name, m.files.get(precision)) for m in run.members if m.facts.role == role]
-        known = [(n, o.predicted_ms, o.latency_ms) for n, o in files if o]
+        known = [(n, o.expected_ms, o.latency_ms) for n, o in files if o]
         groups.append((known, _marker(role)))
     axis = _logarithmic([ms for rows, _ in groups for row in rows for ms in row[1:]])
     low, high = (10**end for end in axis["range"])

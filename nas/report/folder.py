@@ -9,8 +9,8 @@ import msgspec
 
 from nas.architecture import Architecture, load_architecture
 from nas.config import Experiment, convert, load_toml
-from nas.errors import ConfigError, JournalError, RunError, SpaceError
-from nas.search import Trial, journal
+from nas.errors import ConfigError, RunError, SpaceError
+from nas.search import Trials, read_trials
 from nas.space import Space, load_space
 
 T = TypeVar("T")
@@ -104,6 +104,12 @@ class Outcome(msgspec.Struct, frozen=True):
     size_bytes: int
     file: str  # relative to the run folder
     passed: bool
+    machine_level: float = 1.0  # 1.1: measured while the machine was 10 % slower than for its table
+
+    @property
+    def expected_ms(self) -> float:
+        """Predicted latency on the machine as it was when the file was measured."""
+        return self.predicted_ms * self.machine_level
 
 
 class Candidate(Outcome, frozen=True, kw_only=True):
@@ -200,7 +206,7 @@ class Run:
     summary: Summary
     proof: Proof
     training: Metrics  # of the supernet
-    trials: list[Trial]
+    trials: Trials
     winners: tuple[Member, ...]
     baselines: tuple[Member, ...]
     space: Space | None  # None: it has changed since, or is elsewhere
@@ -241,7 +247,7 @@ def read_run(folder: Path) -> Run:
         summary=summary,
         proof=_load(folder / "latency" / "proof.json", Proof),
         training=_metrics(folder / "supernet" / "metrics.jsonl"),
-        trials=_trials(folder / "search" / "journal.jsonl"),
+        trials=read_trials(_required(folder / "search" / "journal.jsonl")),
         winners=tuple(_member(folder, c, summary.precision) for c in summary.winners),
         baselines=tuple(_member(folder, c, summary.precision) for c in summary.baselines),
         space=_space(folder, experiment, environment),
@@ -264,26 +270,6 @@ def _member(run: Path, facts: Candidate, precision: str) -> Member:
         blocks=blocks,
         training=_metrics(folder / "training" / "metrics.jsonl"),
     )
-
-
-def _trials(path: Path) -> list[Trial]:
-    """The committed trials of a search journal."""
-    _, records = journal.read(_required(path))
-    try:
-        return [
-            Trial(
-                r["trial"],
-                tuple(r["genotype"]),
-                r["correct"],
-                r["total"],
-                {name: cost for name, cost in r["costs"].items() if name != "error"},
-                r["failure"],
-                r["seconds"],
-            )
-            for r in records
-        ]
-    except (KeyError, TypeError, AttributeError) as e:
-        raise JournalError(f"{path}: a record is not a trial ({e!r}). Was it written by another version?") from e
 
 
 def _space(folder: Path, experiment: Experiment, environment: Environment) -> Space | None:

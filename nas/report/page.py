@@ -119,7 +119,7 @@ def _row(member: Member) -> dict[str, Any]:
                 "precision": precision,
                 "outcome": outcome,
                 "spread": check.latency_ms if (check := member.checks.get(precision)) else None,
-                "error": outcome.predicted_ms / outcome.latency_ms - 1,
+                "error": outcome.expected_ms / outcome.latency_ms - 1,
                 "reason": (check.reason if check else None) or "",
             }
             for precision, outcome in member.files.items()
@@ -156,6 +156,10 @@ def _commands(run: Run) -> list[tuple[str, str]]:
     latency = f'{{name="latency_ms",precision="{run.summary.precision}",at_most="25%"}}'
     faster = f"""'objectives=[{{name="top1"}},{latency}]'"""
     return [
+        (
+            "Prove the files again, on this machine as it is now:",
+            "nas verify config.toml --out . && nas report config.toml --out .",
+        ),
         ("Write the answer's files for your program:", f"nas export {run.winner.facts.folder} --out answer.onnx"),
         ("Search longer:", again("longer", f"search.trials={4 * experiment.search.trials}")),
         ("Ask for a faster network:", again("faster", faster)),

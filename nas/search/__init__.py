@@ -3,7 +3,7 @@
 from nas.search.ageing_evolution import ageing_evolution
 from nas.search.driver import search
 from nas.search.executor import Executor, Result
-from nas.search.front import Front, Trial, Trials
+from nas.search.front import Front, Trial, Trials, read_trials
 from nas.search.inline import InlineExecutor
 from nas.search.nsga2 import nsga2
 from nas.search.problem import Problem
@@ -37,6 +37,7 @@ __all__ = [
     "ageing_evolution",
     "nsga2",
     "random_search",
+    "read_trials",
     "search",
     "trial_rng",
 ]

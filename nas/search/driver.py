@@ -116,7 +116,7 @@ def search(
                 k = len(done)
                 trial = _trial(problem, k, asked[k], finished.pop(k))
                 if k >= len(replay):
-                    journal.append(_record(trial))
+                    journal.append(trial.record)
                 done.append(trial)
                 if on_trial is not None:
                     on_trial(trial)
@@ -145,18 +145,6 @@ def _trial(problem: Problem, number: int, genotype: Genotype, result: Result) ->
     values = problem.cheap(genotype[None])[0]
     cheap = {name: float(value) for name, value in zip(problem.cheap_names, values, strict=True)}
     return Trial(number, tuple(genotype.tolist()), correct, problem.total, cheap, failure, result.seconds)
-
-
-def _record(trial: Trial) -> Record:
-    return {
-        "trial": trial.trial,
-        "genotype": list(trial.genotype),
-        "correct": trial.correct,
-        "total": trial.total,
-        "costs": {name: None if np.isnan(cost) else cost for name, cost in trial.costs.items()},
-        "seconds": trial.seconds,
-        "failure": trial.failure,
-    }
 
 
 def _replayed(journal: Journal, record: Record, number: int, genotype: Genotype) -> Result:

@@ -2,14 +2,16 @@
 
 import csv
 import html
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from nas.errors import LimitError, RunError
+from nas.errors import JournalError, LimitError, RunError
+from nas.search import journal
 from nas.search.pareto import nondominated
 
 if TYPE_CHECKING:
@@ -42,6 +44,28 @@ class Trial:
     def latency_ms(self) -> float:
         return self.cheap["latency_ms"]
 
+    @classmethod
+    def of(cls, record: Mapping[str, Any]) -> "Trial":
+        """The trial of a journal's record."""
+        cheap = {name: value for name, value in record["costs"].items() if name != "error"}
+        genotype = tuple(record["genotype"])
+        return cls(
+            record["trial"], genotype, record["correct"], record["total"], cheap, record["failure"], record["seconds"]
+        )
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What a journal keeps of it."""
+        return {
+            "trial": self.trial,
+            "genotype": list(self.genotype),
+            "correct": self.correct,
+            "total": self.total,
+            "costs": {name: None if math.isnan(cost) else cost for name, cost in self.costs.items()},
+            "seconds": self.seconds,
+            "failure": self.failure,
+        }
+
     @property
     def costs(self) -> dict[str, float]:
         """All objectives, minimised, in the order of `Problem.cost_names`."""
@@ -52,6 +76,19 @@ class Trials(list[Trial]):
     """The trials of a search in their order, and why there are no more: `status` is "complete" or "exhausted"."""
 
     status: str = "complete"
+
+
+def read_trials(path: Path | str) -> Trials:
+    """The committed trials of a search's journal, which may be in use.
+
+    Raises:
+        JournalError: it cannot be read, is damaged before its last line, or was written by another version.
+    """
+    _, records = journal.read(path)
+    try:
+        return Trials(Trial.of(r) for r in records)
+    except (KeyError, TypeError, AttributeError) as e:
+        raise JournalError(f"{path}: a record is not a trial ({e!r}). Was it written by another version?") from e
 
 
 @dataclass(frozen=True, repr=False)

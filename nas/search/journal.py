@@ -192,12 +192,6 @@ def _compare(path: Path, found: Record, wanted: Record) -> None:
         raise JournalError(f"{path}: written by another search ({what}). Use the same settings, or another run folder.")
 
 
-def _read_all(file: int) -> bytes:
-    with os.fdopen(os.dup(file), "rb") as stream:
-        stream.seek(0)
-        return stream.read()
-
-
 def _sync_folder(folder: Path) -> None:
     """Makes a new file's name durable too."""
     descriptor = os.open(folder, os.O_RDONLY)
