@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin
 
-.PHONY: setup quickstart test slow lint format clean
+.PHONY: setup quickstart test smoke slow lint format clean
 
 setup: $(VENV)/.installed
 
@@ -18,6 +18,9 @@ quickstart: setup
 
 test: setup
 	$(RUN)/python -m pytest -m "not slow" -n 2 --dist loadfile
+
+smoke: setup
+	$(RUN)/python -m pytest -m slow tests/pipeline/test_experiments.py
 
 slow: setup
 	$(RUN)/python -m pytest -m slow

@@ -7,15 +7,16 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from nas import stages
     from nas.architecture import Architecture, load_architecture
     from nas.catalog import list_devices, list_spaces
-    from nas.config import Experiment, load_experiment
+    from nas.config import Experiment
     from nas.data import Dataset, load_data
     from nas.deliver import Winner, export_network, load_winner
     from nas.errors import NasError
     from nas.latency import Table, load_device
     from nas.ops import Network
-    from nas.pipeline import run_experiment
+    from nas.pipeline import load_experiment, run_experiment
     from nas.results import Run, load_run
     from nas.search import Front, Trial
     from nas.space import Space, load_space
@@ -38,11 +39,12 @@ _HOME = {
     "load_architecture": "nas.architecture",
     "load_data": "nas.data",
     "load_device": "nas.latency",
-    "load_experiment": "nas.config",
+    "load_experiment": "nas.pipeline",
     "load_run": "nas.results",
     "load_space": "nas.space",
     "load_winner": "nas.deliver",
     "run_experiment": "nas.pipeline",
+    "stages": "nas.stages",
 }
 
 __all__ = [
@@ -68,12 +70,15 @@ __all__ = [
     "load_space",
     "load_winner",
     "run_experiment",
+    "stages",
 ]
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'nas' has no attribute {name!r}")
+    if name == "stages":
+        return importlib.import_module("nas.stages")
     return getattr(importlib.import_module(_HOME[name]), name)
 
 

@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nas.errors import CheckpointError, ConfigError, SpaceError
-from nas.files import write_bytes, write_text
-from nas.ops import Network, flatten, weights
+from nas.files import write_bytes
+from nas.ops import Block, Network, output_shape, weights
 
 SCHEMA = "nas.architecture/1"
 
@@ -97,25 +97,46 @@ def load_architecture(path: str | Path) -> Architecture:
 
 
 def _check(architecture: Architecture, path: Path) -> None:
-    """What the schema cannot say: values are used after they exist, blocks fit, classes and channels agree."""
+    """What the schema cannot say: every op gives the shape that is written, blocks fit, classes and channels agree."""
 
     def fail(what: str) -> SpaceError:
         return SpaceError(f"{path}: {what}. The file was edited or damaged; take it from the run's folder again.")
 
-    blocks = architecture.network.blocks
+    blocks, spec = architecture.network.blocks, architecture.input
     if not blocks:
         raise fail("the network has no block")
+    if blocks[0].graph.input != spec.shape or min(spec.shape) < 1:
+        raise fail(f"the image shape is {spec.shape}, but the network reads {blocks[0].graph.input}")
     for before, after in itertools.pairwise(blocks):
         if before.graph.shape != after.graph.input:
             raise fail(f"block {after.name} reads {after.graph.input}, but {before.name} gives {before.graph.shape}")
-    for index, op in enumerate(flatten(blocks).ops):
+    for block in blocks:
+        try:
+            _check_ops(block)
+        except ValueError as e:
+            raise fail(f"block {block.name}: {e}") from e
+    names = [w.name for w in weights(architecture.network.flat())]
+    if twice := [name for name, other in itertools.pairwise(sorted(names)) if name == other]:
+        raise fail(f"two ops have the weights {twice[0]}")
+    if blocks[-1].graph.shape != (len(architecture.classes),):
+        raise fail(f"the number of classes is {len(architecture.classes)}, but the network gives shape "
+                   f"{blocks[-1].graph.shape}")  # fmt: skip
+    for what, values in (("mean", spec.mean), ("std", spec.std)):
+        if len(values) != spec.shape[-1] or not np.isfinite(values).all():
+            raise fail(f"{what} is {values}: {spec.shape[-1]} numbers, one a channel, are needed")
+    if min(spec.std) <= 0:
+        raise fail(f"std is {spec.std}: images are divided by it, so it must be above 0")
+
+
+def _check_ops(block: Block) -> None:
+    """That the ops of a block read values that exist and give the shapes that are written; ValueError if not."""
+    graph = block.graph
+    for index, op in enumerate(graph.ops):
         if not op.inputs or not all(0 <= v <= index for v in op.inputs):
-            raise fail(f"op {index} reads values {op.inputs}, which do not exist yet")
-    if blocks[0].graph.input != architecture.input.shape or blocks[-1].graph.shape != (len(architecture.classes),):
-        raise fail("image shape or number of classes disagree with the network")
-    channels = architecture.input.shape[-1]
-    if len(architecture.input.mean) != channels or len(architecture.input.std) != channels:
-        raise fail(f"mean and std must have {channels} values")
+            raise ValueError(f"op {index} reads values {op.inputs}, which do not exist yet")
+        shape = output_shape(op, [graph.shape_of(v) for v in op.inputs])
+        if shape != op.shape:
+            raise ValueError(f"op {index} ({type(op).__name__.lower()}) gives shape {shape}, but {op.shape} is written")
 
 
 def save_params(folder: Path, params: dict[str, Any]) -> None:
@@ -150,8 +171,3 @@ def load_params(path: str | Path, network: Network) -> dict[str, NDArray[np.floa
             f"of another shape{', first ' + wrong[0] if wrong else ''}). Use the params beside the architecture.json."
         )
     return arrays
-
-
-def write_schema(path: Path) -> None:
-    """Writes the published JSON Schema."""
-    write_text(path, json_schema())

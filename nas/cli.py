@@ -10,14 +10,14 @@ import socket
 import sys
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
-from nas.config import load_experiment
 from nas.errors import NasError
+from nas.runfolder import STAGES
 
 GRACE_SECONDS = 8.0  # after Ctrl-C, for what is running now to end by itself
 
@@ -42,22 +42,30 @@ def _experiment_options(function: Callable[..., None]) -> Callable[..., None]:
     return click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override one value.")(function)
 
 
-def _stages(experiment: Path, out: Path | None, smoke: bool, overrides: tuple[str, ...], stages: Any) -> None:
-    from nas.pipeline import STAGES, run_experiment
+def _stages(
+    experiment: Path,
+    out: Path | None,
+    smoke: bool,
+    overrides: tuple[str, ...],
+    stages: Sequence[str] | None,
+    redo: str | None = None,
+) -> None:
+    from nas.pipeline import STAGES, load_experiment, run_experiment
 
     resolved = load_experiment(experiment, smoke=smoke, overrides=overrides)
     name = f"{resolved.name}-smoke" if smoke else resolved.name
-    run_experiment(resolved, out or Path("runs") / name, stages=stages or tuple(STAGES))
+    run_experiment(resolved, out or Path("runs") / name, stages=stages or tuple(STAGES), redo=redo)
 
 
 @cli.command()
+@click.option("--redo", type=click.Choice(STAGES), help="Do this stage and all after it anew.")
 @_experiment_options
-def run(experiment: Path, out: Path | None, smoke: bool, overrides: tuple[str, ...]) -> None:
+def run(experiment: Path, out: Path | None, smoke: bool, overrides: tuple[str, ...], redo: str | None) -> None:
     """All stages of EXPERIMENT, from data to report; what is done already is kept.
 
     Example: nas run experiments/quickstart.toml --set search.trials=400 --out runs/longer
     """
-    _stages(experiment, out, smoke, overrides, None)
+    _stages(experiment, out, smoke, overrides, None, redo)
 
 
 def _stage_command(name: str, text: str) -> None:
@@ -90,6 +98,8 @@ def export(
     Example: nas export runs/quickstart/winners/winner_1 --out best.onnx
     """
     if source.suffix == ".toml":
+        if params is not None or runtime != "onnxruntime":
+            raise click.UsageError("--params and --runtime are for a network; an experiment names its own device.")
         _stages(source, out, smoke, overrides, ("export",))
         return
     from nas.deliver import export_network
@@ -143,6 +153,15 @@ def main(arguments: list[str] | None = None) -> None:
             if debug:
                 traceback.print_exc()
             click.echo(f"error: {e}", err=True)
+        except OSError as e:
+            code = 2
+            if debug:
+                traceback.print_exc()
+            click.echo(
+                f"error: the system refused: {e}. Correct that (permissions, free space, memory, open files) and run "
+                f"the same command: it goes on from what is there.",
+                err=True,
+            )
         except (KeyboardInterrupt, click.Abort):
             code = 130
             click.echo(f"\ninterrupted; nothing that was finished is lost. Go on with:\n  {again}", err=True)

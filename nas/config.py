@@ -4,6 +4,8 @@ The classes below *are* the schema: `load_experiment` refuses what they do not h
 """
 
 import difflib
+import math
+import os
 import re
 import tomllib
 import typing
@@ -112,6 +114,7 @@ class Verify(Strict, frozen=True):
 
     seconds: float = 10.0  # timing budget for all files together
     parity_images: int = 64  # test images compared value by value
+    int8_loss: float = 0.05  # top-1 that int8 may lose against float32 (0.05: 5 points) before it is refused
 
 
 class Experiment(Strict, frozen=True, kw_only=True):
@@ -172,7 +175,6 @@ def convert(raw: dict[str, Any], cls: type[T], *, path: Path | str, text: str) -
     except msgspec.ValidationError as e:
         message, _, where = str(e).partition(" - at `$")
         keys = re.findall(r"[A-Za-z_]\w*|(?<=\[)\d+", where.rstrip("`"))
-        keys = [*keys]
         hint = ""
         if unknown := re.search(r"unknown field `(.+?)`", message):
             keys.append(unknown[1])
@@ -233,8 +235,6 @@ def _fields_at(cls: Any, keys: list[str]) -> list[str]:
     for key in keys:
         if isinstance(cls, type) and issubclass(cls, msgspec.Struct):
             cls = typing.get_type_hints(cls).get(key)
-        if not key.isdigit():
-            continue
     cls = next((c for c in _structs(cls)), None)
     return list(cls.__struct_fields__) if cls else []
 
@@ -254,47 +254,84 @@ def overlay(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     return out
 
 
-def load_experiment(path: str | Path, *, smoke: bool = False, overrides: typing.Sequence[str] = ()) -> Experiment:
+def load_experiment(
+    path: str | Path,
+    *,
+    smoke: bool = False,
+    overrides: typing.Sequence[str] = (),
+    known: typing.Mapping[str, typing.Collection[str]] | None = None,
+) -> Experiment:
     """The experiment at `path`.
 
     Args:
         path: a TOML file. `[smoke]` in it is laid over the rest when `smoke` is true.
         overrides: `"search.trials=20"` and the like; values are TOML.
+        known: valid names by key ("search.strategy"), where they are to be checked; `nas.pipeline.KNOWN` has them all.
 
     Raises:
-        ConfigError: with file, line and the nearest valid key.
+        ConfigError: with file and line, or the override, and the nearest valid key or name.
     """
     path = Path(path)
     raw, text = load_toml(path, what="experiment")
-    small = raw.pop("smoke", {})
-    convert(overlay(raw, small), Experiment, path=path, text=text)  # the overlay is checked even when it is not used
+    small = raw.pop("smoke", None)
+    if small is not None and not isinstance(small, dict):
+        raise ConfigError(f"{path}, line {line_of(text, ['smoke'])}: `smoke` is {small!r}: a table [smoke] is needed.")
+    if smoke and not small:
+        raise ConfigError(f"{path}: it has no [smoke] table to lay over it. Write one, or run without --smoke.")
+
+    def made(raw: dict[str, Any]) -> Experiment:
+        experiment = convert(raw, Experiment, path=path, text=text)
+        check(experiment, path=path, text=text, known=known or {})
+        return experiment
+
+    made(overlay(raw, small or {}))  # the overlay is checked even when it is not used
     if smoke:
-        raw = overlay(raw, small)
+        raw = overlay(raw, small or {})
+    experiment = made(raw)
     for item in overrides:
-        key, equals, value = item.partition("=")
+        raw = overlay(raw, _nested(item))
         try:
-            parsed = tomllib.loads(f"value = {value}")["value"] if equals else None
-        except tomllib.TOMLDecodeError:
-            parsed = value  # a bare word is a string
-        if parsed is None:
-            raise ConfigError(f"--set {item}: expected KEY=VALUE, for example `--set search.trials=20`.")
-        nested: Any = parsed
-        for part in reversed(key.strip().split(".")):
-            nested = {part: nested}
-        raw = overlay(raw, nested)
-    experiment = convert(raw, Experiment, path=path, text=text)
+            experiment = made(raw)
+        except ConfigError as e:
+            _, _, message = str(e).partition(": ")
+            raise ConfigError(f"--set {item}: {message}") from e
     # Paths in the file are relative to it; paths on the command line to where the command is given.
     overridden = {item.partition("=")[0].strip() for item in overrides}
-    source, space = experiment.data.source, experiment.space
-    if source != "digits" and not Path(source).is_absolute():
-        base = Path.cwd() if "data.source" in overridden else path.parent
-        data = msgspec.structs.replace(experiment.data, source=str((base / source).resolve()))
-        experiment = msgspec.structs.replace(experiment, data=data)
-    if Path(space).suffix == ".toml" and not Path(space).is_absolute():
-        base = Path.cwd() if "space" in overridden else path.parent
-        experiment = msgspec.structs.replace(experiment, space=str((base / space).resolve()))
-    check(experiment, path=path, text=text)
-    return experiment
+
+    def located(key: str, value: str, is_path: bool) -> str:
+        if not is_path:
+            return value
+        base = Path.cwd() if key in overridden else path.parent
+        return str((base / Path(value).expanduser()).resolve())
+
+    def looks_like_a_path(value: str) -> bool:
+        return "/" in value or os.sep in value or value.endswith(".toml") or value.startswith("~")
+
+    source = located("data.source", experiment.data.source, experiment.data.source != "digits")
+    return msgspec.structs.replace(
+        experiment,
+        data=msgspec.structs.replace(experiment.data, source=source),
+        space=located("space", experiment.space, looks_like_a_path(experiment.space)),
+        device=located("device", experiment.device, looks_like_a_path(experiment.device)),
+    )
+
+
+def _nested(item: str) -> dict[str, Any]:
+    """The table that one `KEY=VALUE` stands for."""
+    key, equals, value = item.partition("=")
+    parts = [part.strip() for part in key.split(".")]
+    if not equals or not all(parts):
+        raise ConfigError(f"--set {item}: expected KEY=VALUE, for example `--set search.trials=20`.")
+    try:
+        parsed = tomllib.loads(f"value = {value}")
+    except tomllib.TOMLDecodeError:
+        parsed = {"value": value}  # a bare word is a string
+    if len(parsed) > 1:
+        raise ConfigError(f"--set {item!r}: one value is expected. Give every KEY=VALUE its own --set.")
+    nested: Any = parsed["value"]
+    for part in reversed(parts):
+        nested = {part: nested}
+    return nested
 
 
 _RANGES = {
@@ -315,6 +352,9 @@ _RANGES = {
     "train.calibration_images": (2, None),
     "train.eval_batch_size": (1, None),
     "train.optimiser.learning_rate": (0.0, None),
+    "train.optimiser.weight_decay": (0.0, None),
+    "train.optimiser.warmup": (0.0, 1.0),
+    "train.optimiser.clip_norm": (0.0, None),
     "train.augment.shift": (0, None),
     "search.trials": (1, None),
     "search.population": (2, None),
@@ -328,41 +368,73 @@ _RANGES = {
     "finish.temperature": (1e-3, None),
     "finish.calibration_images": (1, None),
     "finish.optimiser.learning_rate": (0.0, None),
+    "finish.optimiser.weight_decay": (0.0, None),
+    "finish.optimiser.warmup": (0.0, 1.0),
+    "finish.optimiser.clip_norm": (0.0, None),
     "verify.seconds": (0.0, None),
     "verify.parity_images": (1, None),
+    "verify.int8_loss": (0.0, 1.0),
 }
 
 
-def check(experiment: Experiment, *, path: Path | str, text: str) -> None:
-    """Ranges that types cannot say."""
+def check(
+    experiment: Experiment, *, path: Path | str, text: str, known: typing.Mapping[str, typing.Collection[str]]
+) -> None:
+    """What types cannot say: ranges, and names that must be known."""
 
     def fail(key: str, message: str) -> typing.NoReturn:
-        raise ConfigError(f"{path}, line {line_of(text, key.split('.'))}: `{key}` {message}.")
+        raise ConfigError(f"{path}, line {line_of(text, key.split('.'))}: `{key}` {message}")
 
     if not re.fullmatch(r"[\w\-.]+", experiment.name):
-        fail("name", f"is {experiment.name!r}: letters, digits, '-', '_' and '.' only, since it names the run folder")
-    for key in ("validation", "test"):
-        share = getattr(experiment.data, key)
-        if not 0 < share < 1:
-            fail(f"data.{key}", f"is {share}: a share between 0 and 1 is needed")
+        fail("name", f"is {experiment.name!r}: letters, digits, '-', '_' and '.' only, since it names the run folder.")
+    values = dict(_leaves(experiment))
+    for key, value in values.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            fail(key, f"is {value}: a finite number is needed.")
+        if isinstance(value, str) and "\0" in value:
+            fail(key, "has a NUL character in it.")
+    for key in ("data.validation", "data.test"):
+        if not 0 < values[key] < 1:
+            fail(key, f"is {values[key]}: a share between 0 and 1 is needed.")
     for key, (low, high) in _RANGES.items():
-        value: Any = experiment
-        for part in key.split("."):
-            value = getattr(value, part)
+        value = values[key]
         if value is not None and not ((low is None or value >= low) and (high is None or value <= high)):
             bound = f"at least {low}" + (f" and at most {high}" if high is not None else "")
-            fail(key, f"is {value}: {bound} is needed")
-    names = [o.name for o in experiment.objectives]
-    for index, objective in enumerate(experiment.objectives):
+            fail(key, f"is {value}: {bound} is needed.")
+    for key, names in known.items():
+        if values[key] is not None and values[key] not in names:
+            fail(key, f"is {values[key]!r}, which is not known.{nearest(values[key], names, kind='name')}")
+    _check_objectives(experiment.objectives, path, text)
+
+
+def _check_objectives(objectives: typing.Sequence[Objective], path: Path | str, text: str) -> None:
+    def fail(index: int, key: str, message: str) -> typing.NoReturn:
+        raise ConfigError(f"{path}, line {line_of(text, ['objectives', str(index), key])}: {message}")
+
+    for index, objective in enumerate(objectives):
         if objective.name not in ("top1", "latency_ms"):
             hint = nearest(objective.name, ("top1", "latency_ms"), kind="objective")
-            raise ConfigError(
-                f"{path}, line {line_of(text, ['objectives', str(index), 'name'])}: "
-                f"unknown objective `{objective.name}`.{hint}"
-            )
-        if isinstance(objective.at_most, str) and not re.fullmatch(r"\d+(\.\d+)?\s*%", objective.at_most):
-            fail("objectives", f'has at_most = {objective.at_most!r}: a number (ms) or a share like "50%" is needed')
-        if objective.name == "top1" and objective.at_most is not None:
-            fail("objectives", "gives top1 an at_most: a limit belongs to latency_ms")
+            fail(index, "name", f"unknown objective `{objective.name}`.{hint}")
+        limit = objective.at_most
+        if isinstance(limit, str) and not re.fullmatch(r"\d+(\.\d+)?\s*%", limit):
+            fail(index, "at_most", f'at_most is {limit!r}: a number (ms) or a share like "50%" is needed.')
+        if isinstance(limit, int | float) and not 0 < limit < math.inf:
+            fail(index, "at_most", f"at_most is {limit}: a positive number of milliseconds is needed.")
+        if objective.name == "top1" and limit is not None:
+            fail(index, "at_most", "top1 has an at_most: a limit belongs to latency_ms.")
+    names = [o.name for o in objectives]
     if sorted(names) != ["latency_ms", "top1"]:
-        fail("objectives", f"names {names}: exactly one top1 and one latency_ms are needed")
+        raise ConfigError(
+            f"{path}, line {line_of(text, ['objectives'])}: `objectives` names {names}: exactly one top1 and one "
+            f"latency_ms are needed."
+        )
+
+
+def _leaves(value: Any, key: str = "") -> typing.Iterator[tuple[str, Any]]:
+    """Every value below a struct, by dotted key; sequences are left out."""
+    for field in value.__struct_fields__:
+        below, inner = f"{key}{field}", getattr(value, field)
+        if isinstance(inner, msgspec.Struct):
+            yield from _leaves(inner, f"{below}.")
+        elif not isinstance(inner, tuple):
+            yield below, inner

@@ -3,7 +3,7 @@
 import functools
 import math
 
-from nas.ops import Conv, Dense, Graph, Network, weights
+from nas.ops import Conv, Dense, Graph, weights
 
 
 @functools.lru_cache(maxsize=65536)
@@ -33,9 +33,3 @@ def peak_activation_bytes(graph: Graph, *, bytes_per_element: int = 4) -> int:
         live = [v for v in range(index + 2) if last_use[v] >= index]
         peak = max(peak, sum(math.prod(graph.shape_of(v)) for v in live))
     return peak * bytes_per_element
-
-
-def summary(network: Network) -> dict[str, int]:
-    """MACs, parameters and peak activation bytes (float32, batch 1) of a whole network."""
-    graph = network.flat()
-    return {"macs": macs(graph), "params": parameters(graph), "peak_activation_bytes": peak_activation_bytes(graph)}

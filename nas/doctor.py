@@ -1,64 +1,149 @@
-"""`nas doctor` and `nas list`: what this machine has, and what there is to name."""
+"""`nas doctor` and `nas list`: what this machine has, and what there is to name.
 
+The doctor is called when something is missing, so nothing but the standard library is taken for granted here.
+"""
+
+import importlib
 import os
 import platform
+import re
+import shlex
 import sys
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from importlib import metadata
+from pathlib import Path
 
-import psutil
-
-from nas import blocks, catalog
-from nas.config import load_toml
-from nas.data import FORMATS
+from nas import catalog
 from nas.errors import NasError
-from nas.export import RUNTIMES
-from nas.measure import hardware
-from nas.search import STRATEGIES
 
-# package, what it is for, the extra that brings it
+# module, its package, what it is for, the extra of this project that brings it
 _PARTS = (
-    ("jax", "training and evaluation", "nas"),
-    ("flax", "training", "nas"),
-    ("optax", "training", "nas"),
-    ("orbax-checkpoint", "checkpoints", "nas"),
-    ("ray", "search on several processes or machines (without: --set search.executor=inline)", "nas"),
-    ("onnx", "export", "nas"),
-    ("onnxruntime", "measuring, verification", "nas"),
-    ("scikit-learn", "the digits data set of the quickstart", "nas"),
-    ("pandas", "front.to_frame()", "nas[notebook]"),
-    ("matplotlib", "notebooks", "nas[notebook]"),
+    ("numpy", "numpy", "everything", ""),
+    ("scipy", "scipy", "measuring", ""),
+    ("jax", "jax", "training and evaluation", ""),
+    ("optax", "optax", "training", ""),
+    ("orbax.checkpoint", "orbax-checkpoint", "checkpoints", ""),
+    ("safetensors", "safetensors", "parameters of finished networks", ""),
+    ("ray", "ray", "search on several processes or machines (without: --set search.executor=inline)", ""),
+    ("onnx", "onnx", "export", ""),
+    ("onnxruntime", "onnxruntime", "measuring, verification", ""),
+    ("PIL", "pillow", "image folders, resizing", ""),
+    ("sklearn", "scikit-learn", "the digits data set of the quickstart", ""),
+    ("plotly", "plotly", "the report", ""),
+    ("jinja2", "jinja2", "the report", ""),
+    ("psutil", "psutil", "measuring, search on Ray", ""),
+    ("pandas", "pandas", "front.to_frame()", "notebook"),
+    ("matplotlib", "matplotlib", "notebooks", "notebook"),
 )
 
 
 def diagnosis() -> Iterator[str]:
     """Lines about versions, hardware, runtimes, and what is missing for what."""
-    yield f"nas {metadata.version('nas')}, Python {platform.python_version()}, {platform.platform()}"
-    yield f"CPU: {hardware()}; load {os.getloadavg()[0]:.2f}"
+    yield f"nas {_version('nas') or '(not installed)'}, Python {platform.python_version()}, {platform.platform()}"
+    yield f"CPU: {_attempt(_cpu)}"
+    yield f"memory: {_attempt(_memory)}"
+    yield f"accelerators: {_attempt(_accelerators)}"
+    for module, package, purpose, extra in _PARTS:
+        why = _import(module)
+        if why is None:
+            yield f"  ok       {package} {_version(package) or ''}".rstrip()
+        else:
+            yield f"  missing  {package} ({why}): needed for {purpose}. {install_line(package, extra)}"
+    yield from _runtimes()
+
+
+def install_line(package: str, extra: str = "") -> str:
+    """The command that brings `package`: in a checkout that of the whole project, so that versions fit together.
+
+    Elsewhere it installs the package itself, in the versions that this project asks for.
+    """
+    checkout = Path(__file__).resolve().parents[1]
+    if (checkout / "pyproject.toml").is_file():
+        what = ["--editable", f"{checkout}[{extra}]" if extra else str(checkout)]
+    else:
+        what = [_requirement(package)]
+    return shlex.join([sys.executable, "-m", "pip", "install", *what])
+
+
+def _requirement(package: str) -> str:
+    """`package` with the versions that this project asks for."""
+    try:
+        asked = metadata.requires("nas") or []
+    except metadata.PackageNotFoundError:
+        asked = []
+    for line in asked:
+        requirement = line.partition(";")[0].strip()
+        name = re.match(r"[\w.-]+", requirement)
+        if name and re.sub(r"[-_.]+", "-", name[0]).lower() == package:
+            return requirement
+    return package
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _import(module: str) -> str | None:
+    """Why `module` cannot be imported, in a line; None if it can. A package can be there and still be broken."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            importlib.import_module(module)
+    except ModuleNotFoundError as e:
+        missing = e.name or module
+        return "not installed" if module.split(".")[0] == missing.split(".")[0] else f"it needs {missing}"
+    except Exception as e:  # whatever a broken installation raises
+        return f"broken: {' '.join(str(e).split()) or type(e).__name__}"
+    return None
+
+
+def _attempt(tell: Callable[[], str]) -> str:
+    try:
+        return tell()
+    except Exception as e:  # a doctor does not fall ill: whatever is broken is told
+        return f"unknown ({' '.join(str(e).split()) or type(e).__name__})"
+
+
+def _cpu() -> str:
+    busy = f"; load {os.getloadavg()[0]:.2f}" if hasattr(os, "getloadavg") else ""
+    try:
+        from nas.measure import hardware
+
+        return hardware() + busy
+    except ImportError:  # the measuring needs more than this line does
+        return f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores{busy}"
+
+
+def _memory() -> str:
+    import psutil
+
     memory = psutil.virtual_memory()
-    yield f"memory: {memory.total / 2**30:.1f} GiB, {memory.available / 2**30:.1f} free"
-    yield f"accelerators: {_accelerators()}"
-    for package, purpose, extra in _PARTS:
-        try:
-            yield f"  ok       {package} {metadata.version(package)}"
-        except metadata.PackageNotFoundError:
-            yield f"  missing  {package}: needed for {purpose}. {sys.executable} -m pip install '{extra}'"
+    return f"{memory.total / 2**30:.1f} GiB, {memory.available / 2**30:.1f} free"
+
+
+def _accelerators() -> str:
+    import jax
+
+    devices = [d for d in jax.devices() if d.platform != "cpu"]
+    return ", ".join(d.device_kind for d in devices) or "none that JAX sees (a GPU needs `pip install 'jax[cuda12]'`)"
+
+
+def _runtimes() -> Iterator[str]:
+    try:
+        from nas.export import RUNTIMES
+    except ImportError as e:
+        yield f"runtimes: unknown ({e})"
+        return
     for name, runtime in RUNTIMES.items():
         try:
             made = runtime()
             yield f"runtime {name} {made.version()}: {', '.join(made.precisions)}"
         except NasError as e:
             yield f"runtime {name}: {e}"
-
-
-def _accelerators() -> str:
-    try:
-        import jax
-
-        devices = [d for d in jax.devices() if d.platform != "cpu"]
-    except (ImportError, RuntimeError) as e:
-        return f"unknown ({e})"
-    return ", ".join(d.device_kind for d in devices) or "none that JAX sees (a GPU needs `pip install 'jax[cuda12]'`)"
 
 
 def listing(what: str) -> Iterator[str]:
@@ -70,10 +155,17 @@ def listing(what: str) -> Iterator[str]:
             space = load_space(name)
             yield f"{name:<24} {space.count():>10.3g} networks  {space.description}"
     elif what == "devices":
+        from nas.config import load_toml
+
         for name in catalog.list_devices():
             raw, _ = load_toml(catalog.folder("latency_models") / name / "device.toml", what="device")
             yield f"{name:<24} {raw.get('device', '')}"
     else:
-        table = {"blocks": blocks.BLOCKS, "strategies": STRATEGIES, "runtimes": RUNTIMES, "data": FORMATS}[what]
-        for name, thing in table.items():
+        module, table = {
+            "blocks": ("nas.blocks", "BLOCKS"),
+            "strategies": ("nas.search", "STRATEGIES"),
+            "runtimes": ("nas.export", "RUNTIMES"),
+            "data": ("nas.data", "FORMATS"),
+        }[what]
+        for name, thing in getattr(importlib.import_module(module), table).items():
             yield f"{name:<24} {(thing.__doc__ or '').strip().splitlines()[0]}"

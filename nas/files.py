@@ -3,9 +3,13 @@
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+import msgspec
 
 from nas.errors import RunError
+
+T = TypeVar("T")
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -43,10 +47,31 @@ def read_json(path: Path) -> Any:
     Raises:
         RunError: the file is missing or damaged.
     """
+    return read_as(path, Any)
+
+
+def read_as(path: Path, form: type[T] | Any, *, stage: str | None = None) -> T | Any:
+    """The JSON in `path`, as a `form` of msgspec.
+
+    Args:
+        stage: of the run that made the file, for the advice to make it again.
+
+    Raises:
+        RunError: the file is missing or damaged.
+    """
     try:
-        return json.loads(path.read_text())
+        return msgspec.json.decode(path.read_bytes(), type=form)
     except (OSError, ValueError) as e:
-        raise RunError(f"{path}: cannot be read: {e}. Run the job again: finished stages are kept.") from e
+        raise damaged(path, str(e), stage=stage) from e
+
+
+def damaged(path: Path, why: str, *, stage: str | None = None) -> RunError:
+    """The error for a file of a run folder that cannot be used."""
+    again = f"`nas run EXPERIMENT --redo {stage}`" if stage else "`nas run EXPERIMENT --redo STAGE`"
+    return RunError(
+        f"{path}: missing or damaged: {why}. Bring it back, or make it again with {again}, which does that stage and "
+        f"all after it anew and keeps what was done before."
+    )
 
 
 def cannot_write(path: Path, error: OSError) -> RunError:

@@ -9,7 +9,7 @@ Shapes are without batch: (height, width, channels), or (features,) after a `den
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import msgspec
@@ -213,6 +213,75 @@ def weights(graph: Graph) -> Iterator[Weight]:
                     yield Weight(f"{op.name}/{role}", role, op.shape[-1:])
 
 
+def output_shape(op: AnyOp, inputs: Sequence[Shape]) -> Shape:
+    """The shape that `op` gives for `inputs`, one shape for each value that it reads.
+
+    Of `op.shape` only its last number is read, and only where the op itself decides it: the features of a `Conv` or
+    `Dense`, the channels that a `Split` takes.
+
+    Raises:
+        ValueError: the op does not fit its inputs, or one of its numbers makes no sense.
+    """
+    kind = type(op).__name__.lower()
+    wanted = 2 if isinstance(op, Add | Mul) else max(len(inputs), 1) if isinstance(op, Concat) else 1
+    if len(inputs) != wanted:
+        raise ValueError(f"{kind}: it reads {wanted} value{'s' if wanted > 1 else ''}, not {len(inputs)}")
+    x = inputs[0]
+    if isinstance(op, Conv | Pool) and len(x) != 3:
+        raise ValueError(f"{kind}: an image (height, width, channels) is needed, not shape {x}")
+    match op:
+        case Conv():
+            what = f"conv {op.name!r}"
+            features = _whole(f"{what}: features", op.shape[-1] if op.shape else None)
+            kernel, stride, groups = (
+                _whole(f"{what}: {name}", getattr(op, name)) for name in ("kernel", "stride", "groups")
+            )
+            if kernel % 2 == 0:
+                raise ValueError(f"{what}: kernel {kernel} is even; windows are centred, so it must be odd")
+            if x[-1] % groups or features % groups:
+                raise ValueError(f"{what}: {x[-1]} -> {features} channels do not divide into {groups} groups")
+            return -(-x[0] // stride), -(-x[1] // stride), features
+        case Dense():
+            return (_whole(f"dense {op.name!r}: features", op.shape[-1] if op.shape else None),)
+        case Norm():
+            return x
+        case Act():
+            if op.function not in Activation.__args__:
+                raise ValueError(f"unknown activation {op.function!r}; known: {', '.join(Activation.__args__)}")
+            return x
+        case Pool():
+            window, stride = _whole("pool: window", op.window, least=0), _whole("pool: stride", op.stride)
+            return (-(-x[0] // stride), -(-x[1] // stride), x[-1]) if window else (1, 1, x[-1])
+        case Add():
+            if inputs[1] != x:
+                raise ValueError(f"add: shapes {x} and {inputs[1]} differ")
+            return x
+        case Mul():
+            if inputs[1] not in (x, (1, 1, x[-1])):
+                raise ValueError(f"mul: shape {inputs[1]} does not fit {x}")
+            return x
+        case Concat():
+            if different := [shape for shape in inputs if shape[:-1] != x[:-1]]:
+                raise ValueError(f"concat: shapes {x} and {different[0]} differ in more than channels")
+            return *x[:-1], sum(shape[-1] for shape in inputs)
+        case Split():
+            start, size = op.start, op.shape[-1] if op.shape else 0
+            if not 0 <= start < start + size <= x[-1]:
+                raise ValueError(f"split: [{start}, {start + size}) is not within {x[-1]} channels")
+            return *x[:-1], size
+        case Shuffle():
+            if x[-1] % _whole("shuffle: groups", op.groups):
+                raise ValueError(f"shuffle: {x[-1]} channels do not divide into {op.groups} groups")
+            return x
+
+
+def _whole(what: str, value: int | None, *, least: int = 1) -> int:
+    """`value`, if it is a whole number from `least` on; True is none."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{what} is {value!r}: a whole number from {least} on is needed")
+    return value
+
+
 @dataclasses.dataclass(frozen=True)
 class Value:
     """A handle to an op's output while recording."""
@@ -227,7 +296,10 @@ class Value:
 
 
 class Recorder:
-    """Records ops with their shapes resolved. Blocks are functions `(net, x, **options) -> Value` that call it."""
+    """Records ops with their shapes resolved. Blocks are functions `(net, x, **options) -> Value` that call it.
+
+    Every method raises ValueError, in words, where the op does not fit what it reads (see `output_shape`).
+    """
 
     def __init__(self, input_shape: Shape):
         self.input = Value(0, input_shape)
@@ -237,9 +309,11 @@ class Recorder:
         """What was recorded."""
         return Graph(self.input.shape, tuple(self._ops))
 
-    def _record(self, op: AnyOp) -> Value:
-        self._ops.append(op)
-        return Value(len(self._ops), op.shape)
+    def _record(self, op: AnyOp, *inputs: Value) -> Value:
+        """Adds `op`, reading `inputs`; its shape follows from theirs (see `output_shape`)."""
+        shape = output_shape(op, [value.shape for value in inputs])
+        self._ops.append(msgspec.structs.replace(op, inputs=tuple(value.number for value in inputs), shape=shape))
+        return Value(len(self._ops), shape)
 
     def conv(
         self,
@@ -252,57 +326,41 @@ class Recorder:
         groups: int = 1,
         bias: bool = False,
     ) -> Value:
-        """Convolution to `features` channels."""
-        if x.channels % groups or features % groups:
-            raise ValueError(f"conv {name!r}: {x.channels} -> {features} channels do not divide into {groups} groups")
-        height, width = (-(-size // stride) for size in x.shape[:2])
-        shape = (height, width, features)
-        return self._record(Conv((x.number,), shape, name, kernel=kernel, stride=stride, groups=groups, bias=bias))
+        """Convolution to `features` channels; `kernel` is odd."""
+        return self._record(Conv((), (features,), name, kernel=kernel, stride=stride, groups=groups, bias=bias), x)
 
     def dense(self, x: Value, name: str, features: int, *, bias: bool = True) -> Value:
         """Matrix product over everything in `x`."""
-        return self._record(Dense((x.number,), (features,), name, bias=bias))
+        return self._record(Dense((), (features,), name, bias=bias), x)
 
     def norm(self, x: Value, name: str) -> Value:
         """Batch normalisation."""
-        return self._record(Norm((x.number,), x.shape, name))
+        return self._record(Norm((), (), name), x)
 
     def act(self, x: Value, function: Activation) -> Value:
         """Activation by name."""
-        if function not in Activation.__args__:
-            raise ValueError(f"unknown activation {function!r}; known: {', '.join(Activation.__args__)}")
-        return self._record(Act((x.number,), x.shape, function))
+        return self._record(Act((), (), function), x)
 
     def pool(self, x: Value, reduce: Literal["mean", "max"] = "mean", *, window: int = 0, stride: int = 1) -> Value:
         """Pooling; window 0 is global, to 1x1."""
-        size = tuple(-(-s // stride) if window else 1 for s in x.shape[:2])
-        return self._record(Pool((x.number,), (*size, x.channels), reduce, window, stride))
+        return self._record(Pool((), (), reduce, window, stride), x)
 
     def add(self, a: Value, b: Value) -> Value:
         """Elementwise sum."""
-        if a.shape != b.shape:
-            raise ValueError(f"add: shapes {a.shape} and {b.shape} differ")
-        return self._record(Add((a.number, b.number), a.shape))
+        return self._record(Add((), ()), a, b)
 
     def mul(self, a: Value, b: Value) -> Value:
         """Elementwise product; `b` may be 1x1."""
-        if b.shape not in (a.shape, (1, 1, a.channels)):
-            raise ValueError(f"mul: shape {b.shape} does not fit {a.shape}")
-        return self._record(Mul((a.number, b.number), a.shape))
+        return self._record(Mul((), ()), a, b)
 
     def concat(self, *values: Value) -> Value:
         """Channels one after the other."""
-        shape = (*values[0].shape[:-1], sum(v.channels for v in values))
-        return self._record(Concat(tuple(v.number for v in values), shape))
+        return self._record(Concat((), ()), *values)
 
     def split(self, x: Value, start: int, stop: int) -> Value:
         """Channels [start, stop)."""
-        if not 0 <= start < stop <= x.channels:
-            raise ValueError(f"split: [{start}, {stop}) is not within {x.channels} channels")
-        return self._record(Split((x.number,), (*x.shape[:-1], stop - start), start))
+        return self._record(Split((), (stop - start,), start), x)
 
     def shuffle(self, x: Value, groups: int) -> Value:
         """Channel shuffle."""
-        if x.channels % groups:
-            raise ValueError(f"shuffle: {x.channels} channels do not divide into {groups} groups")
-        return self._record(Shuffle((x.number,), x.shape, groups))
+        return self._record(Shuffle((), (), groups), x)

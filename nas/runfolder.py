@@ -1,9 +1,10 @@
 """A run's folder: one writer at a time, one configuration, and a record of which stages are done."""
 
-import fcntl
 import json
 import os
+import shutil
 import time
+import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,10 +14,33 @@ import msgspec
 import tomli_w
 
 from nas.config import Experiment
-from nas.errors import RunError
-from nas.files import cannot_write, read_json, write_json, write_text
+from nas.errors import NasError, RunError
+from nas.files import cannot_write, read_as, write_json, write_text
 
 STAGES = ("measure", "train", "search", "finish", "export", "verify", "report")
+
+# What each stage leaves, for starting over. A stage that rewrites its own files needs nothing removed.
+_LEAVES = {
+    "measure": ("latency", "environment.json", "space.toml"),
+    "train": ("supernet",),
+    "search": ("search",),
+    "finish": ("winners", "baselines"),
+    "report": ("summary.json", "report.html"),
+}
+# The keys that decide what a stage makes; they may change until it has begun. Names of data, space and device are not
+# among them, since their contents are compared; nor is what changes how a search runs, but not what it finds.
+_DECIDES = {
+    "measure": ("seed", "data.", "latency."),
+    "train": ("train.",),
+    "search": ("objectives", "search."),
+    "finish": ("finish.",),
+}
+_FREE = ("data.source", "search.executor", "search.workers", "search.address", "search.timeout_seconds")
+
+
+class _Stage(msgspec.Struct):
+    done: bool
+    seconds: float
 
 
 class RunFolder:
@@ -33,16 +57,14 @@ class RunFolder:
             self._lock = open(self.path / ".lock", "a+")
         except OSError as e:
             raise cannot_write(self.path, e) from e
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as e:
+        if not _locked(self._lock):
             self._lock.seek(0)
             holder = self._lock.read().strip() or "unknown"
             self._lock.close()
             raise RunError(
                 f"{self.path}: another run (process {holder}) is using this folder. Wait for it, stop it, or choose "
                 f"another folder with --out."
-            ) from e
+            )
         self._lock.truncate(0)
         self._lock.write(str(os.getpid()))
         self._lock.flush()
@@ -57,50 +79,86 @@ class RunFolder:
         self._lock.close()  # which releases it
 
     def _claim(self) -> None:
-        """Writes config.toml, or compares with the one that is there."""
+        """Writes config.toml, unless the one that is there asks for something else and something was made of it."""
         path = self.path / "config.toml"
         mine = resolved(self.experiment)
-        if not path.exists():
-            others = [p.name for p in self.path.iterdir() if p.name not in (".lock", ".config.toml.part")]
-            if others:
-                raise RunError(
-                    f"{self.path}: not a run folder: it has {sorted(others)[0]!r} and no config.toml. Choose an empty "
-                    f"or new folder with --out."
-                )
-            write_text(path, mine)
-            return
-        theirs = path.read_text()
-        if theirs != mine:
-            a, b = theirs.splitlines(), mine.splitlines()
-            changed = [f"`{x}`" for x in b if x not in a] or [f"no longer `{x}`" for x in a if x not in b]
+        others = sorted(p.name for p in self.path.iterdir() if p.name not in _MARKS)
+        if not path.exists() and others:
             raise RunError(
-                f"{self.path}: this folder belongs to another configuration. What differs now: "
-                f"{', '.join(changed[:5])}. Use --out for a new folder, or move this one away."
+                f"{self.path}: not a run folder: it has {others[0]!r} and no config.toml. Choose an empty or new "
+                f"folder with --out."
             )
+        if path.exists() and others:
+            try:
+                theirs = _flat(tomllib.loads(path.read_text(encoding="utf-8")))
+            except (OSError, ValueError) as e:
+                raise RunError(f"{path}: damaged: {e}. Write it anew, or use another folder with --out.") from e
+            wanted = _flat(tomllib.loads(mine))
+            decided = tuple(k for stage in STAGES if self._begun(stage) for k in _DECIDES.get(stage, ()))
+            keys = [k for k in {**wanted, **theirs} if k.startswith(decided) and k not in _FREE]
+            keys = [k for k in keys if wanted.get(k) != theirs.get(k)]
+            changed = [f"`{k}` is {wanted.get(k)!r}, was {theirs.get(k)!r}" for k in keys]
+            if changed:
+                raise RunError(
+                    f"{self.path}: this folder belongs to another configuration. What differs now: "
+                    f"{'; '.join(changed[:5])}. Use --out for a new folder, or move this one away."
+                )
+        if not path.exists() or path.read_bytes() != mine.encode():
+            write_text(path, mine)
+
+    def _begun(self, stage: str) -> bool:
+        return any((self.path / leaves).exists() for leaves in _LEAVES.get(stage, ()))
 
     # stages
 
     def done(self, stage: str) -> bool:
         """True if the stage has been finished."""
-        return bool(self._stages().get(stage, {}).get("done"))
+        stages = self._stages()
+        return stage in stages and stages[stage].done
 
     def seconds(self) -> dict[str, float]:
         """Seconds spent on each stage, attempts that were interrupted included (not those that were killed)."""
-        return {name: round(self._stages()[name]["seconds"], 2) for name in STAGES if name in self._stages()}
+        stages = self._stages()
+        return {name: round(stages[name].seconds, 2) for name in STAGES if name in stages}
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Times a stage, and marks it done if it ends well."""
+        """Times a stage, and marks it done if it ends well.
+
+        Raises:
+            RunError: the system refused to read or write (a full disk, a missing permission).
+        """
         began = time.perf_counter()
         ended_well = False
         try:
             yield
             ended_well = True
+        except OSError as e:
+            raise cannot_write(Path(e.filename or self.path), e) from e
         finally:
-            stages = self._stages()
-            spent = stages.get(name, {}).get("seconds", 0.0) + time.perf_counter() - began
-            stages[name] = {"done": ended_well, "seconds": spent}
-            write_json(self.path / "stages.json", stages)
+            try:
+                stages = self._stages()
+                before = stages[name].seconds if name in stages else 0.0
+                self._mark({**stages, name: _Stage(ended_well, before + time.perf_counter() - began)})
+            except NasError:
+                if ended_well:  # otherwise the first error says more
+                    raise
+
+    def redo(self, stage: str) -> None:
+        """Forgets `stage` and all after it, and removes what they left."""
+        first = STAGES.index(stage)
+        try:
+            kept = self._stages()
+        except RunError:  # damaged: what comes before is taken as done
+            kept = {name: _Stage(True, 0.0) for name in STAGES[:first]}
+        self._mark({name: made for name, made in kept.items() if STAGES.index(name) < first})
+        for name in STAGES[first:]:
+            for leaves in _LEAVES.get(name, ()):
+                path = self.path / leaves
+                try:
+                    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+                except OSError as e:
+                    raise cannot_write(path, e) from e
 
     def require(self, *stages: str) -> None:
         """Raises:
@@ -113,9 +171,37 @@ class RunFolder:
                     f"experiment first, or `nas run` for all stages."
                 )
 
-    def _stages(self) -> dict[str, Any]:
+    def _stages(self) -> dict[str, _Stage]:
         path = self.path / "stages.json"
-        return read_json(path) if path.exists() else {}
+        stages = read_as(path, dict[str, _Stage], stage="STAGE") if path.exists() else {}
+        return {name: made for name, made in stages.items() if name in STAGES}
+
+    def _mark(self, stages: dict[str, _Stage]) -> None:
+        write_json(self.path / "stages.json", msgspec.to_builtins(stages))
+
+
+_MARKS = (".lock", "config.toml", ".config.toml.part", ".stages.json.part", ".DS_Store")
+
+
+def _locked(file: Any) -> bool:
+    """Whether the lock on an open file could be had. Where the system has no such locks (Windows), it always can."""
+    try:
+        import fcntl
+    except ImportError:
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Values by dotted key."""
+    out: dict[str, Any] = {}
+    for key, value in table.items():
+        out |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return out
 
 
 def resolved(experiment: Experiment) -> str:

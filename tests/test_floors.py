@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parents[1] / "nas"
 # Highest first. A module may import from lower floors, and from its own room.
 FLOORS = [
     {"cli"},
-    {"doctor", "results"},
+    {"doctor", "results", "stages"},
     {"deliver"},
     {"pipeline"},
     {"report"},

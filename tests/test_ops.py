@@ -3,7 +3,9 @@
 import msgspec
 import pytest
 
-from nas.ops import Block, Conv, Graph, Network, Recorder, flatten, weights
+from nas.catalog import list_spaces
+from nas.ops import Act, Block, Conv, Graph, Network, Recorder, flatten, output_shape, weights
+from nas.space import load_space
 
 
 def two_blocks() -> tuple[Block, Block]:
@@ -55,9 +57,39 @@ def test_a_block_has_one_key_wherever_it_stands_and_another_for_another_input():
         (lambda net, x: net.shuffle(x, 2), "do not divide"),
         (lambda net, x: net.add(x, net.pool(x)), "differ"),
         (lambda net, x: net.mul(net.pool(x), x), "does not fit"),
+        (lambda net, x: net.concat(x, net.pool(x)), "differ in more than channels"),
+        (lambda net, x: net.concat(), "reads 1 value, not 0"),
+        (lambda net, x: net.conv(net.dense(x, "d", 4), "c", 4), "an image .* is needed, not shape \\(4,\\)"),
+        (lambda net, x: net.pool(net.dense(x, "d", 4)), "an image"),
+        (lambda net, x: net.conv(x, "c", 0), "conv 'c': features is 0: a whole number from 1 on"),
+        (lambda net, x: net.conv(x, "c", -5), "features is -5"),
+        (lambda net, x: net.conv(x, "c", 4, kernel=0), "kernel is 0"),
+        (lambda net, x: net.conv(x, "c", 4, kernel=3.0), "kernel is 3.0"),
+        (lambda net, x: net.conv(x, "c", 4, kernel=True), "kernel is True"),
+        (lambda net, x: net.conv(x, "c", 4, kernel="3"), "kernel is '3'"),
+        (lambda net, x: net.conv(x, "c", 4, kernel=[3]), "kernel is "),
+        (lambda net, x: net.conv(x, "c", 4, kernel=4), "kernel 4 is even"),
+        (lambda net, x: net.conv(x, "c", 4, stride=0), "stride is 0"),
+        (lambda net, x: net.conv(x, "c", 4, groups=0), "groups is 0"),
+        (lambda net, x: net.dense(x, "d", 0), "dense 'd': features is 0"),
+        (lambda net, x: net.pool(x, window=-1), "window is -1"),
+        (lambda net, x: net.pool(x, window=3, stride=0), "stride is 0"),
+        (lambda net, x: net.split(x, 2, 2), "not within 3 channels"),
+        (lambda net, x: net.shuffle(x, 0), "groups is 0"),
     ],
 )
 def test_ops_that_do_not_fit_are_refused_while_recording(record, message):
     net = Recorder((8, 8, 3))
     with pytest.raises(ValueError, match=message):
         record(net, net.input)
+
+
+@pytest.mark.parametrize("name", list_spaces())
+def test_shapes_follow_from_the_ops_whatever_is_written(name):
+    space = load_space(name)
+    graph = space.decode(space.largest()).flat()
+    for op in graph.ops:
+        inputs = [graph.shape_of(v) for v in op.inputs]
+        assert output_shape(op, inputs) == op.shape
+        if isinstance(op, Act):
+            assert output_shape(msgspec.structs.replace(op, shape=(1, 2, 3)), inputs) == op.shape

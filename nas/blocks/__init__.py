@@ -1,18 +1,22 @@
 """Blocks: one function each that records its ops. A new one is a new file and a line here.
 
 A block is called as `block(net, x, width=..., stride=..., **options)` and returns a value of `width` channels;
-its keyword-only parameters, with their defaults, are the options a search space may set or leave to choice.
+its keyword-only parameters, with their defaults, are the options a search space may set or leave to choice. Their
+annotations (int, float, bool or a Literal) are checked; numbers are finite and never below 0.
 """
 
 import functools
 import inspect
-from collections.abc import Callable
-from typing import Any
+import math
+import typing
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
 
 from nas.blocks.classifier import classifier
 from nas.blocks.conv_stem import conv_stem
 from nas.blocks.mbconv import mbconv
 from nas.blocks.shufflenet_v2 import shufflenet_v2
+from nas.config import nearest
 from nas.ops import Graph, Recorder, Shape, Value
 
 Block = Callable[..., Value]
@@ -31,13 +35,44 @@ def options(block: str) -> dict[str, Any]:
     return {p.name: p.default for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
 
 
-@functools.lru_cache(maxsize=65536)
 def record(block: str, input_shape: Shape, arguments: tuple[tuple[str, Any], ...]) -> Graph:
     """The graph of one block. `arguments` are (option, value) pairs.
 
     Raises:
-        ValueError: the options do not fit the input's shape.
+        ValueError: an option is unknown, missing or of a wrong type, or the options do not fit the input's shape.
     """
+    _check(BLOCKS[block], dict(arguments))  # before the cache, to which 3, 3.0 and (for 1) True are one
+    return _record(block, input_shape, arguments)
+
+
+@functools.lru_cache(maxsize=65536)
+def _record(block: str, input_shape: Shape, arguments: tuple[tuple[str, Any], ...]) -> Graph:
     net = Recorder(input_shape)
     BLOCKS[block](net, net.input, **dict(arguments))
     return net.graph()
+
+
+_signature = functools.cache(inspect.signature)
+_FITS: dict[Any, tuple[str, Callable[[Any], bool]]] = {
+    int: ("a whole number, 0 or more, is", lambda v: type(v) is int and v >= 0),
+    float: ("a number, 0 or more, is", lambda v: type(v) in (int, float) and math.isfinite(v) and v >= 0),
+    bool: ("true or false is", lambda v: type(v) is bool),
+}
+
+
+def _check(function: Block, arguments: Mapping[str, Any]) -> None:
+    """That `arguments` are what the signature of a block asks for; an annotation of another kind is not looked at."""
+    known = {p.name: p for p in _signature(function).parameters.values() if p.kind is inspect.Parameter.KEYWORD_ONLY}
+    for name, parameter in known.items():
+        if name not in arguments and parameter.default is inspect.Parameter.empty:
+            raise ValueError(f"`{name}` is missing")
+    for name, value in arguments.items():
+        if name not in known:
+            raise ValueError(f"there is no option `{name}`.{nearest(name, known, kind='option')}".rstrip("."))
+        wanted = known[name].annotation
+        if typing.get_origin(wanted) is Literal:
+            if value not in (valid := typing.get_args(wanted)):
+                hint = nearest(str(value), map(str, valid), kind="value")
+                raise ValueError(f"`{name}` is {value!r}.{hint}".rstrip("."))
+        elif wanted in _FITS and not _FITS[wanted][1](value):
+            raise ValueError(f"`{name}` is {value!r}: {_FITS[wanted][0]} needed")

@@ -19,6 +19,8 @@ def mbconv(
 
     Sandler et al. 2018, arXiv:1801.04381, fig. 3b; with SE and hard-swish Howard et al. 2019, arXiv:1905.02244, fig. 4.
     """
+    if expand <= 0:
+        raise ValueError(f"mbconv: expand {expand} is not above 0")
     hidden = round(x.channels * expand)
     y = x
     if hidden != x.channels:

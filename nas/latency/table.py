@@ -203,7 +203,7 @@ class Table(_Header, frozen=True, kw_only=True):
             )
 
 
-_AGAIN = "Restore it from version control, or measure it again: `nas measure`."
+_AGAIN = "Restore it, or measure it again: in a run, `nas run EXPERIMENT --redo measure`."
 
 
 def _paths(folder: Path, precision: str) -> tuple[Path, Path]:

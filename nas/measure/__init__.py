@@ -1,10 +1,11 @@
 """Timing on a device: latency tables with their proof, and files against each other."""
 
 from nas.measure.machine import busiest, hardware, load, pinned
-from nas.measure.recipe import Progress, measure, prepare, runtime_of
-from nas.measure.timing import Samples, Timing, interleave, measure_files
+from nas.measure.recipe import Progress, measure, prepare, runtime_class, runtime_of
+from nas.measure.timing import Call, Samples, Timing, interleave, measure_files
 
 __all__ = [
+    "Call",
     "Progress",
     "Samples",
     "Timing",
@@ -16,5 +17,6 @@ __all__ = [
     "measure_files",
     "pinned",
     "prepare",
+    "runtime_class",
     "runtime_of",
 ]

@@ -86,16 +86,33 @@ def measure(
     return _evaluate(space, device, precision, samples, networks, command=command, busy=busy, seed=seed)
 
 
-def runtime_of(device: Device) -> Runtime:
-    """The runtime of a device.
+def runtime_class(device: Device) -> type[Runtime]:
+    """The class of a device's runtime, which need not be installed.
 
     Raises:
-        DeviceError: unknown, or not installed.
+        DeviceError: it is unknown, or does not have one of the device's precisions.
     """
     if device.runtime not in RUNTIMES:
         hint = nearest(device.runtime, RUNTIMES, kind="runtime")
         raise DeviceError(f"device {device.device!r} has the unknown runtime `{device.runtime}`.{hint}")
-    runtime = RUNTIMES[device.runtime]()
+    cls = RUNTIMES[device.runtime]
+    for precision in device.precision:
+        if precision not in cls.precisions:
+            hint = nearest(precision, cls.precisions, kind="precision")
+            raise DeviceError(
+                f"device {device.device!r} has the precision `{precision}`, which runtime `{device.runtime}` does not "
+                f"have.{hint}"
+            )
+    return cls
+
+
+def runtime_of(device: Device) -> Runtime:
+    """The runtime of a device.
+
+    Raises:
+        DeviceError: it is unknown, not installed, or does not have one of the device's precisions.
+    """
+    runtime = runtime_class(device)()
     runtime.version()
     return runtime
 

@@ -32,19 +32,13 @@ _QUIET = 10  # percentile of the level that results are stated at: this machine 
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-    """One call. `latency_ms` is what to compare.
+    """One call. `latency_ms` is what to compare; the percentiles say what came, the machine's busy moments included."""
 
-    All but the last three figures are of levelled samples, stated at the machine's quiet level.
-    """
-
-    latency_ms: float  # a low quartile
-    spread: float  # half the interquartile range, relative
-    p10_ms: float
+    latency_ms: float  # a low quartile of levelled samples, stated at the machine's quiet level
+    spread: float  # half the interquartile range of levelled samples, relative
+    p10_ms: float  # of the samples as they came, like the next two
     median_ms: float
     p90_ms: float
-    found_p10_ms: float  # of the samples as they came, the machine's busy moments included
-    found_median_ms: float
-    found_p90_ms: float
     rounds: int
 
 
@@ -57,11 +51,10 @@ class Samples(Generic[K]):
     order: NDArray[np.intp]  # [rounds, names]: names in the order they ran
 
     def timings(self) -> dict[K, Timing]:
-        """Of every call, at the machine's quiet level."""
-        log_ms = self._levelled(slice(None))
-        p10, low, median, high, p90 = np.exp(np.percentile(log_ms, (10, _QUARTILE, 50, 75, 90), axis=0))
+        """Of every call."""
+        low, high = np.exp(np.percentile(self._levelled(slice(None)), (_QUARTILE, 75), axis=0))
         found = np.percentile(self.times_ms, (10, 50, 90), axis=0)
-        columns = np.stack([low, (high / low - 1) / 2, p10, median, p90, *found], axis=1).tolist()
+        columns = np.stack([low, (high / low - 1) / 2, *found], axis=1).tolist()
         return {n: Timing(*row, rounds=len(self.times_ms)) for n, row in zip(self.names, columns, strict=True)}
 
     def disagreement(self, names: list[K], *, parts: int) -> float:
@@ -139,14 +132,20 @@ def interleave(
 
 
 def measure_files(
-    sessions: Mapping[K, Call], *, seconds: float, min_rounds: int = 15, seed: int = 0, threads: int = 1
+    openers: Mapping[K, Callable[[], Call]], *, seconds: float, min_rounds: int = 15, seed: int = 0, threads: int = 1
 ) -> dict[K, Timing]:
-    """Times prepared sessions against each other, pinned and interleaved.
+    """Opens sessions and times them against each other, pinned and interleaved.
 
-    To compare with a table, time its anchors (`nas.measure.prepare`) along with them and divide by `Table.level`.
+    They are opened here since threads keep the CPUs that their process was held on when they started: so these sessions
+    run where those of a table did. To compare with a table, time its anchors (`nas.measure.prepare`) along with them
+    and divide by `Table.level`.
+
+    Args:
+        openers: each opens a session and returns one prepared inference.
     """
     with pinned(threads):
-        return interleave(sessions, seconds=seconds, min_rounds=min_rounds, seed=seed).timings()
+        calls = {name: opened() for name, opened in openers.items()}
+        return interleave(calls, seconds=seconds, min_rounds=min_rounds, seed=seed).timings()
 
 
 def _repeats(call: Call, clock: Callable[[], float]) -> int:

@@ -3,9 +3,10 @@
 Each stage is a function of a `Job`; it reads what the stages before it left in the run folder and writes its own part.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 
+from nas import config
 from nas.config import Experiment
 from nas.console import Console
 from nas.pipeline.export import export
@@ -17,6 +18,9 @@ from nas.pipeline.summary import report
 from nas.pipeline.train import train
 from nas.pipeline.verify import verify
 from nas.runfolder import RunFolder
+from nas.search import EXECUTORS, STRATEGIES
+from nas.search.ray_executor import preflight
+from nas.train.optimiser import OPTIMISERS
 
 STAGES: dict[str, Callable[[Job], None]] = {
     "measure": measure,
@@ -29,14 +33,35 @@ STAGES: dict[str, Callable[[Job], None]] = {
 }
 
 
+# Valid names by key of an experiment file; what is missing here is checked where it is loaded (space, device, data).
+KNOWN: dict[str, Collection[str]] = {
+    "search.strategy": STRATEGIES,
+    "search.executor": EXECUTORS,
+    "train.optimiser.name": OPTIMISERS,
+    "finish.optimiser.name": OPTIMISERS,
+}
+
+
+def load_experiment(path: str | Path, *, smoke: bool = False, overrides: Sequence[str] = ()) -> Experiment:
+    """The experiment at `path`, as `nas.config.load_experiment` reads it, every name in it checked.
+
+    Raises:
+        ConfigError: with file and line, or the override, and the nearest valid key or name.
+    """
+    return config.load_experiment(path, smoke=smoke, overrides=overrides, known=KNOWN)
+
+
 def run_experiment(
     experiment: Experiment,
     out: str | Path | None = None,
     *,
     stages: Iterable[str] = tuple(STAGES),
+    redo: str | None = None,
     console: Console | None = None,
 ) -> Path:
     """Runs the stages that are not done yet; returns the run folder (`runs/<name>` unless `out` says otherwise).
+
+    With `redo`, that stage and all after it are forgotten first, and what they left is removed.
 
     Raises:
         NasError: of many kinds; what was finished before stays, and the same call goes on from there.
@@ -45,13 +70,19 @@ def run_experiment(
     path = Path(out) if out is not None else Path("runs") / experiment.name
     stages = tuple(stages)
     with RunFolder(path, experiment) as folder:
+        if redo is not None:
+            folder.redo(redo)
         job = Job(experiment, folder, console)
         # a stage that is asked for by name and only rewrites its own files is done again
         again = {"export", "verify", "report"} if len(stages) == 1 else set()
         todo = [s for s in stages if s in again or not folder.done(s)]
+        if "search" in todo and experiment.search.executor == "ray":
+            preflight(experiment.search.address)  # what makes Ray impossible here is told before hours of training
         for stage in todo:
             with folder.stage(stage):
                 STAGES[stage](job)
+            if stage == "measure":  # after the stage: an impossible limit must not cost the table
+                job.say_limit()
         if not todo:
             console.say(f"{path}: {', '.join(stages)} {'are' if len(stages) > 1 else 'is'} done already.")
     return path

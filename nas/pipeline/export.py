@@ -73,11 +73,17 @@ def model_file(
 
 
 def block_latencies(job: Job, made: Finished) -> dict[str, list[dict[str, str | float]]]:
-    """For each precision, what each block is predicted to take, in milliseconds."""
+    """For each precision, what each block is predicted to take, in milliseconds; they sum to the network's.
+
+    What comes once a network, whatever its blocks, is the last entry, `once`; it may be below 0.
+    """
     return {
         precision: [
-            {"name": b.name, "label": b.label, "latency_ms": table.block_ms(b.graph)}
-            for b in made.architecture.network.blocks
+            *(
+                {"name": b.name, "label": b.label, "latency_ms": table.block_ms(b.graph)}
+                for b in made.architecture.network.blocks
+            ),
+            {"name": "once", "label": "once a network", "latency_ms": table.correction.offset_ms},
         ]
         for precision, table in job.tables.items()
     }

@@ -1,16 +1,17 @@
 """Stage 4: the winners, and the baselines they are compared with, fine-tuned alike."""
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from nas.architecture import SCHEMA, Architecture, Input, Origin, load_architecture, load_params, save_params
 from nas.compress import finetune
+from nas.errors import NasError
 from nas.evaluate import Standalone, SubnetEvaluator
-from nas.files import write_json
+from nas.files import damaged, read_as, write_json
 from nas.pipeline.job import Job
 from nas.pipeline.search import run as run_search
 from nas.search import Front, Trial
@@ -124,26 +125,30 @@ class Finished:
     validation_accuracy: float
 
 
+class _Validation(msgspec.Struct):
+    """validation.json."""
+
+    correct: int
+    total: int
+
+
 def finished(run: Path) -> list[Finished]:
-    """All winners of a run, then its baselines."""
+    """All winners of a run, then its baselines.
+
+    Raises:
+        NasError: one of their files is missing or damaged.
+    """
+    winners = sorted((run / "winners").glob("winner_*"), key=lambda p: int(p.name.rpartition("_")[2]))
+    if not winners:
+        raise damaged(run / "winners", "no winner is there", stage="finish")
     out = []
-    for kind in ("winners", "baselines"):
-        for folder in sorted((run / kind).iterdir(), key=lambda p: _order(p.name)):
+    for folder in (*winners, *(run / "baselines" / name for name in BASELINES)):
+        counted = read_as(folder / "validation.json", _Validation, stage="finish")
+        try:
             made = load_architecture(folder)
-            counted = json.loads((folder / "validation.json").read_text())
-            out.append(
-                Finished(
-                    folder.name,
-                    "winner" if kind == "winners" else folder.name,
-                    folder,
-                    made,
-                    load_params(folder / "params", made.network),
-                    counted["correct"] / counted["total"],
-                )
-            )
+            params = load_params(folder / "params", made.network)
+        except NasError as e:
+            raise damaged(folder, str(e), stage="finish") from e
+        role = "winner" if folder in winners else folder.name
+        out.append(Finished(folder.name, role, folder, made, params, counted.correct / counted.total))
     return out
-
-
-def _order(name: str) -> tuple[int, str]:
-    number = name.rpartition("_")[2]
-    return (int(number) if number.isdigit() else BASELINES.index(name) if name in BASELINES else 0, name)

@@ -5,20 +5,35 @@ import functools
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import numpy as np
 
 from nas.config import Device, Experiment
 from nas.console import Console
 from nas.data import Dataset, load_data
 from nas.errors import LimitError, RunError
-from nas.export import RUNTIMES
-from nas.files import read_json
+from nas.export import Runtime
+from nas.files import read_as
 from nas.latency import Table, load_device
+from nas.measure import runtime_class
 from nas.runfolder import RunFolder
 from nas.space import Space, load_space
 
 if TYPE_CHECKING:  # importing JAX takes seconds that stages without it need not spend
     from nas.supernet import Supernet
+
+
+class _Digest(msgspec.Struct):
+    digest: str
+
+
+class _Environment(msgspec.Struct):
+    """What later stages hold environment.json to."""
+
+    space: _Digest
+    data: _Digest
+    tables: dict[str, str]
+    device: dict[str, Any]
 
 
 @dataclasses.dataclass(eq=False)
@@ -50,13 +65,19 @@ class Job:
 
     @functools.cached_property
     def device(self) -> Device:
-        """The device that latency is measured on."""
-        return load_device(self.experiment.device)
+        """The device that latency is measured on.
+
+        Raises:
+            DeviceError: it, its runtime or one of its precisions is unknown.
+        """
+        device = load_device(self.experiment.device)
+        runtime_class(device)
+        return device
 
     @functools.cached_property
-    def runtime(self) -> Any:
+    def runtime(self) -> Runtime:
         """The device's runtime."""
-        return RUNTIMES[self.device.runtime]()
+        return runtime_class(self.device)()
 
     @functools.cached_property
     def supernet(self) -> "Supernet":
@@ -69,15 +90,28 @@ class Job:
     def tables(self) -> dict[str, Table]:
         """The measured latency table of each precision."""
         self.folder.require("measure")
-        then = read_json(self.path / "environment.json")
-        for what, digest in (("space", self.space.digest), ("data", self.data.digest)):
-            if then[what]["digest"] != digest:
+        then = read_as(self.path / "environment.json", _Environment, stage="measure")
+        tables = {p: Table.load(self.path / "latency", p) for p in self.device.precision}
+        now = {"space": self.space.digest, "data": self.data.digest}
+        before = {"space": then.space.digest, "data": then.data.digest}
+        now |= {f"{p} latency table": table.digest for p, table in tables.items()}
+        before |= {f"{p} latency table": then.tables.get(p, "none") for p in tables}
+        for what, digest in now.items():
+            if before[what] != digest:
                 raise RunError(
-                    f"{self.path}: the {what} has changed since this run began (hash {then[what]['digest'][:12]}, now "
+                    f"{self.path}: the {what} has changed since this run began (hash {before[what][:12]}, now "
                     f"{digest[:12]}). Bring it back as it was (space.toml in the run folder is the space's copy), or "
                     f"start a new run with --out."
                 )
-        return {p: Table.load(self.path / "latency", p) for p in self.device.precision}
+        device = msgspec.json.decode(msgspec.json.encode(self.device))  # tuples as lists, as in the file
+        changed = [k for k, v in device.items() if then.device.get(k, v) != v]
+        if changed:
+            raise RunError(
+                f"{self.path}: device {self.experiment.device} has changed since its table was measured "
+                f"({', '.join(changed)}). Bring device.toml back as it was, measure again with "
+                f"`nas run EXPERIMENT --redo measure`, or start a new run with --out."
+            )
+        return tables
 
     @property
     def precision(self) -> str:
@@ -106,6 +140,11 @@ class Job:
                 f"ms). Set `at_most` of objective latency_ms between these, or choose another space or smaller images."
             )
         return Limit(limit_ms, "none" if asked is None else str(asked), fastest_ms, slowest_ms)
+
+    def say_limit(self) -> None:
+        """Tells the limit, or that it is impossible."""
+        limit = self.limit
+        self.console.say(f"limit: {limit.ms:.4g} ms (reachable: {limit.fastest_ms:.4g} to {limit.slowest_ms:.4g} ms)")
 
     def supernet_params(self) -> dict[str, Any]:
         """The trained weights of the supernet.

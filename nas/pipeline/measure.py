@@ -52,19 +52,17 @@ def measure(job: Job) -> None:
     write_bytes(job.path / "space.toml", space_file(job.experiment.space).read_bytes())
     write_json(job.path / "environment.json", environment(job, {p: t.digest for p, t in tables.items()}))
     job.tables = tables
-    limit = job.limit
-    job.console.say(f"limit: {limit.ms:.4g} ms (reachable: {limit.fastest_ms:.4g} to {limit.slowest_ms:.4g} ms)")
 
 
 def environment(job: Job, tables: dict[str, str]) -> dict[str, Any]:
     """What one must know to repeat the run."""
     data, space = job.data, job.space
     return {
-        "nas": metadata.version("nas"),
+        "nas": version("nas") or "a copy that is not installed",
         "python": platform.python_version(),
         "platform": platform.platform(),
         "hardware": hardware(),
-        "versions": {name: metadata.version(name) for name in _PACKAGES},
+        "versions": {name: version(name) for name in _PACKAGES},
         "runtime": f"{job.device.runtime} {job.runtime.version()}",
         "seed": job.experiment.seed,
         "git_commit": _git_commit(),
@@ -87,6 +85,14 @@ def environment(job: Job, tables: dict[str, str]) -> dict[str, Any]:
         "tables": tables,
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
+
+
+def version(package: str) -> str | None:
+    """Of an installed package; None if it is absent, as a runtime's or Ray may be."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def _git_commit() -> str | None:

@@ -10,7 +10,6 @@ import numpy as np
 
 from nas import config
 from nas.data import load_data
-from nas.errors import ConfigError
 from nas.evaluate import SubnetEvaluator
 from nas.pipeline.job import Job
 from nas.search import EXECUTORS, STRATEGIES, Front, Problem, Trial, Trials
@@ -46,12 +45,6 @@ def run(job: Job, on_trial: Callable[[Trial], None] | None = None) -> Trials:
     """The trials of the search: made now, or read back from the journal where they are all there."""
     settings = job.experiment.search
     problem = make_problem(job)
-    if settings.strategy not in STRATEGIES:
-        hint = config.nearest(settings.strategy, STRATEGIES, kind="strategy")
-        raise ConfigError(f"unknown search strategy `{settings.strategy}`.{hint}")
-    if settings.executor not in EXECUTORS:
-        hint = config.nearest(settings.executor, EXECUTORS, kind="executor")
-        raise ConfigError(f"unknown executor `{settings.executor}`.{hint}")
     strategy = STRATEGIES[settings.strategy](problem.sizes, population=settings.population)
     executor = EXECUTORS[settings.executor](
         "nas.pipeline.search:evaluator",

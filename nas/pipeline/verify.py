@@ -1,6 +1,9 @@
 """Stage 6: proof that each file does what its network does. The test set is touched here, and nowhere before."""
 
-import dataclasses
+import functools
+import os
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -8,11 +11,11 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from nas.errors import CheckpointError, ExportError
+from nas.errors import ExportError
 from nas.evaluate import Standalone
-from nas.files import write_json
+from nas.files import read_as, write_json
 from nas.fold import fold
-from nas.measure import Timing, measure_files, prepare
+from nas.measure import Call, Timing, measure_files, prepare
 from nas.pipeline.export import file_name
 from nas.pipeline.finish import Finished, finished
 from nas.pipeline.job import Job
@@ -22,18 +25,30 @@ ACCURACY_TOLERANCE = 0.001  # top-1 in the runtime may differ so much from JAX's
 RELATIVE_TOLERANCE = 1e-3  # of float32 logits, relative to the largest
 
 
-@dataclasses.dataclass(frozen=True)
-class Check:
-    """What verify.json says of one file, latency apart."""
+class Latency(msgspec.Struct, frozen=True):
+    """Milliseconds: percentiles of the samples as they came, and what the table said."""
+
+    median: float
+    p10: float
+    p90: float
+    predicted: float
+
+
+class Verdict(msgspec.Struct, frozen=True, kw_only=True):
+    """What verify.json says of one file."""
 
     full_check: bool
-    max_abs_diff: float
-    max_rel_diff: float
+    max_abs_diff: float | None  # None: not finite
+    max_rel_diff: float | None
     top1_agreement: float
     accuracy: float
     jax_accuracy: float
     size_bytes: int
     reason: str | None  # why it is refused; None: it passed
+    latency_ms: Latency | None = None
+    machine_level: float = 1.0  # 1.1: when this was measured the machine was 10 % slower than for its table
+    comparable_ms: float = 0.0  # measured latency without busy moments, at the machine's speed for its table:
+    passed: bool = False  # what compares with predictions, the limit and other networks
 
 
 def verify(job: Job) -> None:
@@ -43,58 +58,88 @@ def verify(job: Job) -> None:
     job.console.start(
         f"verify: {len(networks)} networks in {job.device.runtime}, {len(job.data.test.labels)} test images"
     )
-    checks: dict[tuple[str, str], Check] = {}
-    sessions: dict[tuple[str, Any], Any] = {}
+    checks: dict[tuple[str, str], Verdict] = {}
+    openers: dict[tuple[str, Any], Callable[[], Call]] = {}  # of what is timed
     for number, made in enumerate(networks, start=1):
         for precision in job.device.precision:
-            checks[made.name, precision], session = check(job, made, precision)
-            sessions[made.name, precision] = session.prepare(_one_batch(job, made))
+            checks[made.name, precision] = check(job, made, precision)
+            openers[made.name, precision] = functools.partial(_open, job, made, precision)
         job.console.progress(number, len(networks), {"": made.name})
     # The table's anchors are measured again with them: they tell how fast the machine is now, compared with then.
     for precision, table in job.tables.items():
         for index, anchor in enumerate(table.anchors):
             graph = job.space.decode(anchor.genotype).flat()
-            sessions[precision, index] = prepare(graph, job.device, precision, seed=index)
+            openers[precision, index] = functools.partial(prepare, graph, job.device, precision, seed=index)
     job.console.say(f"  latency: {len(checks)} files and the tables' anchors, interleaved, batch {job.device.batch}")
     timings: dict[tuple[str, Any], Timing] = measure_files(
-        sessions, seconds=job.experiment.verify.seconds, threads=job.device.threads, seed=job.experiment.seed
+        openers, seconds=job.experiment.verify.seconds, threads=job.device.threads, seed=job.experiment.seed
     )
     level = {
         precision: table.level(np.array([timings[precision, i].latency_ms for i in range(len(table.anchors))]))
         for precision, table in job.tables.items()
     }
     for made in networks:
-        verdict = {}
+        verdicts = {}
         for precision, table in job.tables.items():
-            found, timing = checks[made.name, precision], timings[made.name, precision]
-            verdict[precision] = {
-                **dataclasses.asdict(found),
-                "latency_ms": {
-                    "median": timing.median_ms,
-                    "p10": timing.p10_ms,
-                    "p90": timing.p90_ms,
-                    "predicted": table.network_ms(made.architecture.network),
-                },
-                "machine_level": level[precision],  # 1.1: now 10 % slower than when the table was measured
-                "as_found_ms": {  # with the machine's busy moments, which the latency above is without
-                    "median": timing.found_median_ms,
-                    "p10": timing.found_p10_ms,
-                    "p90": timing.found_p90_ms,
-                },
-                "passed": found.reason is None,
-            }
-        write_json(made.folder / "verify.json", verdict)
+            timing = timings[made.name, precision]
+            predicted = table.network_ms(made.architecture.network)
+            verdicts[precision] = msgspec.structs.replace(
+                checks[made.name, precision],
+                latency_ms=Latency(timing.median_ms, timing.p10_ms, timing.p90_ms, predicted),
+                machine_level=level[precision],
+                comparable_ms=timing.latency_ms / level[precision],
+            )
+        _judge_int8(verdicts, job.experiment.verify.int8_loss)
+        verdicts = {p: msgspec.structs.replace(v, passed=v.reason is None) for p, v in verdicts.items()}
+        for precision, v in verdicts.items():
+            _deliver(made.folder / file_name(precision, job.runtime.suffix), v.passed)
+        write_json(made.folder / "verify.json", msgspec.to_builtins(verdicts))
         words = ", ".join(
-            f"{p} top-1 {v['accuracy']:.2%} at {v['latency_ms']['median']:.4g} ms"
-            + ("" if v["passed"] else f" REFUSED: {v['reason']}")
-            for p, v in verdict.items()
+            f"{p} top-1 {v.accuracy:.2%} at {v.comparable_ms:.4g} ms" + ("" if v.passed else f" REFUSED: {v.reason}")
+            for p, v in verdicts.items()
         )
         job.console.say(f"  {made.name}: {words}")
 
 
-def check(job: Job, made: Finished, precision: str) -> tuple[Check, Any]:
-    """Compares one file with JAX on real test images; also the opened session."""
+def verdicts_of(folder: Path) -> dict[str, Verdict]:
+    """What verify.json in a network's folder says, by precision.
+
+    Raises:
+        RunError: it is missing or damaged.
+    """
+    return read_as(folder / "verify.json", dict[str, Verdict], stage="verify")
+
+
+def _judge_int8(verdicts: dict[str, Verdict], tolerance: float) -> None:
+    """int8 that loses too much against float32 is refused, however well its file does what it says."""
+    if "int8" not in verdicts or "float32" not in verdicts or verdicts["int8"].reason is not None:
+        return
+    loss = verdicts["float32"].accuracy - verdicts["int8"].accuracy
+    if loss > tolerance:
+        reason = (
+            f"int8 loses {100 * loss:.1f} points of top-1 against float32, more than {100 * tolerance:g} "
+            f"(verify.int8_loss); more calibration images (finish.calibration_images) may help"
+        )
+        verdicts["int8"] = msgspec.structs.replace(verdicts["int8"], reason=reason)
+
+
+def _deliver(path: Path, passed: bool) -> None:
+    """A refused file is set aside as `<name>.refused`, so that nothing loads it by mistake."""
+    if not passed:
+        os.replace(path, path.with_name(path.name + ".refused"))
+
+
+def _bring_back(path: Path) -> None:
+    """A file that was refused before is judged anew."""
+    refused = path.with_name(path.name + ".refused")
+    if refused.exists():
+        os.replace(refused, path)
+
+
+def check(job: Job, made: Finished, precision: str) -> Verdict:
+    """Compares one file with JAX on real test images."""
     path = made.folder / file_name(precision, job.runtime.suffix)
+    _bring_back(path)
     test = job.data.test
     images = made.architecture.input.normalise(test.images)
     if precision == "int8":
@@ -122,16 +167,21 @@ def check(job: Job, made: Finished, precision: str) -> tuple[Check, Any]:
         reason = f"logits differ by {relative:.2g} of the largest, more than {RELATIVE_TOLERANCE:g}"
     agreement = float((got.argmax(-1) == expected.argmax(-1)).mean())
     size = path.stat().st_size
-    return Check(full_check, difference, relative, agreement, accuracy, jax_accuracy, size, reason), session
+    return Verdict(
+        full_check=full_check,
+        max_abs_diff=difference if np.isfinite(difference) else None,
+        max_rel_diff=relative if np.isfinite(relative) else None,
+        top1_agreement=agreement,
+        accuracy=accuracy,
+        jax_accuracy=jax_accuracy,
+        size_bytes=size,
+        reason=reason,
+    )
 
 
 def _simulated(made: Finished, images: NDArray[np.float32], batch_size: int) -> NDArray[np.float32]:
     """Logits of the int8 network in JAX, which computes what integer kernels do."""
-    path = made.folder / "quantisation.json"
-    try:
-        quantisation = msgspec.json.decode(path.read_bytes(), type=Quantisation)
-    except (OSError, msgspec.DecodeError) as e:
-        raise CheckpointError(f"{path}: cannot be read: {e}. Run `nas export` for this folder again.") from e
+    quantisation = read_as(made.folder / "quantisation.json", Quantisation, stage="export")
     graph, params = fold(made.architecture.network.flat(), made.params)
     run = jax.jit(lambda x: simulate(graph, params, quantisation, x))
     n = len(images)
@@ -140,7 +190,8 @@ def _simulated(made: Finished, images: NDArray[np.float32], batch_size: int) -> 
     return np.concatenate(out)[:n]
 
 
-def _one_batch(job: Job, made: Finished) -> NDArray[np.float32]:
-    """Real images, as many as the device's batch."""
+def _open(job: Job, made: Finished, precision: str) -> Call:
+    """One inference of a file on real images, as many as the device's batch, ready to be timed."""
+    session = job.runtime.open(made.folder / file_name(precision, job.runtime.suffix), threads=job.device.threads)
     rows = np.arange(job.device.batch) % len(job.data.val.labels)
-    return made.architecture.input.normalise(job.data.val.images[rows])
+    return session.prepare(made.architecture.input.normalise(job.data.val.images[rows]))

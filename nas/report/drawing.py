@@ -3,6 +3,7 @@
 Both are SVG without a style sheet: text takes the colour of the page around it, so light and dark both work.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 from html import escape
@@ -25,7 +26,7 @@ _FONT = 'font-family="system-ui, sans-serif" font-size="12.5" fill="currentColor
 
 def draw(
     network: Network,
-    block_latency_ms: Sequence[float],
+    latency_ms: Sequence[float],
     *,
     positions: Sequence[str] = (),
     limit_ms: float | None = None,
@@ -35,16 +36,20 @@ def draw(
 
     Args:
         network: what is drawn, one `<rect>` a block.
-        block_latency_ms: one latency a block. The widths of the bars sum to that of the time axis times their share
-            of `span_ms`.
+        latency_ms: of each block; one more, at the end, is what comes once a network, which may be below 0: a bar of
+            its own, hollow, that goes back then. The bars end at the sum.
         positions: names of all positions of the space in order; those that the network skips are drawn as gaps.
         limit_ms: drawn as a line across.
-        span_ms: the time at the right end, to draw several networks to one scale; by default just enough.
+        span_ms: the time at the right end, to draw several networks to one scale (at least `reach` of each); by
+            default just enough.
     """
-    if len(block_latency_ms) != len(network.blocks):
-        raise ValueError(f"{len(block_latency_ms)} latencies for {len(network.blocks)} blocks: one each is needed")
-    total = math.fsum(block_latency_ms)
-    span = span_ms or max(total, limit_ms or 0.0) or 1.0
+    blocks = network.blocks
+    if len(latency_ms) - len(blocks) not in (0, 1):
+        raise ValueError(
+            f"{len(latency_ms)} latencies for {len(blocks)} blocks: one each is needed, and at most one for the network"
+        )
+    total = math.fsum(latency_ms)
+    span = max(span_ms or limit_ms or 0.0, reach(latency_ms)) or 1.0
     left, right = BARS
     scale = (right - left) / span
 
@@ -53,7 +58,7 @@ def draw(
     parts: list[str] = []
     y, now, here = 24.0, 0.0, ""
     spine_top = y
-    time_of = dict(zip(network.blocks, block_latency_ms, strict=True))
+    time_of = dict(zip(blocks, latency_ms[: len(blocks)], strict=True))
     for name, block in _rows(network, positions):
         if words.stage(name) != here:
             before, here = here, words.stage(name)
@@ -71,11 +76,15 @@ def draw(
             )
             y += _SKIPPED
         else:
-            bar = (left + now * scale, time_of[block] * scale)
+            bar = _span(now, now + time_of[block], scale)
             parts.append(_block(block, time_of[block], total, bar=bar, y=y, limit=limit))
             now += time_of[block]
             y += _ROW
-    y = _shape_row(parts, y, network.blocks[-1].graph.shape, rule=True)
+    y = _shape_row(parts, y, blocks[-1].graph.shape, rule=True)
+    spine_end = y
+    if len(latency_ms) > len(blocks):
+        parts.append(_once(latency_ms[-1], total, bar=_span(now, total, scale), y=y, limit=limit))
+        y += _ROW
 
     axis = "".join(
         f'<line x1="{x:.1f}" x2="{x:.1f}" y1="20" y2="{y:.0f}" stroke="currentColor" opacity=".12"/>'
@@ -86,17 +95,22 @@ def draw(
     if math.isfinite(limit):
         axis += (
             f'<line x1="{limit:.1f}" x2="{limit:.1f}" y1="20" y2="{y:.0f}" stroke="#d9534f" stroke-width="1.5" '
-            f'stroke-dasharray="5 3"/><text x="{limit + 6:.1f}" y="{y - 14:.0f}" font-size="11">limit</text>'
+            f'stroke-dasharray="5 3"/><text x="{limit + 6:.1f}" y="{spine_end - 14:.0f}" font-size="11">limit</text>'
         )
     spine = (
-        f'<line x1="{_SPINE}" x2="{_SPINE}" y1="{spine_top + 4:.0f}" y2="{y - 4:.0f}" stroke="currentColor" '
+        f'<line x1="{_SPINE}" x2="{_SPINE}" y1="{spine_top + 4:.0f}" y2="{spine_end - 4:.0f}" stroke="currentColor" '
         'opacity=".25" stroke-width="1.5"/>'
     )
-    label = escape(f"{len(network.blocks)} blocks, {words.ms(total)} predicted", quote=True)
+    label = escape(f"{len(blocks)} blocks, {words.ms(total)} predicted", quote=True)
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {y:.0f}" role="img" aria-label="{label}" '
         f"{_FONT}>{axis}{spine}{''.join(parts)}</svg>"
     )
+
+
+def reach(latency_ms: Sequence[float]) -> float:
+    """How far to the right the bars of `draw` go, in milliseconds: beyond their sum where the last goes back."""
+    return max(itertools.accumulate(latency_ms), default=0.0)
 
 
 def strip(reachable_ms: tuple[float, float], limit_ms: float | None, p10: float, median: float, p90: float) -> str:
@@ -146,6 +160,11 @@ def _rows(network: Network, positions: Sequence[str]) -> list[tuple[str, Block |
     return [(block.name, block) for block in network.blocks]
 
 
+def _span(start_ms: float, end_ms: float, scale: float) -> tuple[float, float]:
+    """Left end and width of a bar."""
+    return BARS[0] + min(start_ms, end_ms) * scale, abs(end_ms - start_ms) * scale
+
+
 def _block(block: Block, time_ms: float, total_ms: float, *, bar: tuple[float, float], y: float, limit: float) -> str:
     """One row: dot, words, bar (its left end and width) and time, which keeps clear of the line at `limit`."""
     middle, fill = y + _ROW / 2, colour(block)
@@ -159,16 +178,40 @@ def _block(block: Block, time_ms: float, total_ms: float, *, bar: tuple[float, f
             f"{words.count(cost.macs(block.graph))} MACs, {words.count(cost.parameters(block.graph))} parameters",
         ]
     )
-    crossed = x + width < limit < x + width + _TIME and x - _TIME > BARS[0]
-    beside, anchor = (x - 7, "end") if crossed else (x + width + 7, "start")
     return (
         f'<g class="block"><title>{escape(title)}</title>'
         f'<circle cx="{_SPINE}" cy="{middle:.1f}" r="4.5" fill="{fill}"/>'
         f'<text x="{_WORDS}" y="{middle + 4:.1f}">{escape(words.kind(block))}'
         f'<tspan dx="7" opacity=".65">{escape(", ".join(words.options(block)))}</tspan></text>'
         f'<rect x="{x:.2f}" y="{middle - _BAR / 2:.1f}" width="{width:.2f}" height="{_BAR}" fill="{fill}"/>'
+        f"{_time(time_ms, total_ms, bar=bar, middle=middle, limit=limit)}</g>"
+    )
+
+
+def _once(time_ms: float, total_ms: float, *, bar: tuple[float, float], y: float, limit: float) -> str:
+    """The row of what comes once a network, whatever its blocks are."""
+    middle, (x, width) = y + _ROW / 2, bar
+    title = (
+        f"{words.ms(time_ms)} come once a network, whatever its blocks are: what a call costs, and what blocks gain or "
+        "lose in company. Fitted on networks that were measured whole."
+    )
+    return (
+        f'<g class="once"><title>{escape(title)}</title>'
+        f'<text x="{_WORDS}" y="{middle + 4:.1f}" opacity=".65">once a network</text>'
+        f'<rect x="{x:.2f}" y="{middle - _BAR / 4:.1f}" width="{width:.2f}" height="{_BAR / 2}" fill="none" '
+        f'stroke="currentColor" opacity=".65"/>{_time(time_ms, total_ms, bar=bar, middle=middle, limit=limit)}</g>'
+    )
+
+
+def _time(time_ms: float, total_ms: float, *, bar: tuple[float, float], middle: float, limit: float) -> str:
+    """A time and its share beside a bar, on the side where it does not stand on the line at `limit`."""
+    x, width = bar
+    share = time_ms / total_ms if total_ms else 0.0
+    crossed = x + width < limit < x + width + _TIME and x - _TIME > BARS[0]
+    beside, anchor = (x - 7, "end") if crossed else (x + width + 7, "start")
+    return (
         f'<text x="{beside:.1f}" y="{middle + 4:.1f}" text-anchor="{anchor}" font-size="11" opacity=".8">'
-        f"{words.ms(time_ms, like=total_ms, unit=False)} · {words.percent(share, 0)}</text></g>"
+        f"{words.ms(time_ms, like=total_ms, unit=False)} · {words.percent(share, 0)}</text>"
     )
 
 

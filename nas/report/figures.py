@@ -76,7 +76,7 @@ def agreement(run: Run, precision: str, proof: Agreement) -> Figure:
     groups = [(held_out, blue)]
     for role in NAMES:
         files = [(m.facts.name, m.files.get(precision)) for m in run.members if m.facts.role == role]
-        known = [(n, o.expected_ms, o.latency_ms) for n, o in files if o]
+        known = [(n, o.predicted_ms, o.comparable_ms) for n, o in files if o]
         groups.append((known, _marker(role)))
     axis = _logarithmic([ms for rows, _ in groups for row in rows for ms in row[1:]])
     low, high = (10**end for end in axis["range"])
@@ -132,7 +132,7 @@ def _tried(trials: Sequence[Trial], run: Run, **style: Any) -> Figure:
 def _became(members: Iterable[Member], precision: str, **style: Any) -> Figure:
     """Networks after fine-tuning: test accuracy and measured latency of their files in `precision`."""
     files = [(m, m.files.get(precision)) for m in members]
-    known = [(m, o.latency_ms, o.accuracy) for m, o in files if o]
+    known = [(m, o.comparable_ms, o.accuracy) for m, o in files if o]
     texts = []
     for member, latency_ms, accuracy in known:
         facts = f"{words.percent(accuracy)} of the test images, {words.ms(latency_ms)} measured, {precision}"
@@ -149,7 +149,7 @@ def _risen(run: Run) -> Figure:
     for member in run.winners:
         trial, outcome = trial_of.get(member.architecture.genotype), member.files.get(run.summary.precision)
         if trial is not None and outcome is not None:
-            xs += [trial.latency_ms, outcome.latency_ms, None]
+            xs += [trial.latency_ms, outcome.comparable_ms, None]
             ys += [trial.top1, outcome.accuracy, None]
     dotted = {"color": COLOURS["winner"], "width": 1, "dash": "dot"}
     return {"x": xs, "y": ys, "name": "from trial to winner", "mode": "lines", "line": dotted, "hoverinfo": "skip"}
@@ -178,7 +178,8 @@ def _band(share: float, low: float, high: float, *, opacity: float) -> Figure:
 
 def _curve(metrics: Metrics, key: str, name: str, colour: str) -> Figure:
     """One line; long ones are averaged over equal numbers of rows."""
-    rows = [(r["step"], r[key]) for r in metrics if r.get(key) is not None and math.isfinite(r[key])]
+    known = [(r.get("step"), r.get(key)) for r in metrics]
+    rows = [(x, y) for x, y in known if x is not None and y is not None and math.isfinite(y)]
     each = -(-len(rows) // _POINTS) or 1
     groups = [rows[i : i + each] for i in range(0, len(rows), each)]
     return {

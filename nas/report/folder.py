@@ -3,18 +3,20 @@
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
 import msgspec
 
 from nas.architecture import Architecture, load_architecture
 from nas.config import Experiment, convert, load_toml
 from nas.errors import ConfigError, RunError, SpaceError
+from nas.files import damaged, read_as
 from nas.search import Trials, read_trials
 from nas.space import Space, load_space
 
 T = TypeVar("T")
-Metrics = list[dict[str, Any]]  # one row a logged step
+Row = dict[str, int | float | None]
+Metrics = list[Row]  # one row a logged step
 
 
 class SpaceFacts(msgspec.Struct, frozen=True):
@@ -55,7 +57,7 @@ class Environment(msgspec.Struct, frozen=True):
 
     nas: str
     python: str
-    versions: dict[str, str]
+    versions: dict[str, str | None]  # None: not installed
     hardware: str
     platform: str
     seed: int
@@ -99,17 +101,13 @@ class Outcome(msgspec.Struct, frozen=True):
     """What one file of a network does on the device."""
 
     accuracy: float  # on the test set, in the runtime
-    latency_ms: float  # median, measured
+    latency_ms: float  # median, as it came
+    comparable_ms: float  # measured, at the speed that the machine had for its table, busy moments left out
     predicted_ms: float
     size_bytes: int
     file: str  # relative to the run folder
     passed: bool
     machine_level: float = 1.0  # 1.1: measured while the machine was 10 % slower than for its table
-
-    @property
-    def expected_ms(self) -> float:
-        """Predicted latency on the machine as it was when the file was measured."""
-        return self.predicted_ms * self.machine_level
 
 
 class Candidate(Outcome, frozen=True, kw_only=True):
@@ -177,7 +175,7 @@ class Check(msgspec.Struct, frozen=True):
 
 
 class BlockTime(msgspec.Struct, frozen=True):
-    """blocks.json: predicted latency of one block."""
+    """blocks.json: predicted latency of one block; the last one, `once`, is what comes once a network."""
 
     name: str
     label: str
@@ -258,8 +256,8 @@ def _member(run: Path, facts: Candidate, precision: str) -> Member:
     folder = run / facts.folder
     architecture = load_architecture(_required(folder / "architecture.json"))
     blocks = _load(folder / "blocks.json", dict[str, tuple[BlockTime, ...]])
-    names = [b.name for b in architecture.network.blocks]
-    if any([b.name for b in times] != names for times in blocks.values()):
+    names = [*(b.name for b in architecture.network.blocks), "once"]
+    if precision not in blocks or any([b.name for b in times] != names for times in blocks.values()):
         raise _damaged(folder / "blocks.json", "its blocks are not those of architecture.json")
     others = {"float32": facts.float32, "int8": facts.int8}
     return Member(
@@ -285,11 +283,19 @@ def _space(folder: Path, experiment: Experiment, environment: Environment) -> Sp
     return None
 
 
+# Which stage makes a file, for the advice to make it again.
+_MADE_BY = {
+    "environment.json": "measure",
+    "proof.json": "measure",
+    "architecture.json": "finish",
+    "blocks.json": "export",
+    "verify.json": "verify",
+    "summary.json": "report",
+}
+
+
 def _load(path: Path, cls: type[T]) -> T:
-    try:
-        return msgspec.convert(json.loads(_required(path).read_text(encoding="utf-8")), cls)
-    except (OSError, ValueError) as e:
-        raise _damaged(path, str(e)) from e
+    return read_as(path, cls, stage=_MADE_BY.get(path.name))
 
 
 def _metrics(path: Path) -> Metrics:
@@ -297,19 +303,18 @@ def _metrics(path: Path) -> Metrics:
     if not path.is_file():
         return []
     try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+        return [msgspec.convert(row, Row) for row in rows]  # JSON of Python, which knows NaN
     except (OSError, ValueError) as e:
         raise _damaged(path, str(e)) from e
 
 
 def _required(path: Path) -> Path:
     if not path.is_file():
-        raise RunError(
-            f"{path}: this file is missing, so the run is not finished or this is not its folder. Run `nas run` with "
-            f"its experiment: finished stages are kept, and the report comes last."
-        )
+        raise _damaged(path, "there is no such file; perhaps this run is not finished: `nas run` goes on with it")
     return path
 
 
 def _damaged(path: Path, why: str) -> RunError:
-    return RunError(f"{path}: damaged: {why}. Delete it and run `nas run` with the experiment: it is made again.")
+    trained = "train" if path.parent.name == "supernet" else "finish"
+    return damaged(path, why, stage=trained if path.name == "metrics.jsonl" else _MADE_BY.get(path.name))

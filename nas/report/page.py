@@ -77,7 +77,7 @@ def _context(run: Run) -> dict[str, Any]:
         "other": other,
         "other_check": winner.checks.get(other, Check(passed=False)),
         "alternative": winner.files.get(other),
-        "within": None if limit is None else answer.latency_ms <= limit,
+        "within": None if limit is None else answer.comparable_ms <= limit,
         "interval": words.wilson(answer.accuracy, run.environment.data.test),
         "handmade": handmade,
         "by_chance": handmade is not None and _by_chance(answer.accuracy, handmade.accuracy, run.environment.data.test),
@@ -106,8 +106,10 @@ def _strip(run: Run, winner: Member) -> Markup | None:
     check = winner.checks.get(run.summary.precision)
     if check is None or check.latency_ms is None:
         return None
-    spread = check.latency_ms
-    return Markup(drawing.strip(run.summary.reachable_ms, run.limit_ms, spread.p10, spread.median, spread.p90))
+    facts = winner.facts
+    p10, p90 = (ms / facts.machine_level for ms in (check.latency_ms.p10, check.latency_ms.p90))
+    low, high = min(p10, facts.comparable_ms), max(p90, facts.comparable_ms)
+    return Markup(drawing.strip(run.summary.reachable_ms, run.limit_ms, low, facts.comparable_ms, high))
 
 
 def _row(member: Member) -> dict[str, Any]:
@@ -119,7 +121,7 @@ def _row(member: Member) -> dict[str, Any]:
                 "precision": precision,
                 "outcome": outcome,
                 "spread": check.latency_ms if (check := member.checks.get(precision)) else None,
-                "error": outcome.expected_ms / outcome.latency_ms - 1,
+                "error": outcome.predicted_ms / outcome.comparable_ms - 1,
                 "reason": (check.reason if check else None) or "",
             }
             for precision, outcome in member.files.items()
@@ -136,8 +138,8 @@ def _drawings(run: Run) -> list[tuple[Member, Markup]]:
         times.append([b.latency_ms for b in blocks])
     positions = [p.name for p in run.space.positions] if run.space else ()
     limit = run.limit_ms
-    winners = max([limit or 0.0, *map(sum, times[: len(run.winners)])])
-    everyone = max([winners, *map(sum, times)])
+    winners = max([limit or 0.0, *map(drawing.reach, times[: len(run.winners)])])
+    everyone = max([winners, *map(drawing.reach, times)])
     pictures = []
     for member, of in zip(run.members, times, strict=True):
         span = winners if member in run.winners else everyone

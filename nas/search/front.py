@@ -137,6 +137,9 @@ class Front:
         """Where the front bends most: the least sum of costs, each scaled to 0..1 over the front.
 
         With two objectives that is the trial farthest below the line through the two ends (Das 1999).
+
+        Example:
+            >>> space.describe(Front.of(trials).knee().genotype)
         """
         self._any()
         costs = np.array([list(t.costs.values()) for t in self])
@@ -166,7 +169,7 @@ class Front:
         try:
             import pandas
         except ImportError as e:
-            raise RunError("A table needs pandas, which is not installed: `pip install 'nas[notebook]'`.") from e
+            raise RunError("A table needs pandas, which is not installed: `pip install pandas`.") from e
         return pandas.DataFrame(self.rows())
 
     def write_csv(self, path: Path | str) -> None:

@@ -3,9 +3,9 @@
 A journal is a text file, one JSON object a line: `{"crc": 2868, "record": {...}}`, the CRC-32 of the record's canonical
 form (sorted keys, no spaces). The first record is the header, which says what search this is. One process writes at a
 time. Only the last line can be torn by a crash; it is dropped when the journal is opened. Damage elsewhere is refused.
+Reading needs no lock, and works on every system; writing needs one that only Linux and macOS have.
 """
 
-import fcntl
 import json
 import os
 import shutil
@@ -47,6 +47,13 @@ class Journal:
             raise
 
     def _open(self, header: Record) -> None:
+        try:
+            import fcntl
+        except ImportError as e:
+            raise JournalError(
+                f"{self.path}: this system has no file locks that a writer needs (fcntl). Search on Linux or macOS; "
+                f"the journal can be read anywhere."
+            ) from e
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         try:

@@ -5,11 +5,13 @@ What plain Ray leaves open is closed here (measured with Ray 2.60):
 - A candidate that kills its worker is retried alone on a fresh worker and quarantined after three attempts.
 - Each call has a deadline; Ray has none, so the worker is killed.
 - A cluster without room waits silently; here that is an error that says what was asked for and what there is.
-- A cluster of its own listens on the loopback interface only, behind a token, and dies with the driver, however that
-  dies.
+- A cluster of its own listens on the loopback interface only, behind a token, reports nothing to anyone, and dies with
+  the driver, however that dies.
 """
 
 import contextlib
+import importlib
+import importlib.util
 import json
 import logging
 import os
@@ -34,7 +36,8 @@ from nas.search.strategy import Genotype
 
 _ATTEMPTS = 3  # of one candidate before it is quarantined, and of starting a worker before that is hopeless
 _QUEUED = 2  # calls at each worker: the next one is there when one ends
-_LONGEST_TEMP = 40  # characters: Ray puts Unix sockets below it, whose paths may have 107
+_LONGEST_TEMP = 39  # bytes of a path: Ray puts Unix sockets 64 below it, whose paths may have 107, on macOS 103
+_SHORT_TEMP = "/tmp"  # where the system's own folder is too long, as on macOS: /var/folders/...
 
 logger = logging.getLogger(__name__)
 
@@ -276,33 +279,52 @@ class RayExecutor:
         )
 
 
+def preflight(address: str = "local") -> None:
+    """Says what would keep `RayExecutor` from starting here, as far as that shows without importing or starting Ray.
+
+    Takes milliseconds, so that a pipeline can ask before it trains.
+
+    Raises:
+        ExecutorError: Ray is not installed, or a cluster of its own (`address` "local") would have no room for its
+            sockets or no token.
+    """
+    if importlib.util.find_spec("ray") is None:
+        raise ExecutorError(_MISSING)
+    if address == "local" and not _connected():
+        mode = os.environ.get("RAY_AUTH_MODE", "token")
+        if mode.lower() != "token":
+            raise ExecutorError(_no_token(f"RAY_AUTH_MODE is {mode!r}"))
+        os.rmdir(_temporary_folder())
+
+
 def _connect(address: str, cpus: int, weights: Weights | None, undo: contextlib.ExitStack) -> Any:
     """The ray module, connected; what must be undone at the end goes onto `undo`."""
-    own = address == "local"
-    if own:  # read by Ray, here and in the processes that it starts
+    own = address == "local" and not _connected()
+    imported = "ray" in sys.modules
+    if own:  # read by Ray, here and in the processes that it starts; what the user has set stays
         settings = {
+            "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": secrets.token_hex(32),
             "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # despite its name: listen on loopback only, on any system
             "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+            "RAY_USAGE_STATS_ENABLED": "0",  # releases of Ray see to that themselves, nightly builds do not
         }
-        if "ray" not in sys.modules:  # it has made up its mind when it is imported
-            settings["RAY_AUTH_MODE"] = "token"
         for name, value in settings.items():
             os.environ.setdefault(name, value)
     try:
         import ray
         import ray.exceptions
     except ImportError as e:
-        raise ExecutorError("Ray is not installed: `pip install 'ray>=2.50'`, or use the inline executor.") from e
+        raise ExecutorError(_MISSING) from e
     if ray.is_initialized():
         return ray
+    if own:
+        _require_token(read_again=imported)
     options: dict[str, Any] = {"log_to_driver": False, "configure_logging": False}
     with contextlib.ExitStack() as started:  # undone at once if the start fails
         if own:
-            folder = tempfile.mkdtemp(prefix="nas-")
+            folder = _temporary_folder()
             started.callback(shutil.rmtree, folder, ignore_errors=True)
-            if len(folder) > _LONGEST_TEMP:
-                raise ExecutorError(f"{folder}: too long for Ray's sockets. Set TMPDIR to a shorter path.")
             options |= {
                 "include_dashboard": False,
                 "num_cpus": cpus,  # of a cluster of our own: what is asked for is there
@@ -322,6 +344,57 @@ def _connect(address: str, cpus: int, weights: Weights | None, undo: contextlib.
             started.callback(_guard(folder))
         undo.push(started.pop_all())
     return ray
+
+
+def _connected() -> bool:
+    """Whether the caller is connected to a cluster already."""
+    ray = sys.modules.get("ray")
+    return ray is not None and ray.is_initialized()
+
+
+def _require_token(*, read_again: bool) -> None:
+    """That a cluster which starts now asks for the token; `read_again` if Ray was imported before that was asked for.
+
+    Raises:
+        ExecutorError: it would not: the user has set another mode, or this version of Ray has no tokens.
+    """
+    import ray
+
+    core: Any = importlib.import_module("ray._raylet")
+    if not hasattr(core, "get_authentication_mode"):
+        raise ExecutorError(_no_token(f"Ray {ray.__version__} has no tokens (`pip install 'ray>=2.52'`)"))
+    if read_again:  # as Ray itself does where it turns tokens on
+        core.Config.initialize("")
+        core.AuthenticationTokenLoader.instance().reset_cache()
+    if core.get_authentication_mode() != core.AuthenticationMode.TOKEN:
+        raise ExecutorError(_no_token(f"RAY_AUTH_MODE is {os.environ['RAY_AUTH_MODE']!r}"))
+
+
+_MISSING = "Ray is not installed: `pip install 'ray>=2.52'`, or use the inline executor."
+
+
+def _no_token(why: str) -> str:
+    return (
+        f"{why}, and a cluster of its own without a token would run the code of anyone on this machine. Let "
+        f"RAY_AUTH_MODE be `token` or unset, give search.address of a cluster that runs, or use the inline executor."
+    )
+
+
+def _temporary_folder() -> str:
+    """A new folder with so short a path that Ray's sockets fit below it.
+
+    Raises:
+        ExecutorError: there is no such place.
+    """
+    with contextlib.suppress(OSError):  # of a system without any folder for temporary files
+        for parent in (tempfile.gettempdir(), _SHORT_TEMP):
+            if len(os.fsencode(os.path.join(parent, "nas-12345678"))) <= _LONGEST_TEMP:
+                return tempfile.mkdtemp(prefix="nas-", dir=parent)
+    raise ExecutorError(
+        f"Ray's sockets need a folder with a short path, and there is none: {tempfile.gettempdir()} is too long, and "
+        f"{_SHORT_TEMP} cannot be used. Set TMPDIR to a path of at most {_LONGEST_TEMP - 13} bytes, or use the inline "
+        f"executor."
+    )
 
 
 def _guard(folder: str) -> Callable[[], None]:

@@ -68,6 +68,13 @@ def load_space(name: str, *, input_shape: Shape = (32, 32, 3), classes: int = 10
     for index, stage in enumerate(file.stage):
         builder.stage(index, stage)
     builder.fixed("head", file.head, {"classes": classes})
+    for block in builder.positions[-1].branches:
+        if block is not None and block.graph.shape != (classes,):
+            raise source.fail(
+                ["head", "block"],
+                f"block `{file.head['block']}` gives shape {block.graph.shape}, not the {classes} logits of a head. "
+                f"Use one that does, such as `classifier`.",
+            )
     return Space(path.stem, input_shape, classes, tuple(builder.choices), tuple(builder.positions), file.description)
 
 
@@ -141,7 +148,7 @@ class _Builder:
                 f"{self.source.path}: at {name} the image is {self.size[0]}x{self.size[1]}, too small for stride "
                 f"{stride}. Use larger images (data.image_size) or fewer strides."
             )
-        tied = set(table.get("tied", ()))
+        tied = set(self._values(keys, table, "tied", None, kind=str) if table.get("tied", []) != [] else ())
         if unknown := sorted(tied - {"block", *options}):
             hint = config.nearest(unknown[0], ["block", *options], kind="option")
             raise self.source.fail([*keys, "tied"], f"`tied` names `{unknown[0]}`, which the stage does not set.{hint}")
@@ -224,7 +231,7 @@ class _Builder:
         defaults = {k: v for k, v in blocks.options(block).items() if v is not inspect.Parameter.empty}
         try:
             graph = blocks.record(block, (*self.size, width), tuple(sorted(arguments.items())))
-        except (TypeError, ValueError) as e:
+        except (TypeError, ValueError, ArithmeticError) as e:
             raise self.source.fail(keys, f"block `{block}` with {arguments} over {width} channels: {e}.") from e
         told = {k: v for k, v in {**defaults, **arguments}.items() if k not in ("width", "stride", "classes")}
         words = (f"{k}={str(v).lower() if isinstance(v, bool) else v}" for k, v in sorted(told.items()))
@@ -255,6 +262,8 @@ class _Builder:
         value = table.get(key, default)
         values = tuple(value) if isinstance(value, list) else (value,)
         where = [*keys, key]
+        if any(type(v) not in (bool, int, float, str) for v in values):
+            raise self.source.fail(where, f"`{key}` is {value}: one value, or a list of values, is needed.")
         if not values or len(set(values)) < len(values):
             raise self.source.fail(where, f"`{key}` is {value}: at least one value, and none twice, is needed.")
         if kind is not None and any(type(v) is not kind or (kind is int and v < 1) for v in values):

@@ -46,8 +46,9 @@ class Checkpoints:
         except Exception as e:  # Orbax and TensorStore raise many types
             raise CheckpointError(
                 f"{self.folder / str(step)}: this checkpoint cannot be restored: it is damaged or of another "
-                f"network ({type(e).__name__}: {str(e).splitlines()[0][:200]}). Move that folder away to continue "
-                f"from the checkpoint before it, or move {self.folder} away to train anew."
+                f"network ({type(e).__name__}: {str(e).splitlines()[0][:200]}). While this training is unfinished, "
+                f"move that folder away to go on from the checkpoint before it; or train anew with `nas run "
+                f"EXPERIMENT --redo train` (a winner: `--redo finish`)."
             ) from e
 
     def close(self) -> None:

@@ -66,6 +66,43 @@ def test_squeeze_excite_starts_as_a_gate_between_0_and_1():
     assert {"se_reduce/kernel", "se_reduce/bias", "se_expand/kernel", "se_expand/bias"} < set(params_of(graph))
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("mbconv", {}, "`width` is missing"),
+        ("mbconv", {"width": 8, "kernal": 3}, "no option `kernal`. Did you mean `kernel`"),
+        ("mbconv", {"width": 8, "kernel": 3.0}, "`kernel` is 3.0: a whole number"),
+        ("mbconv", {"width": 8, "kernel": True}, "`kernel` is True: a whole number"),
+        ("mbconv", {"width": 8, "kernel": (3, 5)}, "`kernel` is .*: a whole number"),
+        ("mbconv", {"width": 8, "kernel": [3, 5]}, "`kernel` is .*: a whole number"),
+        ("mbconv", {"width": 8, "kernel": -3}, "`kernel` is -3: a whole number, 0 or more"),
+        ("mbconv", {"width": 8, "kernel": 4}, "kernel 4 is even"),
+        ("mbconv", {"width": 8, "expand": 0}, "expand 0 is not above 0"),
+        ("mbconv", {"width": 8, "expand": 0.01}, "features is 0"),
+        ("mbconv", {"width": 8, "expand": -1}, "`expand` is -1: a number, 0 or more"),
+        ("mbconv", {"width": 8, "expand": float("inf")}, "`expand` is inf"),
+        ("mbconv", {"width": 8, "expand": float("nan")}, "`expand` is nan"),
+        ("mbconv", {"width": 8, "se": "yes"}, "`se` is 'yes': true or false"),
+        ("mbconv", {"width": 8, "se": 1}, "`se` is 1: true or false"),
+        ("mbconv", {"width": 8, "act": "hardswish"}, "`act` is 'hardswish'. Did you mean `hard_swish`"),
+        ("mbconv", {"width": 8, "act": 3}, "`act` is 3"),
+        ("conv_stem", {"width": 0}, "features is 0"),
+        ("conv_stem", {"width": 8, "stride": 0}, "stride is 0"),
+        ("classifier", {"width": -5, "classes": 3}, "`width` is -5"),
+    ],
+)
+def test_options_of_a_wrong_type_or_size_are_told(name, options, message):
+    with pytest.raises(ValueError, match=message) as told:
+        record(name, (4, 4, 8), tuple(options.items()))
+    assert not str(told.value).endswith(".")  # the file and line are put around it
+
+
+def test_what_is_equal_to_an_option_but_of_another_type_does_not_pass_by_the_cache():
+    assert record("mbconv", (4, 4, 8), (("kernel", 3), ("width", 8)))
+    with pytest.raises(ValueError, match="kernel"):
+        record("mbconv", (4, 4, 8), (("kernel", 3.0), ("width", 8)))
+
+
 def test_an_odd_width_cannot_be_split_in_halves():
     with pytest.raises(ValueError, match="odd"):
         record("shufflenet_v2", (4, 4, 8), (("width", 15),))

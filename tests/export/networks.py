@@ -7,7 +7,10 @@ import numpy as np
 
 from nas.blocks import record
 from nas.catalog import list_spaces
+from nas.export import RUNTIMES
+from nas.fold import fold
 from nas.ops import Graph, Recorder, weights
+from nas.quantise import Quantisation, calibrate
 from nas.run import run
 from nas.space import load_space
 
@@ -100,3 +103,12 @@ def reference(name: str) -> tuple[np.ndarray, np.ndarray]:
     """Five images, and what the float network makes of them in JAX."""
     images = images_of(GRAPHS[name], 5)
     return images, np.asarray(compiled(GRAPHS[name], params_of(GRAPHS[name]), images)[0])
+
+
+@functools.cache
+def emitted(runtime: str, name: str, precision: str) -> tuple[bytes, Quantisation | None]:
+    """A runtime's file of a graph, and the ranges of its numbers if it is int8."""
+    graph = GRAPHS[name]
+    folded, params = fold(graph, params_of(graph))
+    quantisation = calibrate(folded, params, images_of(graph)) if precision == "int8" else None
+    return RUNTIMES[runtime]().emit(graph, params_of(graph), quantisation=quantisation), quantisation

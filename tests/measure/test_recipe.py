@@ -1,14 +1,17 @@
 import os
+from typing import Any
 
 import numpy as np
 import pytest
+import tiny
 
 from nas import cost
-from nas.config import Device, Latency
+from nas.config import Device, Latency, load_experiment
 from nas.errors import DeviceError, LatencyError
 from nas.latency import Table, load_device, op_counts
-from nas.measure import measure, prepare, recipe, runtime_of
+from nas.measure import measure, prepare, recipe, runtime_class, runtime_of
 from nas.ops import Graph
+from nas.pipeline.job import Job
 from nas.space import Space, load_space
 
 
@@ -126,3 +129,18 @@ def test_an_unknown_runtime_or_precision_names_the_nearest(space):
         runtime_of(Device(device="x", runtime="onnx_runtime"))
     with pytest.raises(DeviceError, match="Did you mean `int8`"):
         prepare(space.decode(space.smallest()).flat(), Device(device="x", runtime="onnxruntime"), "int4")
+    with pytest.raises(DeviceError, match="precision `int4`, which runtime `onnxruntime` does not have"):
+        runtime_class(Device(device="x", runtime="onnxruntime", precision=("float32", "int4")))
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [('runtime = "onnxruntim"', "unknown runtime"), ('runtime = "onnxruntime"\nprecision = ["int4"]', "`int4`")],
+)
+def test_a_job_tells_them_when_its_device_is_first_asked_for(tmp_path, line, message):
+    (tmp_path / "device.toml").write_text(f'device = "x"\n{line}\n')
+    experiment = load_experiment(tiny.write_experiment(tmp_path), overrides=(f"device='{tmp_path}'",))
+    unused: Any = None
+    for part in ("device", "runtime"):
+        with pytest.raises(DeviceError, match=message):
+            getattr(Job(experiment, unused, unused), part)

@@ -1,4 +1,5 @@
 import gc
+import os
 from collections.abc import Callable
 
 import numpy as np
@@ -49,7 +50,7 @@ def test_a_machine_that_changes_speed_does_not_change_ratios():
     ratios = np.array([timings[n].latency_ms / ms for n, ms in own.items()])
     np.testing.assert_allclose(ratios / np.median(ratios), 1, atol=0.01)
     assert np.median(ratios) == pytest.approx(1.0, rel=0.02)  # stated at the quiet level
-    assert timings["net0"].found_p90_ms > 1.5 * timings["net0"].found_p10_ms  # the percentiles tell how it was
+    assert timings["net0"].p90_ms > 1.5 * timings["net0"].p10_ms  # the percentiles tell how it was
 
 
 def test_preemption_hardly_moves_a_timing():
@@ -108,8 +109,25 @@ def test_garbage_collection_is_restored_after_an_error():
 
 
 def test_files_are_measured_against_each_other():
-    calls = {"once": lambda: sum(range(1000)), "often": lambda: sum(range(8000))}
-    timings = measure_files(calls, seconds=0.2)
+    openers = {"once": lambda: lambda: sum(range(1000)), "often": lambda: lambda: sum(range(8000))}
+    timings = measure_files(openers, seconds=0.2)
     assert timings["often"].latency_ms > 2 * timings["once"].latency_ms
     assert timings["once"].rounds >= 15
     assert timings["once"].p10_ms <= timings["once"].median_ms <= timings["once"].p90_ms
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system cannot pin")
+def test_sessions_are_opened_where_they_are_timed():
+    """Threads keep the CPUs that they started on: opened outside, sessions of more than one thread run anywhere."""
+    if len(before := os.sched_getaffinity(0)) < 2:
+        pytest.skip("one CPU: nothing to pin to")
+    held: dict[str, set[int]] = {}
+
+    def opened():
+        held["opening"] = os.sched_getaffinity(0)
+        return lambda: held.setdefault("timing", os.sched_getaffinity(0))
+
+    measure_files({"a": opened}, seconds=0.0, min_rounds=3, threads=1)
+    assert len(held["opening"]) == 1
+    assert held["opening"] == held["timing"]
+    assert os.sched_getaffinity(0) == before

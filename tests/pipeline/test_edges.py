@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -43,7 +44,13 @@ MISTAKES = {
     "an unknown key": ("train.epoch=3", "Did you mean `epochs`"),
     "an unknown format": ("data.format='npy'", "npz"),
     "a value out of range": ("search.lag=0", "`search.lag` is 0"),
-    "images too small for the strides": ("data.image_size=1", "image_size"),
+    "not a number": ("train.epochs=inf", "a finite number is needed"),
+    "an unknown strategy": ("search.strategy='nsga3'", "Did you mean `nsga2`"),
+    "an unknown executor": ("search.executor='rey'", "Did you mean `ray`"),
+    "an unknown optimiser": ("train.optimiser.name='sgdd'", "Did you mean `sgd`"),
+    "a limit that is no latency": ("objectives=[{name='top1'},{name='latency_ms',at_most=nan}]", "positive number"),
+    "two values in one override": ("search.trials=20\nseed=5", "its own --set"),
+    "images too small for the strides": ("data.image_size=4", "too small for stride 4"),
 }
 
 
@@ -51,11 +58,37 @@ MISTAKES = {
 def test_a_mistake_on_the_command_line_is_told_in_a_paragraph(capsys, place, monkeypatch, mistake):
     monkeypatch.chdir(place)
     override, message = MISTAKES[mistake]
+    (place / "tiny.toml").write_text(tiny.SPACE.replace("depth = [1, 2]", "depth = [1, 2]\nstride = 4", 1))
     code, text = run(capsys, place, override)
     assert code == 2
     assert message in text
+    assert len(text.strip().splitlines()) <= 3, text  # the data's and the space's line may come first
     assert "Traceback" not in text
-    assert not (place / "run" / "supernet").exists()
+    assert not (place / "run" / "latency").exists()
+
+
+def test_a_mistake_does_not_claim_the_folder(capsys, place):
+    code, _ = run(capsys, place, "data.source='nowhere.npz'")
+    assert code == 2
+    code, text = run(capsys, place, "train.epochs=7", "data.source='elsewhere.npz'")
+    assert code == 2
+    assert "elsewhere.npz" in text  # not: this folder belongs to another configuration
+
+
+def test_an_override_that_is_wrong_is_blamed_not_the_file(capsys, place):
+    _, text = run(capsys, place, "search.trials=0")
+    assert text.startswith("error: --set search.trials=0: `search.trials` is 0")
+
+
+def test_smoke_needs_a_table_of_that_name(capsys, place):
+    path = place / "tiny_experiment.toml"
+    code, text = told(capsys, "run", path, "--smoke")
+    assert code == 2
+    assert "no [smoke] table" in text
+    path.write_text("smoke = 3\n" + path.read_text())
+    code, text = told(capsys, "run", path)
+    assert code == 2
+    assert "line 1: `smoke` is 3" in text
 
 
 def test_debug_shows_the_traceback(capsys, place):
@@ -101,8 +134,6 @@ def copy(measured, tmp_path) -> Path:
     shutil.copytree(measured, tmp_path / "copy")
     for name in ("tiny_experiment.toml", "tiny.toml", "bars.npz"):
         assert (tmp_path / "copy" / name).exists()
-    config = tmp_path / "copy" / "run" / "config.toml"
-    config.write_text(config.read_text().replace(str(measured), str(tmp_path / "copy")))
     return tmp_path / "copy"
 
 
@@ -114,13 +145,31 @@ def test_a_limit_that_no_network_meets_is_told_before_training_with_the_reachabl
     assert "the fastest network" in text
     assert "the slowest" in text
     assert not (place / "run" / "supernet").exists()
+    with RunFolder(place / "run", load_experiment(tiny.write_experiment(place))) as folder:  # the limit corrected
+        assert folder.done("measure")
 
 
 def test_a_run_folder_of_another_configuration_is_refused_and_the_difference_named(capsys, copy):
-    code, text = run(capsys, copy, "train.epochs=9")
+    code, text = run(capsys, copy, "latency.anchors=4")
     assert code == 2
     assert "another configuration" in text
-    assert "epochs = 9.0" in text
+    assert "`latency.anchors` is 4, was 3" in text
+    (copy / "run" / "supernet").mkdir()
+    code, text = run(capsys, copy, "train.epochs=9")
+    assert code == 2
+    assert "`train.epochs` is 9.0, was 3.0" in text
+
+
+@pytest.mark.parametrize(
+    "change", ["search.executor=ray", "search.workers=7", "question='Why?'", "verify.seconds=1.0", "train.epochs=9.0"]
+)
+def test_what_decides_nothing_that_was_made_may_change_between_calls(copy, change):
+    from nas.pipeline import load_experiment
+
+    changed = load_experiment(copy / "tiny_experiment.toml", overrides=[change])
+    with RunFolder(copy / "run", changed) as folder:
+        assert folder.done("measure")
+    assert load_experiment(copy / "run" / "config.toml") == changed
 
 
 def test_a_folder_that_is_no_run_is_left_alone(capsys, place):
@@ -150,6 +199,58 @@ def test_an_edited_latency_table_is_refused(capsys, copy):
     code, text = run(capsys, copy)
     assert code == 2
     assert "checksum" in text
+    assert "--redo measure" in text
+
+
+def test_a_table_of_another_run_is_refused(capsys, copy, place):
+    from nas.pipeline import load_experiment
+
+    nas.run_experiment(load_experiment(place / "tiny_experiment.toml"), place / "other", stages=["measure"])
+    for name in ("table.float32.csv", "table.float32.json"):
+        shutil.copy(place / "other" / "latency" / name, copy / "run" / "latency" / name)
+    code, text = run(capsys, copy)
+    assert code == 2
+    assert "the float32 latency table has changed" in text
+
+
+def test_a_device_that_changed_is_told(capsys, copy):
+    environment = json.loads((copy / "run" / "environment.json").read_text())
+    environment["device"]["threads"] = 4
+    (copy / "run" / "environment.json").write_text(json.dumps(environment))
+    code, text = run(capsys, copy)
+    assert code == 2
+    assert "has changed since its table was measured (threads)" in text
+
+
+@pytest.mark.parametrize("name", ["environment.json", "stages.json", "config.toml"])
+@pytest.mark.parametrize("content", [b"", b"{}x", b"[]", b"\xff\xfe"])
+def test_a_damaged_file_of_the_run_is_told_and_redo_makes_it_again(capsys, copy, name, content):
+    path = copy / "run" / name
+    path.write_bytes(content)
+    code, text = run(capsys, copy)
+    if name == "config.toml" and not content:
+        assert "another configuration" in text
+    assert code == 2
+    assert str(path) in text or "another configuration" in text
+    assert "Traceback" not in text
+
+
+def test_redo_forgets_a_stage_and_all_after_it(copy):
+    from nas.pipeline import load_experiment
+
+    experiment = load_experiment(copy / "tiny_experiment.toml")
+    (copy / "run" / "supernet").mkdir()
+    with RunFolder(copy / "run", experiment) as folder:
+        folder.redo("train")
+        assert folder.done("measure")
+        assert not (copy / "run" / "supernet").exists()
+        assert (copy / "run" / "latency").exists()
+        (copy / "run" / "stages.json").write_text("damaged")
+        folder.redo("search")
+        assert folder.done("train")
+        folder.redo("measure")
+        assert not folder.done("measure")
+        assert not (copy / "run" / "latency").exists()
 
 
 def test_a_damaged_journal_is_refused_with_the_offset(tmp_path):
@@ -236,6 +337,18 @@ def test_a_disk_that_is_full_or_read_only_is_told_and_what_stood_there_still_sta
     monkeypatch.undo()
     assert path.read_bytes() == b"measured"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_full_disk_is_told_by_every_writer(capsys, copy, monkeypatch):
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(sys.modules["nas.pipeline.train"], "train_supernet", refuse)
+    code, text = run(capsys, copy)
+    assert code == 2
+    assert "No space left on device" in text
+    assert "it goes on from what is there" in text
+    assert "Traceback" not in text
 
 
 def test_a_run_in_a_place_that_cannot_hold_a_folder_is_told(place):

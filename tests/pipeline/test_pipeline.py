@@ -14,6 +14,7 @@ import pytest
 import tiny
 
 import nas
+from nas import cli
 from nas.architecture import json_schema, load_params
 from nas.errors import RunError
 
@@ -140,13 +141,76 @@ def test_export_works_from_architecture_and_parameters_alone(finished, tmp_path)
     shutil.copy(source / "architecture.json", tmp_path)
     shutil.copytree(source / "params", tmp_path / "elsewhere")
     files = tmp_path / "architecture.json", "--params", tmp_path / "elsewhere", "--out", tmp_path / "x.onnx"
-    files = tmp_path / "architecture.json", "--params", tmp_path / "elsewhere", "--out", tmp_path / "x.onnx"
     done = subprocess.run(
         command("export", *files),
         capture_output=True, text=True, cwd=ROOT,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "x.onnx").read_bytes() == (source / "model.onnx").read_bytes()
+
+
+DAMAGE = {
+    "winners/winner_1/verify.json": [b"{", b"{}", b"[]"],
+    "winners/winner_1/validation.json": [b"{", b"[]"],
+    "winners/winner_1/architecture.json": [b"{}", None],
+    "winners/winner_1/params/params.safetensors": [b"0", None],
+    "winners/winner_1/blocks.json": [b"{}", None],
+    "baselines/smallest": [None],
+    "winners": [None],
+    "environment.json": [b"{}", None],
+    "search/journal.jsonl": [b"", None],
+    "supernet/metrics.jsonl": [b"3\n"],
+    "latency/table.float32.csv": [b"", None],
+    "latency/proof.json": [b"{}", None],
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_damaged_or_missing_file_of_a_run_is_told_with_how_to_make_it_again(
+    finished, workplace, tmp_path, name, capsys
+):
+    for content in DAMAGE[name]:
+        folder = tmp_path / "run"
+        shutil.copytree(finished, folder)
+        path = folder / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        if content is not None:
+            path.write_bytes(content)
+        with pytest.raises(SystemExit) as ended:
+            cli.main(["report", str(workplace / "tiny_experiment.toml"), "--out", str(folder)])
+        told = capsys.readouterr().err
+        assert ended.value.code == 2, told
+        assert "Traceback" not in told
+        assert name.split("/")[-1] in told, told
+        shutil.rmtree(folder)
+
+
+def test_files_that_the_system_strews_about_do_no_harm(finished, workplace, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    (tmp_path / "run" / "winners" / ".DS_Store").write_bytes(b"\0")
+    experiment = nas.load_experiment(workplace / "tiny_experiment.toml")
+    nas.stages.report(experiment, tmp_path / "run")
+
+
+def test_a_file_that_does_not_do_what_its_network_does_is_refused_and_set_aside(finished, workplace, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    best, other = folder / "winners" / "winner_1", folder / "baselines" / "smallest"
+    sound = (best / "model.onnx").read_bytes()
+    shutil.copy(other / "model.onnx", best / "model.onnx")
+    experiment = nas.load_experiment(workplace / "tiny_experiment.toml")
+    nas.stages.verify(experiment, folder)
+    nas.stages.report(experiment, folder)
+    verdict = json.loads((best / "verify.json").read_text())["float32"]
+    assert not verdict["passed"]
+    assert "differ" in verdict["reason"] or "apart" in verdict["reason"]
+    assert not (best / "model.onnx").exists()
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["winner"]["name"] != "winner_1"
+    assert [(r["name"], r["precision"]) for r in summary["refused"]] == [("winner_1", "float32")]
+    (best / "model.onnx.refused").write_bytes(sound)
+    nas.stages.verify(experiment, folder)
+    assert json.loads((best / "verify.json").read_text())["float32"]["passed"]
 
 
 def _killed_at(folder: Path, experiment: Path, marker: str) -> bool:

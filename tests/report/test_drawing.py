@@ -10,7 +10,7 @@ import pytest
 from nas import catalog
 from nas.ops import Block, Network, Recorder
 from nas.report import draw, words
-from nas.report.drawing import BARS, WIDTH, strip
+from nas.report.drawing import BARS, WIDTH, reach, strip
 from nas.space import load_space
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -53,6 +53,27 @@ def test_two_networks_drawn_to_one_scale_have_bars_of_one_scale():
     assert sum(width for _, width in half) == pytest.approx((BARS[1] - BARS[0]) / 2, abs=0.1)
 
 
+@pytest.mark.parametrize("once", [0.3, 0.0, -0.05])
+def test_what_comes_once_a_network_is_a_bar_of_its_own_that_ends_at_the_sum(once):
+    _, network = networks("digits_mixed")[1]
+    times = [0.1 + 0.01 * i for i in range(len(network.blocks))]
+    svg = draw(network, [*times, once])
+    *blocks, (x, width) = bars(svg)
+    pixels_per_ms = blocks[0][1] / times[0]
+    assert width == pytest.approx(abs(once) * pixels_per_ms, abs=0.02)
+    assert (x + width if once > 0 else x) == pytest.approx(BARS[0] + (sum(times) + once) * pixels_per_ms, abs=0.5)
+    assert blocks[-1][0] + blocks[-1][1] == pytest.approx(x if once > 0 else x + width, abs=0.02)
+    assert max(a + b for a, b in (*blocks, (x, width))) <= BARS[1] + 0.02
+    assert f"{len(network.blocks)} blocks, {words.ms(sum(times) + once)} predicted" in svg
+    assert ">once a network<" in svg
+
+
+def test_bars_reach_farther_than_their_sum_where_the_last_goes_back():
+    assert reach([0.1, 0.2, 0.1]) == pytest.approx(0.4)
+    assert reach([0.1, 0.2, -0.1]) == pytest.approx(0.3)
+    assert reach([]) == 0.0
+
+
 def test_every_block_says_what_it_is_when_pointed_at():
     _, network = networks("digits_mixed")[1]
     svg = draw(network, [0.25] * len(network.blocks))
@@ -77,6 +98,8 @@ def test_a_latency_for_each_block_is_needed():
     _, network = networks("digits_mixed")[0]
     with pytest.raises(ValueError, match="one each is needed"):
         draw(network, [1.0])
+    with pytest.raises(ValueError, match="at most one for the network"):
+        draw(network, [1.0] * (len(network.blocks) + 2))
 
 
 def test_names_are_escaped_and_unknown_blocks_drawn():

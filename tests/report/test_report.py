@@ -52,7 +52,7 @@ def test_the_first_lines_give_the_question_and_the_answer(run, text):
     start = said[: said.index("Accuracy against latency")]
     assert "The most accurate network for 16x16 digits within half of the latency range?" in start
     assert f"winner_1 classifies {winner['accuracy']:.1%}".replace("%", " %") in start
-    assert f"{winner['latency_ms']:.3f} ms, within the limit of 0.210 ms." in start
+    assert f"{winner['comparable_ms']:.3f} ms, within the limit of 0.210 ms." in start
     for fact in ("p10 to p90", "winners/winner_1/model.onnx", "winners/winner_1/model.int8.onnx", "valid ONNX",
                  "int8 alternative", "Beats the hand-made network:", "1 thread", "AMD EPYC"):  # fmt: skip
         assert fact in start
@@ -148,7 +148,7 @@ def test_a_search_in_int8_answers_in_int8(tmp_path):
     folder = build_run(tmp_path, winners=1, trials=20, precision="int8")
     text = page(folder)
     winner = json.loads((folder / "summary.json").read_text())["winner"]
-    assert f"{winner['latency_ms']:.3f} ms, within the limit" in plain(text)
+    assert f"{winner['comparable_ms']:.3f} ms, within the limit" in plain(text)
     assert "winners/winner_1/model.int8.onnx, or winners/winner_1/model.onnx" in plain(text)
     assert "float32 alternative" in plain(text)
     names = [t["name"] for t in plots(text)["front"]["data"]]
@@ -234,7 +234,7 @@ def moved(run):
 def test_a_missing_file_is_named_with_the_command_that_makes_it(run, text, moved, name):
     before = (run / "report.html").stat()
     moved(name)
-    with pytest.raises(RunError, match=f"{re.escape(name)}: this file is missing.*`nas run`"):
+    with pytest.raises(RunError, match=f"{re.escape(name)}: missing or damaged: .*`nas run"):
         write_report(run)
     assert (run / "report.html").stat() == before
 
@@ -244,7 +244,7 @@ def test_a_missing_file_is_named_with_the_command_that_makes_it(run, text, moved
 def test_a_damaged_file_is_named(run, moved, name, damage):
     moved(name)
     (run / name).write_text(damage)
-    with pytest.raises(RunError, match=f"{re.escape(name)}: damaged: .*`nas run`"):
+    with pytest.raises(RunError, match=f"{re.escape(name)}: missing or damaged: .*`nas run EXPERIMENT --redo"):
         write_report(run)
 
 

@@ -120,6 +120,26 @@ def test_a_folder_in_the_way_is_a_clear_error(tmp_path):
         Journal(tmp_path, HEADER)
 
 
+def test_a_system_without_file_locks_reads_journals_and_says_that_it_cannot_write_them(path):
+    code = """if True:
+        import sys
+        sys.modules["fcntl"] = None  # as on Windows
+        from nas.errors import JournalError
+        from nas.search import read_trials  # the whole room is imported
+        from nas.search.journal import Journal, read
+        print(len(read(sys.argv[1])[1]))
+        try:
+            Journal(sys.argv[1], {})
+        except JournalError as e:
+            print(e)
+    """
+    done = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, env=with_nas())
+    assert done.returncode == 0, done.stderr
+    count, told = done.stdout.splitlines()
+    assert int(count) == len(RECORDS)
+    assert "Search on Linux or macOS" in told
+
+
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux only")
 def test_a_full_disk_is_a_clear_error(path, monkeypatch):
     journal = Journal(path, HEADER)

@@ -15,9 +15,9 @@ import search_toy as toy
 from test_driver import go
 
 from nas.errors import ExecutorError
-from nas.search import RayExecutor
+from nas.search import RayExecutor, ray_executor
 from nas.search.executor import Result
-from nas.search.ray_executor import _connect
+from nas.search.ray_executor import _connect, preflight
 
 
 def with_nas(**more):
@@ -127,6 +127,77 @@ def test_who_has_no_token_is_turned_away():
         )
         assert ("AuthenticationError" in visitor.stderr) is refused
         assert (visitor.returncode != 0) is refused
+
+
+def test_a_cluster_of_its_own_reports_nothing_to_anyone():
+    servers = [p for p in psutil.Process().children(recursive=True) if p.name() in ("gcs_server", "raylet")]
+    assert len(servers) == 2
+    assert {p.environ()["RAY_USAGE_STATS_ENABLED"] for p in servers} == {"0"}
+
+
+STARTS = """
+import contextlib, os, psutil, sys
+if sys.argv[1] == "ray first":
+    import ray
+from nas.errors import ExecutorError
+from nas.search.ray_executor import _connect
+try:
+    with contextlib.ExitStack() as undo:
+        ray = _connect("local", 1, None, undo)
+        servers = [p for p in psutil.Process().children(recursive=True) if p.name() == "gcs_server"]
+        asked = ray._raylet.get_authentication_mode() == ray._raylet.AuthenticationMode.TOKEN
+        print(asked, servers[0].environ()["RAY_AUTH_MODE"],
+              servers[0].environ()["RAY_USAGE_STATS_ENABLED"])
+except ExecutorError as e:
+    print(e)
+"""
+
+
+def starts(*arguments, **environment):
+    """What a process that starts a cluster of its own says, in an environment without Ray's settings."""
+    clean = {k: v for k, v in with_nas().items() if not k.startswith("RAY_")}
+    command = [sys.executable, "-c", STARTS, *arguments]
+    done = subprocess.run(command, env=clean | environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_ray_imported_before_and_a_long_temporary_folder_change_nothing(tmp_path):
+    folder = tmp_path / ("folders" * 8)  # as on macOS
+    folder.mkdir()
+    assert starts("ray first", TMPDIR=str(folder)) == "True token 0"
+
+
+@pytest.mark.parametrize("first", ["ray first", "nas first"])
+def test_a_cluster_of_its_own_without_a_token_is_refused(first):
+    assert "RAY_AUTH_MODE is 'disabled'" in starts(first, RAY_AUTH_MODE="disabled")
+
+
+@pytest.fixture
+def alone(monkeypatch):
+    """As if this process were not connected to the cluster of this module."""
+    monkeypatch.setattr(ray_executor, "_connected", lambda: False)
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+    return monkeypatch
+
+
+def test_what_will_keep_a_cluster_from_starting_is_told_before(alone, tmp_path):
+    preflight()
+    alone.setattr(ray_executor.tempfile, "tempdir", str(tmp_path / ("long" * 20)))
+    preflight()  # in /tmp
+    folder = ray_executor._temporary_folder()
+    assert len(os.fsencode(folder)) <= ray_executor._LONGEST_TEMP
+    os.rmdir(folder)
+    alone.setattr(ray_executor, "_SHORT_TEMP", "/nowhere")
+    with pytest.raises(ExecutorError, match="TMPDIR to a path of at most 26 bytes"):
+        preflight()
+    preflight("auto")  # a running cluster has its own place
+    alone.setenv("RAY_AUTH_MODE", "disabled")
+    with pytest.raises(ExecutorError, match="without a token"):
+        preflight()
+    alone.setitem(sys.modules, "ray", None)
+    with pytest.raises(ExecutorError, match="Ray is not installed"):
+        preflight("auto")
 
 
 DRIVER = """

@@ -124,6 +124,28 @@ def test_uniform_networks_take_one_value_everywhere(space):
         (("width = 0", "width = [0, 8]"), r"in \[head\] every value is fixed"),
         (("[head]", "[haed]"), "unknown key `haed`. Did you mean `head`"),
         (("se = [false, true]", "se = [false, true"), "not valid TOML"),
+        (("kernel = [3, 5]", "kernel = [[3], [5]]"), r"line 10: `kernel` is \[\[3\], \[5\]\]: one value, or a list"),
+        (("kernel = [3, 5]", "kernel = {a = 1}"), "line 10: `kernel` is .*: one value, or a list"),
+        (("kernel = [3, 5]", "kernel = '3'"), "`kernel` is '3': a whole number"),
+        (("kernel = [3, 5]", "kernel = 0"), "kernel is 0"),
+        (("kernel = [3, 5]", "kernel = -3"), "`kernel` is -3"),
+        (("kernel = [3, 5]", "kernel = 3.0"), "`kernel` is 3.0: a whole number"),
+        (("kernel = [3, 5]", "kernel = true"), "`kernel` is True: a whole number"),
+        (("kernel = [3, 5]", "kernel = [4, 7]"), "kernel 4 is even"),
+        (("expand = [1, 2]", "expand = 0"), "expand 0 is not above 0"),
+        (("expand = [1, 2]", "expand = [0.01, 2]"), "features is 0"),
+        (("expand = [1, 2]", "expand = -1"), "`expand` is -1"),
+        (("expand = [1, 2]", "expand = inf"), "`expand` is inf"),
+        (("se = [false, true]", "se = 'yes'"), "`se` is 'yes': true or false"),
+        (("se = [false, true]", "act = 'hardswish'"), "Did you mean `hard_swish`"),
+        (('tied = ["kernel"]', "tied = 3"), "line 12: `tied` is 3: names are needed"),
+        (('tied = ["kernel"]', 'tied = [["kernel"]]'), "line 12: `tied` is .*: one value, or a list"),
+        (('block = ["mbconv", "shufflenet_v2"]', 'block = [["mbconv"]]'), "`block` (is|has) .*needed"),
+        (('"conv_stem"\nwidth = 8', '"conv_stem"\nwidth = 0'), "line 2: .*features is 0"),
+        (('"conv_stem"\nwidth = 8', '"conv_stem"\nwidth = 8\nstride = 0'), "line 2: .*stride is 0"),
+        (('"conv_stem"\nwidth = 8', '"classifier"\nwidth = 8'), "`classes` is missing"),
+        (("width = 0", "width = -5"), "`width` is -5"),
+        (('"classifier"\nwidth = 0', '"conv_stem"\nwidth = 8'), r"line 19: block `conv_stem` gives shape \(8, 8, 8\)"),
     ],
 )
 def test_mistakes_in_a_space_are_told_with_line_and_nearest_name(tmp_path, change, message):
@@ -131,6 +153,12 @@ def test_mistakes_in_a_space_are_told_with_line_and_nearest_name(tmp_path, chang
     (tmp_path / "s.toml").write_text(WIDE.replace(*change))
     with pytest.raises(ConfigError, match=message):
         load_space(str(tmp_path / "s.toml"), input_shape=(16, 16, 3))
+
+
+def test_an_empty_list_ties_nothing(tmp_path):
+    (tmp_path / "s.toml").write_text(WIDE.replace('tied = ["kernel"]', "tied = []"))
+    choices = load_space(str(tmp_path / "s.toml"), input_shape=(16, 16, 3)).choices
+    assert any(c.name == "stage1/layer2/kernel" for c in choices)
 
 
 def test_unknown_spaces_and_foreign_genotypes_are_refused():
