@@ -33,7 +33,7 @@ def table(space: Space) -> Table:
         space=space.name,
         space_digest=space.digest,
         date="2026-01-01T00:00:00+00:00",
-        command="--redo measure",
+        command="nas measure",
         overhead_ms=0.0047,
         correction=Correction(1.0 / 0.9, -0.0031, {"add": 1 / 700, "conv": 1e-4 / 3}, 0.02),
         anchors=(Anchor((0,) * len(space.sizes), 0.1), Anchor((1,) * len(space.sizes), 0.2)),
@@ -78,7 +78,7 @@ def test_the_reachable_range_holds_every_network(space, table):
 
 def test_an_unmeasured_block_is_named_with_the_number_of_others_and_the_command(table):
     larger = load_space("digits_mixed", input_shape=(32, 32, 3), classes=10)
-    with pytest.raises(UnmeasuredBlock, match=r"conv_stem act=hard_swish kernel=3.*and 43 more blocks.*--redo measure"):
+    with pytest.raises(UnmeasuredBlock, match=r"conv_stem act=hard_swish kernel=3.*and 43 more blocks.*nas measure"):
         table.costs(larger)
     with pytest.raises(UnmeasuredBlock, match="never measured on a test"):
         table.network_ms(larger.decode(larger.smallest()))
