@@ -102,8 +102,8 @@ def _missing(path: Path) -> str:
     absent = path.resolve().relative_to(there).parts[0]
     siblings = sorted(p.name for p in there.iterdir() if not p.name.startswith("."))
     close = difflib.get_close_matches(absent, siblings, n=1, cutoff=0.5)
-    hint = f"did you mean {there / close[0]}? " if close else ""
-    return f"{path}: no such file or folder: {there} has no {absent!r}; {hint}Correct data.source, or get the data."
+    hint = f"Did you mean {there / close[0]}? " if close else ""
+    return f"{path}: no such file or folder: {there} has no {absent!r}. {hint}Correct data.source, or get the data."
 
 
 def _dataset(splits: Splits, config: Data) -> Dataset:
