@@ -3,18 +3,23 @@
 import functools
 import math
 
-from nas.ops import Conv, Dense, Graph, weights
+from nas.ops import Conv, Dense, Graph, LinearAttention, weights
 
 
 @functools.lru_cache(maxsize=65536)
 def macs(graph: Graph) -> int:
-    """Multiply-accumulates of convolutions and dense layers, biases not counted."""
+    """Multiply-accumulates of convolutions, dense layers and attention, biases not counted.
+
+    Attention has two products, of `dim` by `dim` for each pixel and head, and the sum of the weights beside each.
+    """
     total = 0
     for op in graph.ops:
         if isinstance(op, Conv):
             total += math.prod(op.shape) * op.kernel**2 * graph.shape_of(op.inputs[0])[-1] // op.groups
         elif isinstance(op, Dense):
             total += math.prod(graph.shape_of(op.inputs[0])) * op.shape[-1]
+        elif isinstance(op, LinearAttention):
+            total += 2 * math.prod(op.shape) * (op.dim + 1)
     return total
 
 

@@ -6,6 +6,7 @@ Everything here is plain data: hashable, JSON both ways, no framework. Back-ends
 Shapes are without batch: (height, width, channels), or (features,) after a `dense`.
 """
 
+import copy
 import dataclasses
 import functools
 import hashlib
@@ -18,6 +19,7 @@ Shape = tuple[int, ...]
 Activation = Literal["relu", "relu6", "hard_swish", "hard_sigmoid", "swish", "sigmoid", "gelu"]
 
 NORM_EPSILON = 1e-5
+ATTENTION_EPSILON = 1e-6
 
 
 class Op(msgspec.Struct, frozen=True, tag_field="op", omit_defaults=True):
@@ -88,7 +90,19 @@ class Shuffle(Op, frozen=True, tag="shuffle", omit_defaults=True):
     groups: int
 
 
-AnyOp = Conv | Dense | Norm | Act | Pool | Add | Mul | Concat | Split | Shuffle
+class LinearAttention(Op, frozen=True, tag="linear_attention", omit_defaults=True):
+    """ReLU linear attention of every pixel to all pixels, head by head (Cai et al. 2023, arXiv:2205.14756, sec. 3.1).
+
+    The input's channels are, for each head, its queries q, keys k and values v, `dim` each; the output has `dim` for
+    each head. With q and k after a ReLU, pixel i gets sum_j (q_i . k_j) v_j / (sum_j q_i . k_j + ATTENTION_EPSILON),
+    which is q_i . (sum_j k_j v_j) over q_i . (sum_j k_j): linear in the number of pixels. Where all of q_i or all keys
+    are 0 the result is 0. (The authors' code adds 1e-15, with which gradients of nearly vanishing queries explode.)
+    """
+
+    dim: int
+
+
+AnyOp = Conv | Dense | Norm | Act | Pool | Add | Mul | Concat | Split | Shuffle | LinearAttention
 
 
 class Graph(msgspec.Struct, frozen=True):
@@ -273,6 +287,12 @@ def output_shape(op: AnyOp, inputs: Sequence[Shape]) -> Shape:
             if x[-1] % _whole("shuffle: groups", op.groups):
                 raise ValueError(f"shuffle: {x[-1]} channels do not divide into {op.groups} groups")
             return x
+        case LinearAttention():
+            if len(x) != 3 or x[-1] % (3 * _whole("linear_attention: dim", op.dim)):
+                raise ValueError(
+                    f"linear_attention: {x[-1]} channels are not queries, keys and values of heads of {op.dim}"
+                )
+            return *x[:-1], x[-1] // 3
 
 
 def _whole(what: str, value: int | None, *, least: int = 1) -> int:
@@ -304,10 +324,17 @@ class Recorder:
     def __init__(self, input_shape: Shape):
         self.input = Value(0, input_shape)
         self._ops: list[AnyOp] = []
+        self._scope = ""
 
     def graph(self) -> Graph:
         """What was recorded."""
         return Graph(self.input.shape, tuple(self._ops))
+
+    def under(self, scope: str) -> "Recorder":
+        """Records to the same graph, weights named below `scope`: so a block is made of other blocks."""
+        inner = copy.copy(self)  # the list of ops is shared
+        inner._scope = f"{self._scope}{scope}/"
+        return inner
 
     def _record(self, op: AnyOp, *inputs: Value) -> Value:
         """Adds `op`, reading `inputs`; its shape follows from theirs (see `output_shape`)."""
@@ -327,15 +354,16 @@ class Recorder:
         bias: bool = False,
     ) -> Value:
         """Convolution to `features` channels; `kernel` is odd."""
+        name = self._scope + name
         return self._record(Conv((), (features,), name, kernel=kernel, stride=stride, groups=groups, bias=bias), x)
 
     def dense(self, x: Value, name: str, features: int, *, bias: bool = True) -> Value:
         """Matrix product over everything in `x`."""
-        return self._record(Dense((), (features,), name, bias=bias), x)
+        return self._record(Dense((), (features,), self._scope + name, bias=bias), x)
 
     def norm(self, x: Value, name: str) -> Value:
         """Batch normalisation."""
-        return self._record(Norm((), (), name), x)
+        return self._record(Norm((), (), self._scope + name), x)
 
     def act(self, x: Value, function: Activation) -> Value:
         """Activation by name."""
@@ -364,3 +392,7 @@ class Recorder:
     def shuffle(self, x: Value, groups: int) -> Value:
         """Channel shuffle."""
         return self._record(Shuffle((), (), groups), x)
+
+    def linear_attention(self, x: Value, dim: int) -> Value:
+        """ReLU linear attention with heads of `dim`; `x` has heads * 3 * dim channels, the result heads * dim."""
+        return self._record(LinearAttention((), (), dim), x)

@@ -12,7 +12,8 @@ is what is deployed. The part without rounding is dead code, and removed by `jax
 How exact: sums of products are integers below 2**24, which float32 holds; longer sums are cut into such. The rest
 follows the order of operations of ONNX Runtime's x86-64 kernels. Two things keep XLA from changing that order:
 `_divide`, since it multiplies by the reciprocal of a broadcast divisor, and a clip between product and sum where the
-kernel has no fused multiply-add, since it would make one.
+kernel has no fused multiply-add, since it would make one. Attention is computed in float32 between u8 numbers, by the
+runtime too; its sums are ordered otherwise there, so one of its results in a million rounds to the neighbouring number.
 """
 
 import functools
@@ -30,7 +31,22 @@ from jax import Array, lax
 
 from nas import kernels
 from nas.errors import ExportError
-from nas.ops import NORM_EPSILON, Act, Add, AnyOp, Concat, Conv, Dense, Graph, Mul, Norm, Pool, Shuffle, Split
+from nas.ops import (
+    NORM_EPSILON,
+    Act,
+    Add,
+    AnyOp,
+    Concat,
+    Conv,
+    Dense,
+    Graph,
+    LinearAttention,
+    Mul,
+    Norm,
+    Pool,
+    Shuffle,
+    Split,
+)
 from nas.run import ACTIVATIONS, compute
 
 Arrays = Mapping[str, Any]
@@ -254,6 +270,8 @@ def _step(op: AnyOp, params: Arrays, inputs: list[Array], scales: Sequence[Scale
             return _mean(op, _dequantise(q, x), y)
         case Norm():
             return _quantise(_norm(op, params, _dequantise(q, x)), y)
+        case LinearAttention():
+            return _quantise(compute(op, params, [_dequantise(q, x)]), y)
 
 
 def _accumulate(op: Conv | Dense, q: Array, kernel: Array) -> Array:

@@ -41,6 +41,25 @@ def test_networks_round_trip_through_json_byte_for_byte():
     assert msgspec.json.encode(again) == data
 
 
+def test_a_block_made_of_blocks_names_weights_below_each():
+    net = Recorder((4, 4, 6))
+    x = net.conv(net.input, "conv", 6)
+    inner = net.under("first")
+    x = inner.norm(inner.conv(x, "conv", 6), "norm")
+    x = net.dense(net.under("second").under("third").conv(x, "conv", 6), "logits", 2)
+    assert [op.name for op in net.graph().ops if hasattr(op, "name")] == [
+        "conv", "first/conv", "first/norm", "second/third/conv", "logits",
+    ]  # fmt: skip
+    assert x.number == len(net.graph().ops)
+
+
+def test_attention_has_a_third_of_the_channels_it_reads_and_survives_json():
+    net = Recorder((4, 4, 24))
+    assert net.linear_attention(net.input, 4).shape == (4, 4, 8)
+    graph = net.graph()
+    assert msgspec.json.decode(msgspec.json.encode(graph), type=Graph) == graph
+
+
 def test_a_block_has_one_key_wherever_it_stands_and_another_for_another_input():
     a, _ = two_blocks()
     assert Block("elsewhere", "x", a.graph).graph.key == a.graph.key
@@ -57,6 +76,7 @@ def test_a_block_has_one_key_wherever_it_stands_and_another_for_another_input():
         (lambda net, x: net.shuffle(x, 2), "do not divide"),
         (lambda net, x: net.add(x, net.pool(x)), "differ"),
         (lambda net, x: net.mul(net.pool(x), x), "does not fit"),
+        (lambda net, x: net.linear_attention(x, 2), "3 channels are not queries, keys and values of heads of 2"),
         (lambda net, x: net.concat(x, net.pool(x)), "differ in more than channels"),
         (lambda net, x: net.concat(), "reads 1 value, not 0"),
         (lambda net, x: net.conv(net.dense(x, "d", 4), "c", 4), "an image .* is needed, not shape \\(4,\\)"),

@@ -39,6 +39,36 @@ def space(folder: Path, shape: tuple[int, int, int] = (8, 8, 1), classes: int = 
     return load_space(str(write_space(folder)), input_shape=shape, classes=classes)
 
 
+ELASTIC = """
+description = "for tests: every elastic dimension at once"
+resolution = [6, 8]
+kernel_transform = true
+[stem]
+block = "conv_stem"
+width = [4, 6]
+stride = 2
+[[stage]]
+block = "mbconv"
+depth = [1, 2, 3]
+width = [4, 8]
+kernel = [3, 5]
+expand = [1, 2]
+se = [false, true]
+act = ["relu", "hard_swish"]
+tied = ["act", "se"]
+[head]
+block = "classifier"
+width = [4, 8]
+"""
+
+
+def elastic_space(folder: Path, classes: int = 3) -> Space:
+    """A space of two resolutions, with elastic stem and head and learned kernel transforms."""
+    path = folder / "elastic.toml"
+    path.write_text(ELASTIC)
+    return load_space(str(path), input_shape=(8, 8, 1), classes=classes)
+
+
 def write_data(folder: Path, *, images: int = 240, classes: int = 3, seed: int = 0) -> Path:
     """An .npz of 8x8 images that a small network can learn: bright bars, the class says where."""
     rng = np.random.default_rng(seed)

@@ -10,11 +10,16 @@ import inspect
 import math
 import typing
 from collections.abc import Callable, Mapping
+from importlib import metadata
 from typing import Any, Literal
 
 from nas.blocks.classifier import classifier
 from nas.blocks.conv_stem import conv_stem
+from nas.blocks.efficientvit import efficientvit
+from nas.blocks.fused_mbconv import fused_mbconv
+from nas.blocks.identity import identity
 from nas.blocks.mbconv import mbconv
+from nas.blocks.mobilenet_v3_head import mobilenet_v3_head
 from nas.blocks.shufflenet_v2 import shufflenet_v2
 from nas.config import nearest
 from nas.ops import Graph, Recorder, Shape, Value
@@ -24,31 +29,46 @@ Block = Callable[..., Value]
 BLOCKS: dict[str, Block] = {
     "classifier": classifier,
     "conv_stem": conv_stem,
+    "efficientvit": efficientvit,
+    "fused_mbconv": fused_mbconv,
+    "identity": identity,
     "mbconv": mbconv,
+    "mobilenet_v3_head": mobilenet_v3_head,
     "shufflenet_v2": shufflenet_v2,
 }
 
 
-def options(block: str) -> dict[str, Any]:
+def known() -> dict[str, Block]:
+    """Blocks by name: the package's own, and those that installed packages add by the entry point `nas.blocks`."""
+    return BLOCKS | _installed()
+
+
+@functools.cache
+def _installed() -> dict[str, Block]:
+    return {point.name: point.load() for point in metadata.entry_points(group="nas.blocks")}
+
+
+def options(block: str | Block) -> dict[str, Any]:
     """Keyword-only parameters of a block with their defaults (`inspect.Parameter.empty` where there is none)."""
-    parameters = inspect.signature(BLOCKS[block]).parameters.values()
+    parameters = inspect.signature(known()[block] if isinstance(block, str) else block).parameters.values()
     return {p.name: p.default for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
 
 
-def record(block: str, input_shape: Shape, arguments: tuple[tuple[str, Any], ...]) -> Graph:
-    """The graph of one block. `arguments` are (option, value) pairs.
+def record(block: str | Block, input_shape: Shape, arguments: tuple[tuple[str, Any], ...]) -> Graph:
+    """The graph of one block, by name or function. `arguments` are (option, value) pairs.
 
     Raises:
         ValueError: an option is unknown, missing or of a wrong type, or the options do not fit the input's shape.
     """
-    _check(BLOCKS[block], dict(arguments))  # before the cache, to which 3, 3.0 and (for 1) True are one
-    return _record(block, input_shape, arguments)
+    function = known()[block] if isinstance(block, str) else block
+    _check(function, dict(arguments))  # before the cache, to which 3, 3.0 and (for 1) True are one
+    return _record(function, input_shape, arguments)
 
 
 @functools.lru_cache(maxsize=65536)
-def _record(block: str, input_shape: Shape, arguments: tuple[tuple[str, Any], ...]) -> Graph:
+def _record(block: Block, input_shape: Shape, arguments: tuple[tuple[str, Any], ...]) -> Graph:
     net = Recorder(input_shape)
-    BLOCKS[block](net, net.input, **dict(arguments))
+    block(net, net.input, **dict(arguments))
     return net.graph()
 
 

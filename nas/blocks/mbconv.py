@@ -1,5 +1,7 @@
 """MobileNetV2/V3's inverted residual."""
 
+from nas.blocks.pointwise import pointwise
+from nas.blocks.rounding import expanded
 from nas.blocks.squeeze_excite import squeeze_excite
 from nas.ops import Activation, Recorder, Value
 
@@ -14,20 +16,20 @@ def mbconv(
     expand: float = 6,
     se: bool = False,
     act: Activation = "hard_swish",
+    rank: float = 1.0,
 ) -> Value:
     """Inverted residual: expand 1x1, depthwise kxk, squeeze-and-excite, project 1x1.
 
     Sandler et al. 2018, arXiv:1801.04381, fig. 3b; with SE and hard-swish Howard et al. 2019, arXiv:1905.02244, fig. 4.
+    The expanded width is made divisible by 8; `rank` is that of the 1x1 convolutions (`nas.blocks.pointwise`).
     """
-    if expand <= 0:
-        raise ValueError(f"mbconv: expand {expand} is not above 0")
-    hidden = round(x.channels * expand)
+    hidden = expanded(x.channels, expand)
     y = x
     if hidden != x.channels:
-        y = net.act(net.norm(net.conv(y, "expand", hidden), "expand_norm"), act)
+        y = net.act(net.norm(pointwise(net, y, "expand", hidden, rank=rank), "expand_norm"), act)
     y = net.conv(y, "depthwise", hidden, kernel=kernel, stride=stride, groups=hidden)
     y = net.act(net.norm(y, "depthwise_norm"), act)
     if se:
         y = squeeze_excite(net, y)
-    y = net.norm(net.conv(y, "project", width), "project_norm")
+    y = net.norm(pointwise(net, y, "project", width, rank=rank), "project_norm")
     return net.add(x, y) if y.shape == x.shape else y

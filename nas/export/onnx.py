@@ -3,6 +3,7 @@
 Images and activations are NCHW with a symbolic batch size. Int8 models carry QuantizeLinear/DequantizeLinear pairs
 around every op (QDQ), weights as s8 and biases as s32 initialisers behind a DequantizeLinear. Each op reads
 dequantised values and its result is quantised again, also where numbers are only moved: runtimes look for that shape.
+Attention is one op in this sense: what happens inside it stays in float.
 """
 
 import functools
@@ -15,7 +16,24 @@ import numpy as np
 from nas import kernels, quantise
 from nas.errors import DeviceError, ExportError
 from nas.fold import fold
-from nas.ops import NORM_EPSILON, Act, Add, AnyOp, Concat, Conv, Dense, Graph, Mul, Norm, Pool, Shape, Shuffle, Split
+from nas.ops import (
+    ATTENTION_EPSILON,
+    NORM_EPSILON,
+    Act,
+    Add,
+    AnyOp,
+    Concat,
+    Conv,
+    Dense,
+    Graph,
+    LinearAttention,
+    Mul,
+    Norm,
+    Pool,
+    Shape,
+    Shuffle,
+    Split,
+)
 from nas.quantise import Quantisation, Scale
 
 OPSET, IR_VERSION = 20, 9  # the first opset with Gelu; an IR that runtimes of 2024 read
@@ -138,7 +156,7 @@ class _Writer:
                 out.append(op.name)
                 scope = op.name.rpartition("/")[0]
             else:
-                kind = op.function if isinstance(op, Act) else type(op).__name__.lower()
+                kind = op.function if isinstance(op, Act) else op.__struct_config__.tag
                 out.append(f"{scope}/{kind}_{number}".removeprefix("/"))
         return out
 
@@ -259,6 +277,37 @@ class _Writer:
                     x = self.node(kind, step, [x, *shape], **more)
                     x = self.quantised(x, moved, step) if part else x
                 return x
+            case LinearAttention():
+                return self.attention(op, name, x)
+
+    def attention(self, op: LinearAttention, name: str, x: str) -> str:
+        """ReLU linear attention as products of matrices [features, pixels], the layout in which NCHW holds each head.
+
+        Only the keys are turned, since the first product sums over pixels.
+        """
+        height, width, channels = op.shape
+
+        def node(kind: str, part: str, inputs: Sequence[str], **attributes: Any) -> str:
+            return self.node(kind, f"{name}/{part}", inputs, **attributes)
+
+        def shape(*sizes: int) -> str:  # 0: as it comes, the batch
+            return self.constant("shape_" + "x".join(map(str, sizes)), np.array(sizes, np.int64))
+
+        heads = node("Reshape", "heads", [x, shape(0, channels // op.dim, 3 * op.dim, height * width)])
+        parts = [f"{name}/{part}" for part in ("queries", "keys", "values")]
+        self.nodes.append(
+            self.onnx.helper.make_node("Split", [heads], parts, name=f"{name}/split", axis=2, num_outputs=3)
+        )
+        queries, keys = (node("Relu", f"{part}/relu", [f"{name}/{part}"]) for part in ("queries", "keys"))
+        last = self.constant("axis_3", np.array([3], np.int64))
+        turned = node("Transpose", "keys/turned", [keys], perm=[0, 1, 3, 2])
+        context = node("MatMul", "context", [parts[2], turned])  # [values, keys]
+        total = node("ReduceSum", "keys/total", [keys, last], keepdims=1)
+        total = node("Reshape", "keys/total/row", [total, shape(0, channels // op.dim, 1, op.dim)])
+        epsilon = self.constant("attention_epsilon", np.float32(ATTENTION_EPSILON))
+        weight = node("Add", "weight/positive", [node("MatMul", "weight", [total, queries]), epsilon])
+        mean = node("Div", "mean", [node("MatMul", "weighted", [context, queries]), weight])
+        return self.node("Reshape", name, [mean, shape(0, channels, height, width)])
 
 
 _NORM_ROLES = ("scale", "offset", "mean", "var")

@@ -65,8 +65,8 @@ def shape(of: Sequence[int]) -> str:
 
 
 def kind(block: Block) -> str:
-    """The block's type, "mbconv"."""
-    return block.name.rpartition("/")[2]
+    """The block's type, "mbconv"; its name may end otherwise, where a space lists one type twice."""
+    return block.label.partition(" ")[0]
 
 
 def stage(name: str) -> str:
@@ -86,6 +86,8 @@ def options(block: Block, *, all_of_them: bool = False) -> list[str]:
             words.append("SE" if key == "se" else key)
         elif key == "act":
             words += [value] if all_of_them else []
+        elif key == "rank" and float(value) == 1:
+            continue  # the plain convolution
         elif value != "false":
             words.append(f"{key} {value}")
     return words

@@ -1,11 +1,15 @@
 """TOML to `Space`. *A list is a choice, a scalar is fixed.*
 
     description = "..."
-    [stem]                      # one block; options as below, all fixed
+    resolution = [24, 28, 32]   # side that images are resized to; left out: as the data have it
+    kernel_transform = true     # smaller kernels are learned transforms of larger ones, not their mere centres
+    [blocks]                    # blocks of your own, by name
+    ghost = "ghost.py:ghost"    # a function in a file beside this one, or "package.module:function"
+    [stem]                      # one block; options as below
     block = "conv_stem"
     width = 16
     [[stage]]                   # any number of them
-    block = ["mbconv", "shufflenet_v2"]
+    block = ["mbconv", "shufflenet_v2", { mbconv = { kernel = 5, expand = 6 } }]   # a table fixes options in place
     stride = 2                  # of the stage's first layer; the others have stride 1
     depth = [1, 2, 3]           # number of layers
     width = 24                  # output channels of every layer
@@ -15,10 +19,14 @@
     block = "classifier"
     width = 128
 
-An option that only some of a stage's blocks have is a choice only where such a block is chosen.
+An option that only some of a stage's blocks have is a choice only where such a block is chosen. Blocks with options
+fixed in place have weights of their own; all other choices of a layer share theirs.
 """
 
 import dataclasses
+import hashlib
+import importlib
+import importlib.util
 import inspect
 import itertools
 from pathlib import Path
@@ -29,6 +37,7 @@ import numpy as np
 
 from nas import blocks, catalog, config
 from nas.errors import ConfigError, SpaceError
+from nas.files import write_text
 from nas.ops import Block, Shape
 from nas.space.space import Choice, Position, Space
 
@@ -40,6 +49,9 @@ class _File(msgspec.Struct, forbid_unknown_fields=True):
     stage: list[dict[str, Any]]
     head: dict[str, Any]
     description: str = ""
+    resolution: int | list[int] | None = None
+    blocks: dict[str, str] = {}
+    kernel_transform: bool = False
 
 
 class _Source:
@@ -55,19 +67,19 @@ class _Source:
 def load_space(name: str, *, input_shape: Shape = (32, 32, 3), classes: int = 10) -> Space:
     """The space `name` (of `nas.list_spaces()`, or a path) over images of `input_shape` (height, width, channels).
 
+    A space that sets `resolution` has square inputs of its own, whatever the size of the images.
+
     Raises:
         SpaceError: unknown name, or strides that do not fit the image.
         ConfigError: a mistake in the file, with its line.
     """
-    path = space_file(name)
-    raw, text = config.load_toml(path, what="search space")
-    source = _Source(path, text)
-    file = config.convert(raw, _File, path=path, text=text)
-    builder = _Builder(source, input_shape, classes)
-    builder.fixed("stem", file.stem, {})
+    source, file = _read(name)
+    input_shape = tuple(map(int, input_shape))  # of NumPy, perhaps
+    builder = _Builder(source, file, input_shape)
+    builder.end("stem", file.stem, {})
     for index, stage in enumerate(file.stage):
         builder.stage(index, stage)
-    builder.fixed("head", file.head, {"classes": classes})
+    builder.end("head", file.head, {"classes": classes})
     for block in builder.positions[-1].branches:
         if block is not None and block.graph.shape != (classes,):
             raise source.fail(
@@ -75,7 +87,59 @@ def load_space(name: str, *, input_shape: Shape = (32, 32, 3), classes: int = 10
                 f"block `{file.head['block']}` gives shape {block.graph.shape}, not the {classes} logits of a head. "
                 f"Use one that does, such as `classifier`.",
             )
-    return Space(path.stem, input_shape, classes, tuple(builder.choices), tuple(builder.positions), file.description)
+    return Space(
+        name=source.path.stem,
+        resolutions=tuple(height for height, _ in builder.inputs),
+        input=(*max(builder.inputs), input_shape[-1]),
+        classes=classes,
+        choices=tuple(builder.choices),
+        positions=tuple(builder.positions),
+        kernel_transform=file.kernel_transform,
+        description=file.description,
+    )
+
+
+def copy_space(name: str, folder: Path) -> None:
+    """Writes `folder`/space.toml, from which the space loads again, with the files of its own blocks beside it."""
+    source, file = _read(name)
+    text = source.text
+    for spec in file.blocks.values():
+        where, _, function = spec.rpartition(":")
+        if where.endswith(".py"):
+            path = source.path.parent / where
+            write_text(folder / path.name, path.read_text(encoding="utf-8"))
+            text = text.replace(f'"{spec}"', f'"{path.name}:{function}"')
+    write_text(folder / "space.toml", text)
+
+
+def _read(name: str) -> tuple[_Source, _File]:
+    path = space_file(name)
+    raw, text = config.load_toml(path, what="search space")
+    return _Source(path, text), config.convert(raw, _File, path=path, text=text)
+
+
+def space_file(name: str) -> Path:
+    """The TOML file of a space given by name or path.
+
+    Raises:
+        SpaceError: there is none; names the nearest known one.
+    """
+    return catalog.find(name, kind="space", file="space.toml", known=catalog.list_spaces(), error=SpaceError)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Kind:
+    """An entry of `block`: a block, some of whose options may be fixed in place."""
+
+    label: str  # its value in a genotype: "mbconv", or "mbconv kernel=5 expand=6"
+    scope: str  # names its weights below the layer
+    block: str
+    function: blocks.Block
+    fixed: dict[str, Any]
+
+    def takes(self, option: str) -> bool:
+        """Whether the stage decides this option."""
+        return option in blocks.options(self.function) and option not in self.fixed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +148,7 @@ class _Stage:
 
     keys: list[str]  # where it stands in the file
     name: str
-    names: tuple[str, ...]  # of blocks
+    kinds: tuple[_Kind, ...]
     options: dict[str, tuple[Any, ...]]
     depths: tuple[int, ...]
     widths: tuple[int, ...]
@@ -97,57 +161,57 @@ class _Stage:
         return () if self.depth_gene is None or len(deep) == len(self.depths) else ((self.depth_gene, deep),)
 
 
-def space_file(name: str) -> Path:
-    """The TOML file of a space given by name or path.
-
-    Raises:
-        SpaceError: there is none; names the nearest known one.
-    """
-    return catalog.find(name, kind="space", file="space.toml", known=catalog.list_spaces(), error=SpaceError)
-
-
 class _Builder:
     """Collects choices and positions, stage by stage."""
 
-    def __init__(self, source: _Source, input_shape: Shape, classes: int):
-        self.source, self.classes = source, classes
+    def __init__(self, source: _Source, file: _File, input_shape: Shape):
+        self.source = source
         self.choices: list[Choice] = []
         self.positions: list[Position] = []
-        self.size: tuple[int, ...] = input_shape[:2]
+        self.known = blocks.known() | {name: _function(source, name, spec) for name, spec in file.blocks.items()}
+        table = {} if file.resolution is None else {"resolution": file.resolution}
+        sides = self._values([], table, "resolution", input_shape[0], kind=int)
+        self.inputs = [(s, s) for s in sorted(sides)] if table else [(input_shape[0], input_shape[1])]
+        self.resolution_gene = self._choose("resolution", tuple(sorted(sides)))
+        self.sizes: list[tuple[int, ...]] = list(self.inputs)  # of the chain here, for each resolution
         self.width_gene: int | None = None  # the gene that decides how wide the chain is here
         self.widths: tuple[int, ...] = (input_shape[-1],)
 
-    def fixed(self, name: str, table: dict[str, Any], extra: dict[str, Any]) -> None:
-        """The stem or the head: one block, nothing to choose."""
+    def end(self, name: str, table: dict[str, Any], extra: dict[str, Any]) -> None:
+        """The stem or the head: one layer of one block, whose options may be choices."""
         keys = [name]
-        block = self._blocks(keys, table)[0]
-        arguments = {k: v for k, v in table.items() if k != "block"}
-        for key, value in arguments.items():
-            if isinstance(value, list):
-                raise self.source.fail([*keys, key], f"`{name}.{key}` is a list; in [{name}] every value is fixed.")
-        self._check_options(keys, [block], list(arguments))
-        arguments |= {k: v for k, v in extra.items() if k in blocks.options(block)}
-        genes = () if self.width_gene is None else (self.width_gene,)
-        made = [self._block(keys, f"{name}/{block}", block, width, arguments) for width in self.widths]
-        picks = itertools.product(*(range(len(self.widths)) for _ in genes))
-        self._add(name, genes, dict(zip(picks, made, strict=True)))
-        self.width_gene, self.widths = None, (made[0].graph.shape[-1],)
-        self.size = made[0].graph.shape[:2]
+        kinds = self._kinds(keys, table)
+        if len(kinds) > 1:
+            raise self.source.fail([*keys, "block"], f"`{name}.block` is a list; [{name}] is one block.")
+        options = {k: self._values(keys, table, k, None) for k in table if k != "block"}
+        if len(options.get("stride", ())) > 1:
+            raise self.source.fail([*keys, "stride"], f"`{name}.stride` is a list; a stride cannot be chosen.")
+        self._check_options(keys, kinds, list(options))
+        genes = {option: self._choose(f"{name}/{option}", values) for option, values in options.items()}
+        fixed = {k: v for k, v in extra.items() if k in blocks.options(kinds[0].function)}
+
+        def block_of(value: dict[int | None, int], size: tuple[int, ...], width: int) -> Block:
+            arguments = {option: values[value.get(genes[option], 0)] for option, values in options.items()}
+            return self._block(keys, name, kinds[0], (*size, width), arguments | fixed)
+
+        made = self._combine((self.width_gene, *genes.values()), block_of)
+        self._add(name, *made)
+        one = made[1][(0,) * len(made[0])]
+        assert one is not None
+        self.width_gene, self.widths = genes.get("width"), options.get("width", (one.graph.shape[-1],))
+        if name == "stem":
+            default = blocks.options(kinds[0].function).get("stride", 1)
+            self._shrink(keys, name, options.get("stride", (default,))[0])
 
     def stage(self, index: int, table: dict[str, Any]) -> None:
         """One [[stage]]: its choices, and a position for every layer it can have."""
         keys, name = ["stage", str(index)], f"stage{index + 1}"
-        names = self._blocks(keys, table)
+        kinds = self._kinds(keys, table)
         options = {k: self._values(keys, table, k, None) for k in table if k not in _STAGE_KEYS}
-        self._check_options(keys, names, list(options))
+        self._check_options(keys, kinds, list(options))
         if isinstance(table.get("stride"), list):
             raise self.source.fail([*keys, "stride"], f"`{name}.stride` is a list; a stride cannot be chosen.")
         stride: int = self._values(keys, table, "stride", 1, kind=int)[0]
-        if min(self.size) < stride:
-            raise SpaceError(
-                f"{self.source.path}: at {name} the image is {self.size[0]}x{self.size[1]}, too small for stride "
-                f"{stride}. Use larger images (data.image_size) or fewer strides."
-            )
         tied = set(self._values(keys, table, "tied", None, kind=str) if table.get("tied", []) != [] else ())
         if unknown := sorted(tied - {"block", *options}):
             hint = config.nearest(unknown[0], ["block", *options], kind="option")
@@ -155,70 +219,79 @@ class _Builder:
         depths = self._values(keys, table, "depth", 1, kind=int)
         widths = self._values(keys, table, "width", None, kind=int)
         stage = _Stage(
-            keys, name, names, options, depths, widths, self._choose(f"{name}/depth", depths),
+            keys, name, kinds, options, depths, widths, self._choose(f"{name}/depth", depths),
             self._choose(f"{name}/width", widths),
         )  # fmt: skip
 
+        labels = tuple(k.label for k in kinds)
         shared: dict[str, int | None] = {}
         for layer in range(1, max(depths) + 1):
             genes: dict[str, int | None] = {}
-            for option, values in {"block": names, **options}.items():
+            for option, values in {"block": labels, **options}.items():
                 scope = name if option in tied else f"{name}/layer{layer}"
                 conditions = () if option in tied else stage.present(layer)
-                owners = tuple(i for i, b in enumerate(names) if option == "block" or option in blocks.options(b))
-                if genes.get("block") is not None and len(owners) < len(names):
-                    conditions = (*conditions, (genes["block"], owners))
+                owners = tuple(i for i, kind in enumerate(kinds) if option == "block" or kind.takes(option))
+                block_gene = genes.get("block")
+                if block_gene is not None and len(owners) < len(kinds) and (option not in tied or "block" in tied):
+                    conditions = (*conditions, (block_gene, owners))
                 if option not in tied or layer == 1:
                     shared[option] = self._choose(f"{scope}/{option}", values, conditions)
                 genes[option] = shared[option]
             self._layer(stage, layer, genes, stride if layer == 1 else 1)
             if layer == 1:
                 self.width_gene, self.widths = stage.width_gene, widths
-                self.size = tuple(-(-s // stride) for s in self.size)
+                self._shrink(keys, name, stride)
 
-    def _layer(self, stage: "_Stage", layer: int, genes: dict[str, int | None], stride: int) -> None:
+    def _layer(self, stage: _Stage, layer: int, genes: dict[str, int | None], stride: int) -> None:
         """The position of one layer: every combination of the genes it reads, and the block of each."""
         name = f"{stage.name}/layer{layer}"
-        axes: dict[int, int] = {}  # gene -> number of values, in the order of the axes
         depth_gene = stage.depth_gene if layer > min(stage.depths) else None
-        for gene in (depth_gene, self.width_gene, stage.width_gene, *genes.values()):
-            if gene is not None:
-                axes.setdefault(gene, len(self.choices[gene].values))
 
-        def pick(values: tuple[Any, ...], gene: int | None, value: dict[int, int]) -> Any:
-            return values[0] if gene is None else values[value[gene]]
-
-        made: dict[tuple[int, ...], Block | None] = {}
-        for picked in itertools.product(*(range(n) for n in axes.values())):
-            value = dict(zip(axes, picked, strict=True))
-            if depth_gene is not None and pick(stage.depths, depth_gene, value) < layer:
-                made[picked] = None
-                continue
-            block = pick(stage.names, genes["block"], value)
-            arguments = {"width": pick(stage.widths, stage.width_gene, value), "stride": stride}
+        def block_of(value: dict[int | None, int], size: tuple[int, ...], width: int) -> Block | None:
+            if depth_gene is not None and stage.depths[value[depth_gene]] < layer:
+                return None
+            kind = stage.kinds[value.get(genes["block"], 0)]
+            arguments = {"width": stage.widths[value.get(stage.width_gene, 0)], "stride": stride, **kind.fixed}
             for option, values in stage.options.items():
-                if option in blocks.options(block):
-                    arguments[option] = pick(values, genes[option], value)
-            width = pick(self.widths, self.width_gene, value)
-            made[picked] = self._block(stage.keys, f"{name}/{block}", block, width, arguments)
-        self._add(name, tuple(axes), made)
+                if kind.takes(option):
+                    arguments[option] = values[value.get(genes[option], 0)]
+            return self._block(stage.keys, name, kind, (*size, width), arguments)
+
+        self._add(name, *self._combine((depth_gene, self.width_gene, stage.width_gene, *genes.values()), block_of))
+
+    def _combine(self, genes: tuple[int | None, ...], block_of: Any) -> tuple[tuple[int, ...], dict[Any, Block | None]]:
+        """The axes (genes, resolution first) and the block of every combination of their values."""
+        axes = tuple(dict.fromkeys(g for g in (self.resolution_gene, *genes) if g is not None))
+        made: dict[tuple[int, ...], Block | None] = {}
+        for picked in itertools.product(*(range(len(self.choices[g].values)) for g in axes)):
+            value: dict[int | None, int] = dict(zip(axes, picked, strict=True))
+            size = self.sizes[value.get(self.resolution_gene, 0)]
+            made[picked] = block_of(value, size, self.widths[value.get(self.width_gene, 0)])
+        return axes, made
+
+    def _shrink(self, keys: list[str], name: str, stride: int) -> None:
+        """The chain's sizes after a layer of that stride."""
+        smallest = min(min(size) for size in self.sizes)
+        if smallest < stride:
+            raise SpaceError(
+                f"{self.source.path}, line {config.line_of(self.source.text, keys)}: at {name} the image is only "
+                f"{smallest} pixels wide, too small for stride {stride}. Use larger images (data.image_size, or "
+                f"`resolution` of the space) or fewer strides."
+            )
+        self.sizes = [tuple(-(-s // stride) for s in size) for size in self.sizes]
 
     def _add(self, name: str, genes: tuple[int, ...], made: dict[tuple[int, ...], Block | None]) -> None:
         """A position; equal blocks become one branch, a skipped position is branch 0."""
         number: dict[Any, int] = {}
         branches: list[Block | None] = []
-        shape = tuple(len(self.choices[g].values) for g in genes)
-        branch_of = np.zeros(shape, np.int32)
+        branch_of = np.zeros(tuple(len(self.choices[g].values) for g in genes), np.int32)
         for picked, block in sorted(made.items(), key=lambda item: item[1] is not None):
             key = block and (block.name, block.graph.key)
             if key not in number:
                 number[key] = len(branches)
                 branches.append(block)
             branch_of[picked] = number[key]
-        real = [b for b in branches if b is not None]
-        widest_in = max((b.graph.input for b in real), key=lambda s: s[-1])
-        widest_out = max((b.graph.shape for b in real), key=lambda s: s[-1])
-        self.positions.append(Position(name, genes, branch_of, tuple(branches), widest_in, widest_out))
+        self.positions.append(Position(name, genes, branch_of, tuple(branches)))
 
     def _choose(self, name: str, values: tuple[Any, ...], conditions: tuple[Any, ...] = ()) -> int | None:
         """The number of a new gene; None where there is only one value."""
@@ -227,31 +300,64 @@ class _Builder:
         self.choices.append(Choice(name, values, conditions))
         return len(self.choices) - 1
 
-    def _block(self, keys: list[str], name: str, block: str, width: int, arguments: dict[str, Any]) -> Block:
-        defaults = {k: v for k, v in blocks.options(block).items() if v is not inspect.Parameter.empty}
+    def _block(
+        self, keys: list[str], layer: str, kind: _Kind, input_shape: tuple[int, ...], arguments: dict[str, Any]
+    ) -> Block:
+        defaults = {k: v for k, v in blocks.options(kind.function).items() if v is not inspect.Parameter.empty}
         try:
-            graph = blocks.record(block, (*self.size, width), tuple(sorted(arguments.items())))
+            graph = blocks.record(kind.function, input_shape, tuple(sorted(arguments.items())))
         except (TypeError, ValueError, ArithmeticError) as e:
-            raise self.source.fail(keys, f"block `{block}` with {arguments} over {width} channels: {e}.") from e
+            raise self.source.fail(
+                keys, f"block `{kind.block}` with {arguments} over {input_shape[-1]} channels: {e}."
+            ) from e
         told = {k: v for k, v in {**defaults, **arguments}.items() if k not in ("width", "stride", "classes")}
-        words = (f"{k}={str(v).lower() if isinstance(v, bool) else v}" for k, v in sorted(told.items()))
-        return Block(name, " ".join([block, *words]), graph)
+        words = (f"{k}={_word(v)}" for k, v in sorted(told.items()))
+        return Block(f"{layer}/{kind.scope}", " ".join([kind.block, *words]), graph)
 
-    def _blocks(self, keys: list[str], table: dict[str, Any]) -> tuple[str, ...]:
-        names = self._values(keys, table, "block", None, kind=str)
-        for block in names:
-            if block not in blocks.BLOCKS:
-                hint = config.nearest(block, blocks.BLOCKS, kind="block")
-                raise self.source.fail([*keys, "block"], f"unknown block `{block}`.{hint}")
-        return names
+    def _kinds(self, keys: list[str], table: dict[str, Any]) -> tuple[_Kind, ...]:
+        """The entries of `block`."""
+        where = [*keys, "block"]
+        if "block" not in table:
+            raise self.source.fail(keys, "`block` is missing.")
+        entries = table["block"] if isinstance(table["block"], list) else [table["block"]]
+        kinds: list[_Kind] = []
+        for entry in entries:
+            fixed: dict[str, Any] = {}
+            if isinstance(entry, dict) and len(entry) == 1 and isinstance(next(iter(entry.values())), dict):
+                ((entry, fixed),) = entry.items()
+            if not isinstance(entry, str):
+                raise self.source.fail(
+                    where,
+                    f"`block` has {entry!r}: a name is needed, or a table such as {{ mbconv = {{ kernel = 5 }} }}.",
+                )
+            if entry not in self.known:
+                hint = config.nearest(entry, self.known, kind="block")
+                raise self.source.fail(where, f"unknown block `{entry}`.{hint}")
+            function = self.known[entry]
+            if wrong := sorted(
+                set(fixed) - set(blocks.options(function)) | set(fixed) & {"width", "stride", "classes"}
+            ):
+                hint = config.nearest(wrong[0], set(blocks.options(function)) - {"width", "stride"}, kind="option")
+                raise self.source.fail(where, f"block `{entry}` has no option `{wrong[0]}` to fix here.{hint}")
+            same = sum(k.block == entry and bool(k.fixed) for k in kinds) + 1
+            label = " ".join([entry, *(f"{k}={_word(v)}" for k, v in fixed.items())])
+            kinds.append(_Kind(label, f"{entry}_{same}" if fixed else entry, entry, function, fixed))
+        if not kinds or len({k.label for k in kinds}) < len(kinds):
+            raise self.source.fail(
+                where, f"`block` is {table['block']}: at least one block, and none twice, is needed."
+            )
+        return tuple(kinds)
 
-    def _check_options(self, keys: list[str], names: Any, options: list[str]) -> None:
+    def _check_options(self, keys: list[str], kinds: tuple[_Kind, ...], options: list[str]) -> None:
         given = {"width", "stride", "classes"}
-        known = {o for b in names for o in blocks.options(b)} - (given if keys[0] == "stage" else {"classes"})
+        is_stage = keys[0] == "stage"
+        known = {o for k in kinds for o in blocks.options(k.function)} - (given if is_stage else {"classes"})
         for option in options:
             if option not in known:
-                hint = config.nearest(option, {*known, *(_STAGE_KEYS if keys[0] == "stage" else ())}, kind="key")
+                hint = config.nearest(option, {*known, *(_STAGE_KEYS if is_stage else ())}, kind="key")
                 raise self.source.fail([*keys, option], f"unknown key `{option}`.{hint}")
+            if not any(k.takes(option) for k in kinds):
+                raise self.source.fail([*keys, option], f"`{option}` is fixed in every entry of `block`; leave it out.")
 
     def _values(
         self, keys: list[str], table: dict[str, Any], key: str, default: Any, *, kind: type | None = None
@@ -272,3 +378,35 @@ class _Builder:
         if len(values) > 255:
             raise self.source.fail(where, f"`{key}` has {len(values)} values; a choice has at most 255.")
         return values
+
+
+def _word(value: Any) -> str:
+    """A value as labels have it."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _function(source: _Source, name: str, spec: str) -> blocks.Block:
+    """A user's block: a function in a file beside the space's, or in an installed module."""
+    where, colon, attribute = spec.rpartition(":")
+    keys = ["blocks", name]
+    if not colon:
+        raise source.fail(keys, f'`blocks.{name}` is "{spec}": "file.py:function" or "module:function" is needed.')
+    try:
+        if where.endswith(".py"):
+            path = source.path.parent / where
+            code = path.read_bytes()
+            found = importlib.util.spec_from_file_location(f"nas_user_{hashlib.sha256(code).hexdigest()[:12]}", path)
+            assert found is not None
+            assert found.loader is not None
+            module = importlib.util.module_from_spec(found)
+            found.loader.exec_module(module)
+        else:
+            module = importlib.import_module(where)
+        function = getattr(module, attribute)
+    except Exception as e:  # whatever the user's code raises
+        raise source.fail(keys, f"`blocks.{name}`: cannot load {spec}: {type(e).__name__}: {e}.") from e
+    if not callable(function) or "width" not in blocks.options(function):
+        raise source.fail(
+            keys, f"`blocks.{name}`: {spec} is not a block: a function (net, x, *, width, ...) is needed."
+        )
+    return function

@@ -40,8 +40,23 @@ class Position:
     genes: tuple[int, ...]
     branch_of: NDArray[np.int32]  # one axis per gene
     branches: tuple[Block | None, ...]  # None: the position is skipped
-    input: Shape  # of the widest input; channels of narrower ones come first
-    output: Shape  # likewise
+
+    @functools.cached_property
+    def input(self) -> Shape:
+        """Of the widest input, at the largest resolution; channels of narrower ones come first."""
+        return max((b.graph.input for b in self.branches if b is not None), key=lambda s: s[::-1])
+
+    @functools.cached_property
+    def output(self) -> Shape:
+        """Of the widest output, likewise."""
+        return max((b.graph.shape for b in self.branches if b is not None), key=lambda s: s[::-1])
+
+    def at(self, index: int) -> "Position":
+        """The position at resolution number `index`, which is its first gene."""
+        used, branch_of = np.unique(self.branch_of[index], return_inverse=True)
+        branches = tuple(self.branches[b] for b in used)
+        genes = tuple(g - 1 for g in self.genes[1:])
+        return Position(self.name, genes, branch_of.reshape(self.branch_of.shape[1:]).astype(np.int32), branches)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -49,10 +64,12 @@ class Space:
     """All networks. Genotypes are uint8 arrays [genes], one value number per choice."""
 
     name: str
-    input: Shape
+    input: Shape  # at the largest resolution
     classes: int
     choices: tuple[Choice, ...]
     positions: tuple[Position, ...]
+    resolutions: tuple[int, ...]  # heights of the input, ascending; if there are several, the first gene picks one
+    kernel_transform: bool = False  # smaller kernels are learned transforms of larger ones (nas.supernet.sharing)
     description: str = ""
 
     @functools.cached_property
@@ -68,12 +85,57 @@ class Space:
             [p.name, p.genes, p.branch_of.tolist(), [b and [b.name, b.graph.key] for b in p.branches]]
             for p in self.positions
         ]
-        return hashlib.sha256(json.dumps([meaning, keys, self.input, self.classes]).encode()).hexdigest()[:16]
+        everything = [meaning, keys, self.input, self.classes, self.resolutions, self.kernel_transform]
+        return hashlib.sha256(json.dumps(everything).encode()).hexdigest()[:16]
 
     def __repr__(self) -> str:
         shape = "x".join(map(str, self.input))
         size = f"{len(self.choices)} choices, {self.count():.3g} networks"
         return f"Space({self.name!r}, {shape} -> {self.classes}, {size})"
+
+    # resolutions
+
+    def at(self, resolution: int) -> "Space":
+        """The networks of one resolution: their genotypes are those of this space without the resolution's gene.
+
+        Raises:
+            SpaceError: the space does not have that resolution.
+        """
+        if resolution not in self._at:
+            raise SpaceError(
+                f"space {self.name!r} has no networks for images of height {resolution}; its resolutions are "
+                f"{', '.join(map(str, self.resolutions))}. Resize the images, or choose another space."
+            )
+        return self._at[resolution]
+
+    def resolution_of(self, genotypes: Genotypes) -> NDArray[np.int64]:
+        """Heights [...] of the inputs of genotypes [..., genes]."""
+        if len(self.resolutions) == 1:
+            return np.full(genotypes.shape[:-1], self.resolutions[0])
+        return np.asarray(self.resolutions)[genotypes[..., 0]]
+
+    def without_resolution(self, genotypes: Genotypes) -> Genotypes:
+        """Genotypes [..., genes] as those of `at(resolution)`."""
+        return genotypes if len(self.resolutions) == 1 else genotypes[..., 1:]
+
+    @functools.cached_property
+    def _at(self) -> dict[int, "Space"]:
+        if len(self.resolutions) == 1:
+            return {self.resolutions[0]: self}
+        choices = tuple(
+            dataclasses.replace(c, conditions=tuple((g - 1, values) for g, values in c.conditions))
+            for c in self.choices[1:]
+        )
+        return {
+            resolution: dataclasses.replace(
+                self,
+                input=self.positions[0].at(index).input,
+                choices=choices,
+                positions=tuple(p.at(index) for p in self.positions),
+                resolutions=(resolution,),
+            )
+            for index, resolution in enumerate(self.resolutions)
+        }
 
     # genotypes
 

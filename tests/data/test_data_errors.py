@@ -39,7 +39,7 @@ def npz(path: Path, **arrays: Any) -> Path:
 
 def test_a_missing_path_names_the_nearest_sibling(tmp_path):
     npz(tmp_path)
-    fails(tmp_path / "b.npz", r"no such file.*did you mean .*d\.npz")
+    fails(tmp_path / "b.npz", r"no such file.*Did you mean .*d\.npz")
     fails(tmp_path / "nowhere" / "else" / "d.npz", "has no 'nowhere'")
     fails(tmp_path / "b.npz", "no such file", format="npz")
 

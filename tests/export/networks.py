@@ -9,7 +9,7 @@ from nas.blocks import record
 from nas.catalog import list_spaces
 from nas.export import RUNTIMES
 from nas.fold import fold
-from nas.ops import Graph, Recorder, weights
+from nas.ops import Graph, LinearAttention, Recorder, weights
 from nas.quantise import Quantisation, calibrate
 from nas.run import run
 from nas.space import load_space
@@ -57,6 +57,14 @@ _BLOCKS = {
     "mbconv, swish, no expansion": ("mbconv", (6, 6, 8), {"width": 8, "act": "swish", "expand": 1}),
     "shufflenet": ("shufflenet_v2", (6, 6, 16), {"width": 16}),
     "shufflenet, stride 2": ("shufflenet_v2", (7, 7, 16), {"width": 32, "stride": 2}),
+    "fused mbconv, se": ("fused_mbconv", (7, 7, 8), {"width": 8, "se": True}),
+    "fused mbconv, no expansion": ("fused_mbconv", (7, 7, 8), {"width": 8, "expand": 1, "act": "relu"}),
+    "mbconv, low rank": ("mbconv", (6, 6, 32), {"width": 32, "expand": 4, "rank": 0.5}),
+    "identity, stride 2": ("identity", (7, 7, 8), {"width": 16, "stride": 2}),
+    "efficientvit": ("efficientvit", (6, 6, 16), {"width": 16, "dim": 8}),
+    "efficientvit, stride 2": ("efficientvit", (7, 7, 8), {"width": 16, "stride": 2, "scale": 0, "act": "relu"}),
+    "stem, pooled": ("conv_stem", (9, 9, 3), {"width": 8, "stride": 4, "pool": True}),
+    "mobilenet_v3_head": ("mobilenet_v3_head", (4, 4, 16), {"width": 32, "features": 48, "classes": 10}),
     "classifier": ("classifier", (4, 4, 16), {"width": 32, "classes": 10}),
     "classifier without conv": ("classifier", (4, 4, 16), {"width": 0, "classes": 10}),
 }
@@ -69,12 +77,16 @@ GRAPHS: dict[str, Graph] = {
     "dense over an image": recorded((4, 5, 8), lambda net, x: net.dense(net.conv(x, "conv", 8), "logits", 5)),
     "rectifiers": recorded((6, 6, 8), _rectifiers),
     "long sums": recorded((4, 4, 128), lambda net, x: net.act(net.conv(x, "conv", 16, kernel=3), "relu")),
+    "attention": recorded((6, 5, 96), lambda net, x: net.dense(net.linear_attention(x, 8), "logits", 10)),
     "nothing": recorded((4, 4, 8), lambda net, x: None),
 }
 for _name in list_spaces():
-    _space = load_space(_name, input_shape=(16, 16, 1))
-    _drawn = [_space.decode(genotype).flat() for genotype in _space.sample(np.random.default_rng(1), 8)]
-    GRAPHS[_name] = min(_drawn, key=lambda graph: len(graph.ops))  # the fastest to compile
+    _space = load_space(_name, input_shape=(32, 32, 1))
+    _drawn = [_space.decode(genotype).flat() for genotype in _space.sample(np.random.default_rng(1), 64)]
+    _shortest = min(_drawn, key=lambda graph: len(graph.ops))  # the fastest to compile
+    if len(_shortest.ops) < 60 and max(_shortest.input) <= 32:  # the others have the same blocks, only more of them
+        GRAPHS[_name] = _shortest
+ATTENTION = [name for name, graph in GRAPHS.items() if any(isinstance(op, LinearAttention) for op in graph.ops)]
 
 
 def params_of(graph: Graph, seed: int = 0) -> dict[str, np.ndarray]:

@@ -9,12 +9,13 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from export.networks import GRAPHS, emitted, images_of, params_of, recorded
+from export.networks import ATTENTION, GRAPHS, emitted, images_of, params_of, recorded
 
 from nas.errors import DeviceError, ExportError
 from nas.export import onnx as writer
 from nas.export.onnxruntime import OnnxRuntime
 from nas.fold import fold
+from nas.ops import LinearAttention
 from nas.quantise import calibrate, placeholder, simulate
 from nas.run import run
 
@@ -28,6 +29,11 @@ def optimised(file, folder):
     options.optimized_model_filepath = str(folder / "optimised.onnx")
     onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
     return Counter(node.op_type for node in onnx.load(options.optimized_model_filepath).graph.node)
+
+
+def attentions(graph):
+    """How many ops of `graph` are attention."""
+    return sum(isinstance(op, LinearAttention) for op in graph.ops)
 
 
 def test_scales_that_are_all_equal_meet_ties_everywhere_and_round_them_alike():
@@ -57,6 +63,27 @@ def test_every_pair_of_bytes_gives_the_byte_that_the_runtime_gives(kind):
         assert wrong.mean() < 1e-4  # none on x86-64 with FMA
 
 
+@pytest.mark.parametrize(("size", "heads", "dim"), [((16, 16), 4, 16), ((7, 5), 8, 8)])
+def test_attention_between_bytes_is_that_of_the_runtime_but_for_a_rare_single_step(size, heads, dim):
+    graph = recorded((*size, heads * 3 * dim), lambda net, x: net.linear_attention(x, dim))
+    images = np.random.default_rng(0).normal(size=(50, *graph.input)).astype(np.float32)
+    quantisation = calibrate(graph, {}, images)
+    got = RUNTIME.open(RUNTIME.emit(graph, {}, quantisation=quantisation))(images)
+    simulated = np.asarray(jax.jit(simulate, static_argnums=(0, 2))(graph, {}, quantisation, images))
+    step = quantisation.values[-1].scale
+    assert (got != simulated).mean() < 1e-4  # 1e-6 on x86-64: float32 sums are ordered otherwise
+    np.testing.assert_allclose(got, simulated, atol=1.001 * step)
+
+
+@pytest.mark.parametrize("name", ATTENTION)
+def test_attention_turns_only_its_keys_and_the_runtime_not_even_those(name, tmp_path):
+    file = emitted("onnxruntime", name, "float32")[0]
+    written = Counter(node.op_type for node in onnx.load_from_string(file).graph.node)
+    shuffles = sum(type(op).__name__ == "Shuffle" for op in GRAPHS[name].ops)
+    assert written["Transpose"] == attentions(GRAPHS[name]) + shuffles
+    assert optimised(file, tmp_path)["Transpose"] <= shuffles
+
+
 @pytest.mark.parametrize("kernel", [3, 5])
 @pytest.mark.parametrize("size", [(8, 7), (1, 2), (5, 6)])
 def test_strided_windows_are_padded_as_xla_pads_them(size, kernel):
@@ -74,11 +101,15 @@ def test_strided_windows_are_padded_as_xla_pads_them(size, kernel):
 @pytest.mark.parametrize("name", [n for n in GRAPHS if n not in ("nothing", "everything", "rectifiers")])
 def test_runtime_computes_convolutions_sums_and_products_of_int8_models_in_integers(name, tmp_path):
     kinds = optimised(emitted("onnxruntime", name, "int8")[0], tmp_path)
+    attention = attentions(GRAPHS[name])
+    for kind in ("Relu", "MatMul", "MatMul", "Relu", "Add"):  # inside attention, which is computed in float32
+        kinds[kind] -= attention
+    kinds = +kinds
     smooth = {"HardSigmoid", "Sigmoid", "Gelu"} & set(kinds)  # these are computed in float32, between 8-bit numbers
     assert not {"Conv", "FusedConv", "Gemm", "MatMul", "Add", "Concat", "Relu", "Clip", "HardSwish"} & set(kinds)
     assert smooth or "Mul" not in kinds
-    read = 1 + sum(kinds[k] for k in ("HardSigmoid", "Sigmoid", "Gelu"))
-    assert kinds["QuantizeLinear"] <= read  # the input's, and one after each smooth activation
+    read = 1 + sum(kinds[k] for k in ("HardSigmoid", "Sigmoid", "Gelu")) + attention
+    assert kinds["QuantizeLinear"] <= read  # the input's, and one after each smooth activation and each attention
 
 
 def test_models_say_what_goes_in_and_out_and_carry_the_metadata():

@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 import pytest
-from export.networks import GRAPHS, emitted, images_of, params_of, reference
+from export.networks import ATTENTION, GRAPHS, emitted, images_of, params_of, reference
 
 from nas.errors import ExportError
 from nas.export import RUNTIMES
@@ -47,8 +47,9 @@ def test_simulated_int8_network_equals_the_runtimes(name, graph):
     folded, params = fold(GRAPHS[graph], params_of(GRAPHS[graph]))
     simulated = np.asarray(jax.jit(simulate, static_argnums=(0, 2))(folded, params, quantisation, images))
     got = RUNTIMES[name]().open(file)(images)
-    # ONNX Runtime: equal to the last bit on x86-64 with FMA, in all of these; the slack is for other kernels.
-    assert (got == simulated).mean() > 0.99
+    # ONNX Runtime: equal to the last bit on x86-64 with FMA, in all of these; the slack is for other kernels, and for
+    # attention: one of its results in a million is a step off, which may move all logits of that image.
+    assert (got == simulated).mean() > (0.9 if graph in ATTENTION else 0.99)
     np.testing.assert_allclose(got, simulated, atol=0.05 * np.abs(simulated).max())
     if simulated.ndim == 2:
         top = np.sort(simulated, -1)

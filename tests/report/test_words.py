@@ -2,6 +2,7 @@
 
 import pytest
 
+from nas.ops import Block, Graph
 from nas.report import words
 
 
@@ -39,3 +40,12 @@ def test_the_interval_of_a_share_holds_it_and_narrows_with_more_images():
     few, many = words.wilson(0.98, 100), words.wilson(0.98, 10_000)
     assert 0 < few[0] < many[0] < 0.98 < many[1] < few[1] < 1
     assert words.wilson(1.0, 100)[1] == pytest.approx(1.0)
+
+
+def test_a_block_is_told_by_its_type_and_by_what_is_not_usual_about_it():
+    label = "mbconv act=relu expand=6 kernel=5 rank=1.0 se=true"
+    block = Block("stage1/layer2/mbconv_2", label, Graph((4, 4, 8)))
+    assert words.kind(block) == "mbconv"
+    assert words.options(block) == ["5×5", "expand 6", "SE"]
+    low = Block("stage1/layer2/mbconv", label.replace("1.0", "0.5"), Graph((4, 4, 8)))
+    assert words.options(low) == ["5×5", "expand 6", "rank 0.5", "SE"]

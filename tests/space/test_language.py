@@ -1,0 +1,151 @@
+"""What the space files can say beyond lists and scalars: resolutions, blocks fixed in place, blocks of one's own."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from nas import cost
+from nas.errors import ConfigError, SpaceError
+from nas.space import copy_space, load_space
+
+ELASTIC = """
+resolution = [12, 8, 16]
+[stem]
+block = "conv_stem"
+width = [4, 8]
+stride = 2
+[[stage]]
+block = "mbconv"
+stride = 2
+depth = [1, 2]
+width = 8
+kernel = [3, 5]
+expand = 2
+[head]
+block = "classifier"
+width = [8, 16]
+"""
+
+GHOST = """
+def ghost(net, x, *, width, stride=1, ratio=2):
+    primary = net.conv(x, "primary", width // ratio, stride=stride)
+    cheap = net.conv(primary, "cheap", width - width // ratio, kernel=3, groups=width // ratio)
+    return net.act(net.norm(net.concat(primary, cheap), "norm"), "relu")
+"""
+
+OWN = """
+[blocks]
+ghost = "parts/ghost.py:ghost"
+[stem]
+block = "conv_stem"
+width = 8
+[[stage]]
+block = ["ghost", { mbconv = { kernel = 5, expand = 2 } }, { mbconv = { kernel = 3, expand = 4 } }]
+depth = [1, 2]
+width = 8
+ratio = [2, 4]
+se = [false, true]
+[head]
+block = "classifier"
+width = 0
+"""
+
+
+def write(folder: Path, text: str) -> str:
+    path = folder / "s.toml"
+    path.write_text(text)
+    return str(path)
+
+
+def write_own(folder: Path) -> str:
+    (folder / "parts").mkdir(exist_ok=True)
+    (folder / "parts" / "ghost.py").write_text(GHOST)
+    return write(folder, OWN)
+
+
+def test_the_networks_of_one_resolution_are_those_of_a_space_over_such_images(tmp_path):
+    space = load_space(write(tmp_path, ELASTIC), input_shape=(99, 99, 3), classes=5)
+    assert space.resolutions == (8, 12, 16)
+    assert space.input == (16, 16, 3)
+    genotypes = space.sample(np.random.default_rng(0), 60)
+    sides = space.resolution_of(genotypes)
+    assert set(sides) == {8, 12, 16}
+    alone_text = ELASTIC.replace("resolution = [12, 8, 16]", "")
+    for genotype, side in zip(genotypes, sides, strict=True):
+        alone = load_space(write(tmp_path, alone_text), input_shape=(side, side, 3), classes=5)
+        network = space.decode(genotype)
+        assert network.input == (side, side, 3)
+        assert network == space.at(side).decode(space.without_resolution(genotype)[None][0])
+        assert network == alone.decode(genotype[1:])
+    assert space.count() == 3 * alone.count()
+    assert space.price(genotypes, space.costs(cost.macs)) == pytest.approx(
+        [cost.macs(space.decode(g).flat()) for g in genotypes]
+    )
+
+
+def test_a_space_of_one_resolution_is_its_own_part(tmp_path):
+    fixed = load_space(write(tmp_path, ELASTIC.replace("[12, 8, 16]", "12")), input_shape=(32, 32, 1))
+    assert fixed.resolutions == (12,)
+    assert fixed.at(12) is fixed
+    with pytest.raises(SpaceError, match="its resolutions are 12"):
+        fixed.at(32)
+
+
+def test_stem_and_head_can_be_elastic_too(tmp_path):
+    space = load_space(write(tmp_path, ELASTIC), classes=5)
+    names = [c.name for c in space.choices]
+    assert {"stem/width", "head/width"} <= set(names)
+    network = space.decode(space.encode({"stem/width": 8, "head/width": 16}))
+    assert network.blocks[0].graph.shape[-1] == 8
+    assert network.blocks[1].graph.input[-1] == 8
+    assert "width=16" not in network.blocks[-1].label  # widths are shapes
+    assert network.blocks[-1].graph.ops[0].shape[-1] == 16
+
+
+def test_a_file_brings_blocks_of_its_own_and_blocks_with_options_fixed_in_place(tmp_path):
+    space = load_space(write_own(tmp_path), input_shape=(8, 8, 1), classes=3)
+    first = space.choices[[c.name for c in space.choices].index("stage1/layer1/block")]
+    assert first.values == ("ghost", "mbconv kernel=5 expand=2", "mbconv kernel=3 expand=4")
+    for value, has in (("ghost", {"ratio"}), ("mbconv kernel=3 expand=4", {"se"})):
+        said = space.describe(space.encode({"stage1/layer1/block": value}))
+        assert {n.rpartition("/")[2] for n in said if n.startswith("stage1/layer1/")} == {"block", *has}
+    scopes = {b.name for p in space.positions for b in p.branches if b is not None and p.name == "stage1/layer1"}
+    assert scopes == {f"stage1/layer1/{s}" for s in ("ghost", "mbconv_1", "mbconv_2")}
+
+
+def test_a_tied_option_counts_though_the_first_layer_has_no_use_for_it(tmp_path):
+    text = OWN.replace("se = [false, true]", "se = [false, true]\ntied = ['se']")
+    write_own(tmp_path)
+    space = load_space(write(tmp_path, text), input_shape=(8, 8, 1), classes=3)
+    for genotype in space.sample(np.random.default_rng(0), 100):
+        raw = np.where(genotype == 0, np.asarray(space.sizes) - 1, genotype).astype(np.uint8)
+        assert space.decode(raw) == space.decode(space.canonical(raw))
+
+
+def test_a_copy_of_a_space_loads_to_the_same_space_without_the_original(tmp_path):
+    space = load_space(write_own(tmp_path))
+    (tmp_path / "run").mkdir()
+    copy_space(str(tmp_path / "s.toml"), tmp_path / "run")
+    (tmp_path / "parts" / "ghost.py").unlink()
+    assert load_space(str(tmp_path / "run" / "space.toml")).digest == space.digest
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("parts/ghost.py", r"\"file.py:function\" or"),
+        ("parts/goast.py:ghost", "cannot load"),
+        ("parts/ghost.py:goast", "AttributeError"),
+        ("parts/bad.py:ghost", "ZeroDivisionError"),
+        ("parts/ghost.py:number", "is not a block"),
+        ("math:floor", "is not a block"),
+    ],
+)
+def test_a_block_that_cannot_be_loaded_is_told_with_its_line(tmp_path, spec, message):
+    write_own(tmp_path)
+    (tmp_path / "parts" / "ghost.py").write_text(GHOST + "number = 1\n")
+    (tmp_path / "parts" / "bad.py").write_text("1 / 0")
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_space(write(tmp_path, OWN.replace("parts/ghost.py:ghost", spec)))
+    assert "line 3" in str(caught.value)
