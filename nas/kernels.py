@@ -1,8 +1,9 @@
 """Convolutions, batch moments and channel shuffle in the forms that XLA compiles well, NHWC and HWIO throughout.
 
 On CPU, XLA runs grouped convolutions and their gradients one to two orders of magnitude below the machine's speed.
-There the same sums are written as matmuls and shifted slices; accelerators get `lax`. Each form was chosen by
-measurement: `python experiments/benchmarks/kernels.py` prints run and compile times beside those of `lax`.
+There depthwise convolutions are C++ (`nas.native`) where that was built; without it, and for everything else, the same
+sums are written as matmuls and shifted slices. Accelerators get `lax`. Each form was chosen by measurement:
+`python experiments/benchmarks/kernels.py` prints run and compile times beside those of `lax`.
 """
 
 import operator
@@ -13,6 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+
+from nas import native
 
 IM2COL_TAPS = 9  # up to 3x3 one matmul over gathered patches beats lax.conv (1-3x); 5x5 loses 3x and compiles 4x longer
 TOEPLITZ_AREA = 6  # pixels per tap up to which one matrix for each channel beats a sum over taps (k5 at 8x8: 4-9x)
@@ -67,6 +70,8 @@ def depthwise(x: Array, w: Array, stride: int = 1) -> Array:
     """
     if not on_cpu():
         return _lax_conv(x, w, stride, x.shape[-1])
+    if x.dtype == w.dtype == jnp.float32 and native.available():
+        return native.depthwise(x, w, stride)
     small = x.shape[1] * x.shape[2] <= TOEPLITZ_AREA * w.shape[0] * w.shape[1]
     return (_toeplitz_depthwise if small else _shifted_depthwise)(x, w, stride)
 

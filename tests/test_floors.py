@@ -18,8 +18,8 @@ FLOORS = [
     {"train", "export", "latency", "runfolder", "console"},
     {"supernet", "quantise", "architecture"},
     {"data", "space", "fold", "run"},
-    {"blocks", "kernels", "catalog", "cost"},
-    {"ops", "config", "files"},
+    {"blocks", "kernels", "noise", "catalog", "cost"},
+    {"ops", "config", "files", "native"},
     {"errors"},
 ]
 HEIGHT = {room: height for height, floor in enumerate(reversed(FLOORS)) for room in floor}

@@ -10,10 +10,19 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from jax import lax
 
-from nas import kernels
+from nas import kernels, native
 
 TOLERANCE = {"float32": 2e-6, "bfloat16": 2**-7}  # of the largest value; bfloat16 keeps 8 bits
 QUICKLY = {"xla_backend_optimization_level": 0}  # nearly all the time of these tests is spent compiling
+
+
+@pytest.fixture(params=["xla", "native"])
+def form(request, monkeypatch):
+    """The test that asks for it runs for both forms of a depthwise convolution on CPU."""
+    if request.param == "native" and not native.available():
+        pytest.skip(native.status())
+    monkeypatch.setattr(native, "available", lambda: request.param == "native")
+    return request.param
 
 
 def reference(x, w, stride, groups):
@@ -63,7 +72,7 @@ def assert_same_convolution(function, x, w, stride, groups):
     ("kernel", "stride", "dtype"),
     [*itertools.product((1, 3, 5, 7), (1, 2), ["float32"]), (3, 1, "bfloat16"), (5, 2, "bfloat16")],
 )
-def test_depthwise_equals_lax(kernel, stride, dtype):
+def test_depthwise_equals_lax(kernel, stride, dtype, form):
     x, w = draw(kernel, (3, 9, 6, 5), (kernel, kernel, 1, 5), dtype=dtype)
     assert_same_convolution(lambda x, w: kernels.depthwise(x, w, stride), x, w, stride, 5)
 
@@ -77,13 +86,14 @@ def test_depthwise_equals_lax(kernel, stride, dtype):
     channels=st.integers(1, 4),
     batch=st.integers(1, 3),
 )
-def test_depthwise_takes_any_size_kernel_and_stride(height, width, kernel, stride, channels, batch):
+def test_depthwise_takes_any_size_kernel_and_stride(form, height, width, kernel, stride, channels, batch):
     x, w = draw(0, (batch, height, width, channels), (*kernel, 1, channels))
     assert_same_convolution(lambda x, w: kernels.depthwise(x, w, stride), x, w, stride, channels)
 
 
 @pytest.mark.parametrize("stride", [1, 2])
 def test_depthwise_of_a_large_batch_equals_lax(stride, monkeypatch):
+    monkeypatch.setattr(native, "available", lambda: False)
     monkeypatch.setattr(kernels, "ONE_PASS_SIZE", 1)
     x, w = draw(1, (4, 8, 7, 6), (5, 5, 1, 6))
     assert_same_convolution(lambda x, w: kernels.depthwise(x, w, stride), x, w, stride, 6)
@@ -106,7 +116,7 @@ def test_depthwise_of_a_large_batch_equals_lax(stride, monkeypatch):
         (1, 1, 1, 1, 1, "float32"),
     ],
 )
-def test_conv_equals_lax(kernel, stride, cin, cout, groups, dtype):
+def test_conv_equals_lax(kernel, stride, cin, cout, groups, dtype, form):
     x, w = draw(kernel, (2, 9, 6, cin), (kernel, kernel, cin // groups, cout), dtype=dtype)
     assert_same_convolution(lambda x, w: kernels.conv(x, w, stride=stride, groups=groups), x, w, stride, groups)
 
@@ -120,7 +130,7 @@ def test_accelerators_get_lax(groups, monkeypatch):
     assert_same_convolution(lambda x, w: kernels.conv(x, w, stride=2, groups=groups), x, w, 2, groups)
 
 
-def test_the_cpu_forms_hold_no_grouped_convolution():
+def test_the_cpu_forms_hold_no_grouped_convolution(form):
     for groups, kernel in ((4, 3), (2, 1)):
         x, w = draw(3, (2, 8, 8, 4), (kernel, kernel, 4 // groups, 4))
         loss = jax.grad(lambda x, w, g=groups: kernels.conv(x, w, groups=g).sum(), argnums=(0, 1))
@@ -143,32 +153,33 @@ def test_same_padding_is_that_of_xla(kernel):
             assert kernels.same_padding(size, kernel, stride) == expected
 
 
-def loss(x, w):
-    return (kernels.depthwise(x, w, 2) ** 2).sum()
+@pytest.fixture
+def loss(form):
+    return lambda x, w: (kernels.depthwise(x, w, 2) ** 2).sum()  # a new one: JAX keeps what it traced of the other form
 
 
 def gradients(function):
     return jax.jit(jax.grad(function, (0, 1)), compiler_options=QUICKLY)
 
 
-def test_depthwise_needs_no_jit():
+def test_depthwise_needs_no_jit(loss):
     x, w = draw(5, (1, 4, 3, 2), (2, 2, 1, 2))
     assert_all_close(jax.grad(loss, (0, 1))(x, w), gradients(loss)(x, w))
 
 
-def test_depthwise_under_checkpoint():
+def test_depthwise_under_checkpoint(loss):
     x, w = draw(5, (2, 7, 8, 3), (3, 3, 1, 3))
     assert_all_close(gradients(jax.checkpoint(loss))(x, w), gradients(loss)(x, w))
 
 
-def test_depthwise_under_vmap():
+def test_depthwise_under_vmap(loss):
     x, w = draw(5, (3, 2, 7, 8, 3), (3, 3, 3, 1, 3))
     dx, dw = jax.jit(jax.vmap(jax.grad(loss, (0, 1))), compiler_options=QUICKLY)(x, w)
     for i in range(3):
         assert_all_close((dx[i], dw[i]), gradients(loss)(x[i], w[i]))
 
 
-def test_depthwise_under_switch():
+def test_depthwise_under_switch(form):
     x, w = draw(5, (2, 7, 8, 3), (5, 5, 1, 3))
     branches = [lambda x, w, k=k: (kernels.depthwise(x, w[:k, :k]) ** 2).sum() for k in (1, 3, 5)]
     switched = jax.jit(jax.grad(lambda x, w, i: lax.switch(i, branches, x, w), (0, 1)), compiler_options=QUICKLY)
@@ -176,7 +187,7 @@ def test_depthwise_under_switch():
         assert_all_close(switched(x, w, i), gradients(branch)(x, w))
 
 
-def test_depthwise_under_scan():
+def test_depthwise_under_scan(form):
     x, w = draw(5, (2, 7, 8, 3), (3, 3, 3, 1, 3))
 
     def scanned(x, w):
@@ -196,7 +207,7 @@ def test_depthwise_keeps_bfloat16_sums_in_float32():
     np.testing.assert_array_equal(dw.astype(jnp.float32), 2048)  # a bfloat16 sum of ones stops at 256
 
 
-def test_depthwise_lets_nan_and_infinity_stay_in_their_channel():
+def test_depthwise_lets_nan_and_infinity_stay_in_their_channel(form):
     for size in (5, 12):  # a matrix for each channel, and a sum over taps, where they stay near too
         x, w = draw(6, (2, size, size, 3), (3, 3, 1, 3))
         out = kernels.depthwise(x.at[0, 2, 2].set(jnp.array([jnp.nan, jnp.inf, 0])), w)

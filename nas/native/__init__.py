@@ -1,0 +1,191 @@
+"""Depthwise convolutions in C++ for JAX on CPU, where the package was installed with a C++ compiler at hand.
+
+Installing compiles depthwise.cc (hatch_build.py; a few seconds). Without a compiler the package installs all the same:
+`available()` is then False, and `nas.kernels` writes the same sums out for XLA. NAS_NATIVE=0 in the environment keeps
+the library from being built, or from being used; `status()` says what is the case.
+
+The functions here run under jit, grad (reverse mode, any number of times), vmap (one after the other), scan and switch.
+Where images are sharded over devices (a mesh with automatic axes, or `shard_map` with check_vma=False), each device
+computes its own, and weight gradients are summed over them.
+"""
+
+import ctypes
+import os
+import sys
+from collections.abc import Callable
+from functools import cache, partial
+from typing import Any
+
+import jax
+import numpy as np
+from jax import Array, lax
+from jax.custom_batching import sequential_vmap
+from jax.experimental.custom_partitioning import custom_partitioning
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from nas.errors import DeviceError
+from nas.native import build
+
+_FORWARD, _INPUT_GRADIENT, _WEIGHT_GRADIENT = _HANDLERS = (
+    "nas_depthwise_forward",
+    "nas_depthwise_input_gradient",
+    "nas_depthwise_weight_gradient",
+)
+
+
+def available() -> bool:
+    """Whether the functions here can be used on CPU. Asked at trace time; tests replace it to force a form."""
+    return not _problem()
+
+
+def status() -> str:
+    """Whether the library is in use, with which instructions, or why not and what would change that."""
+    return _problem() or f"in use, {_library().nas_native_instructions().decode()} instructions"
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def depthwise(x: Array, w: Array, stride: int) -> Array:
+    """SAME convolution of each channel of `x` [N, H, W, C] with its own kernel, `w` [kh, kw, 1, C]: [N, H', W', C].
+
+    float32; any size, kernel, stride and number of channels. The results do not depend on the number of threads.
+
+    Raises:
+        DeviceError: the library is not `available()`.
+    """
+    return _images(_FORWARD, stride, _outputs(x, stride), x, w)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def input_gradient(g: Array, w: Array, stride: int, size: tuple[int, int]) -> Array:
+    """Transpose of `depthwise` in `x`, of height and width `size`: `g` [N, H', W', C] to [N, *size, C]."""
+    return _images(_INPUT_GRADIENT, stride, size, g, w)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def weight_gradient(x: Array, g: Array, stride: int, kernel: tuple[int, int]) -> Array:
+    """Transpose of `depthwise` in `w`: `x` [N, H, W, C] and `g` [N, H', W', C] to [*kernel, 1, C]."""
+    return _weights(stride, kernel, x, g)
+
+
+# <depthwise(x, w), g> is linear in x, in w and in g. Each function is its derivative by one of them, so that the
+# gradients of each function are the other two.
+
+
+def _depthwise_backward(stride: int, residuals: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
+    x, w = residuals
+    return input_gradient(g, w, stride, x.shape[1:3]), weight_gradient(x, g, stride, w.shape[:2])
+
+
+def _input_backward(stride: int, _: tuple, residuals: tuple[Array, Array], dx: Array) -> tuple[Array, Array]:
+    g, w = residuals
+    return depthwise(dx, w, stride), weight_gradient(dx, g, stride, w.shape[:2])
+
+
+def _weight_backward(stride: int, _: tuple, residuals: tuple[Array, Array], dw: Array) -> tuple[Array, Array]:
+    x, g = residuals
+    return input_gradient(g, dw, stride, x.shape[1:3]), depthwise(x, dw, stride)
+
+
+def _with_operands(function: Callable[..., Any]) -> Callable[..., tuple[Any, tuple[Array, Array]]]:
+    return lambda a, b, *static: (function(a, b, *static), (a, b))
+
+
+depthwise.defvjp(_with_operands(depthwise), _depthwise_backward)
+input_gradient.defvjp(_with_operands(input_gradient), _input_backward)
+weight_gradient.defvjp(_with_operands(weight_gradient), _weight_backward)
+
+
+def _outputs(x: Array, stride: int) -> tuple[int, int]:
+    height, width = x.shape[1:3]
+    return -(-height // stride), -(-width // stride)
+
+
+def _convolve(handler: str, stride: int, size: tuple[int, int], images: Array, weights: Array) -> Array:
+    return _call(handler, stride, (images.shape[0], *size, images.shape[3]), images, weights)
+
+
+def _sum(stride: int, kernel: tuple[int, int], x: Array, g: Array) -> Array:
+    return _call(_WEIGHT_GRADIENT, stride, (*kernel, 1, x.shape[3]), x, g)
+
+
+def _call(handler: str, stride: int, shape: tuple[int, ...], a: Array, b: Array) -> Array:
+    if _problem():
+        raise DeviceError(f"The C++ kernels are {_problem()} Until then use nas.kernels, which does without them.")
+    return jax.ffi.ffi_call(handler, jax.ShapeDtypeStruct(shape, np.float32))(a, b, stride=np.int64(stride))
+
+
+# XLA cannot see into a foreign call: without the rules below it would gather all images on every device. They say that
+# images and channels can be split, and how: the strings to JAX's partitioner (Shardy), the functions to XLA's.
+
+_split_convolve = custom_partitioning(_convolve, static_argnums=(0, 1, 2))
+_split_sum = custom_partitioning(_sum, static_argnums=(0, 1))
+
+
+def _images(handler: str, stride: int, size: tuple[int, int], images: Array, weights: Array) -> Array:
+    return sequential_vmap(partial(_split_convolve, handler, stride, size))(images, weights)
+
+
+def _weights(stride: int, kernel: tuple[int, int], x: Array, g: Array) -> Array:
+    return sequential_vmap(partial(_split_sum, stride, kernel))(x, g)
+
+
+def _shardings(mesh: Mesh, images: Any) -> tuple[NamedSharding, NamedSharding]:
+    """How images and weights are split where `images` [N, H, W, C] are: by image and by channel."""
+    n, _, _, c = images.sharding.spec
+    return NamedSharding(mesh, PartitionSpec(n, None, None, c)), NamedSharding(mesh, PartitionSpec(None, None, None, c))
+
+
+def _partition_convolve(handler: str, stride: int, size: tuple[int, int], mesh: Mesh, operands: Any, _: Any) -> tuple:
+    images, weights = _shardings(mesh, operands[0])
+    return mesh, partial(_convolve, handler, stride, size), images, (images, weights)
+
+
+def _partition_sum(stride: int, kernel: tuple[int, int], mesh: Mesh, operands: Any, _: Any) -> tuple:
+    images, weights = _shardings(mesh, operands[0])
+    devices = images.spec[0]
+
+    def over_devices(x: Array, g: Array) -> Array:
+        dw = _sum(stride, kernel, x, g)
+        return dw if devices is None else lax.psum(dw, devices)
+
+    return mesh, over_devices, weights, (images, images)
+
+
+_split_convolve.def_partition(
+    _partition_convolve,
+    infer_sharding_from_operands=lambda *a: _shardings(a[-3], a[-2][0])[0],
+    sharding_rule="n h w c, i j u c -> n p q c",
+    need_replication_factors=("h", "w", "i", "j", "u", "p", "q"),
+)
+_split_sum.def_partition(
+    _partition_sum,
+    infer_sharding_from_operands=lambda *a: _shardings(a[-3], a[-2][0])[1],
+    sharding_rule="n h w c, n p q c -> i j u c",
+    reduction_factors=("n",),
+    need_replication_factors=("h", "w", "p", "q", "i", "j", "u"),
+)
+
+
+@cache
+def _library() -> ctypes.CDLL:
+    library = ctypes.CDLL(str(build.LIBRARY))
+    library.nas_native_source.restype = library.nas_native_instructions.restype = ctypes.c_char_p
+    return library
+
+
+@cache
+def _problem() -> str:
+    """Why the library cannot be used; empty once XLA knows its handlers."""
+    again = f"Install nas again: {sys.executable} -m pip install --force-reinstall --no-deps (and where it came from)."
+    if os.environ.get("NAS_NATIVE") == "0":
+        return "not in use: NAS_NATIVE=0 is set."
+    if not build.LIBRARY.exists():
+        return f"not built: there was no C++ compiler when nas was installed, or it failed. With one: {again}"
+    try:
+        if _library().nas_native_source().decode() != build.source_hash():
+            return f"not in use: compiled from another depthwise.cc than the one here. {again}"
+        for handler in _HANDLERS:
+            jax.ffi.register_ffi_target(handler, jax.ffi.pycapsule(getattr(_library(), handler)), platform="cpu")
+    except (OSError, AttributeError, RuntimeError) as e:
+        return f"not in use: {build.LIBRARY} cannot be loaded: {e}. {again}"
+    return ""
