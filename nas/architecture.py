@@ -12,6 +12,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from nas.data.resize import resize
 from nas.errors import CheckpointError, ConfigError, SpaceError
 from nas.files import write_bytes
 from nas.ops import Block, Network, output_shape, weights
@@ -27,9 +28,10 @@ class Input(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     std: tuple[float, ...]  # per channel
 
     def normalise(self, images: NDArray[Any]) -> NDArray[np.float32]:
-        """uint8 images [..., h, w, c] as the network wants them."""
+        """uint8 images [..., h, w, c] as the network wants them; of another size, they are resized (bilinear)."""
         mean, std = np.asarray(self.mean, np.float32), np.asarray(self.std, np.float32)
-        return ((np.asarray(images, np.float32) / 255 - mean) / std).astype(np.float32)
+        scaled = resize(np.asarray(images, np.float32) / np.float32(255), self.shape[:2])
+        return ((scaled - mean) / std).astype(np.float32)
 
 
 class Origin(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

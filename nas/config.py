@@ -46,12 +46,16 @@ class Latency(Strict, frozen=True):
 
 
 class Optimiser(Strict, frozen=True):
-    """An optax optimiser with warm-up + cosine schedule. `learning_rate` is the peak."""
+    """An optimiser with its schedule. `learning_rate` is the peak."""
 
     name: str = "sgd"  # a name in nas.train.optimiser.OPTIMISERS
     learning_rate: float = 0.1
+    momentum: float = 0.9  # of sgd, rmsprop and shampoo
     weight_decay: float = 1e-4  # not applied to norms and biases
-    warmup: float = 0.1  # share of the steps
+    schedule: str = "cosine"  # a name in nas.train.optimiser.SCHEDULES
+    warmup: float = 0.1  # share of the steps, linear from 0
+    drops: tuple[float, ...] = (0.5, 0.75)  # of schedule "step": increasing shares of the steps, above warmup
+    drop_factor: float = 0.1
     clip_norm: float | None = 5.0  # global gradient norm
 
 
@@ -60,17 +64,54 @@ class Augment(Strict, frozen=True):
 
     flip: bool = False  # horizontal flip with probability 1/2
     shift: int = 0  # random shift by up to so many pixels, zero padded
+    policy: str = "none"  # a name in nas.train.augment.POLICIES
+    operations: int = 2  # of randaugment: how many an image goes through
+    magnitude: float = 9.0  # of randaugment: 0..10
+    cutout: int = 0  # side in pixels of a square that is blanked
+    mixup: float = 0.0  # Beta(mixup, mixup) weights of two images; 0: never
+    cutmix: float = 0.0  # Beta(cutmix, cutmix) area pasted from another image; 0: never
+
+
+class Noise(Strict, frozen=True):
+    """Regularisation inside the network, in training only. Rates are probabilities of dropping."""
+
+    dropout: float = 0.0  # of the features before the logits
+    drop_path: float = 0.0  # of a residual branch, for each image; rises linearly from 0 at the first block
+    drop_block: float = 0.0  # of the activations, in squares
+    drop_block_size: int = 3  # side of the squares, in pixels
+
+
+class Distillation(Strict, frozen=True):
+    """How subnets learn from the largest network of the same step."""
+
+    divergence: str = "kl"  # a name in nas.train.losses.DIVERGENCES
+    temperature: float = 1.0  # of "kl"
+    alpha_min: float = -1.0  # of "alpha"
+    alpha_max: float = 1.0  # of "alpha"
+    clip: float = 5.0  # of "alpha": largest importance weight (p/q)^alpha
 
 
 class Train(Strict, frozen=True):
-    """Supernet training: the sandwich rule with in-place distillation (BigNAS, Yu et al. 2020, arXiv:2003.11142)."""
+    """Supernet training."""
 
     epochs: float = 30.0
     batch_size: int = 64
-    random_subnets: int = 2  # besides the largest and the smallest, each step
+    sampler: str = "sandwich"  # a name in nas.train.samplers.SAMPLERS: which subnets a step trains
+    random_subnets: int = (
+        2  # besides the largest and smallest (sandwich, attentive), the largest (shrinking), or in all
+    )
+    candidates: int = 3  # of attentive: drawn for each random subnet
+    phases: tuple[str, ...] = ("kernel", "depth", "expand", "width")  # of progressive_shrinking: what is set free when
+    distillation: Distillation = Distillation()
     label_smoothing: float = 0.0
     optimiser: Optimiser = Optimiser()
+    ema: float = 0.0  # decay of the moving average of the weights that is evaluated; 0: the weights themselves
     augment: Augment = Augment()
+    noise: Noise = Noise()
+    precision: str = "float32"  # a name in nas.train.precision.PRECISIONS: what convolutions compute in
+    rematerialise: bool = False  # compute the forward pass of every block again in the backward pass
+    accumulate: int = 1  # parts that a batch is computed in, to save memory
+    norm_images: int | None = None  # images that norms take their moments over; None: the batch, or the part
     checkpoint_steps: int = 100
     calibration_images: int = 512  # training images that batch-norm statistics are measured on, for every subnet
     eval_batch_size: int = 128
@@ -348,12 +389,29 @@ _RANGES = {
     "train.batch_size": (2, None),
     "train.random_subnets": (0, None),
     "train.label_smoothing": (0.0, 0.999),
+    "train.candidates": (1, None),
+    "train.ema": (0.0, 0.999999),
+    "train.accumulate": (1, None),
+    "train.norm_images": (2, None),
+    "train.distillation.temperature": (1e-3, None),
+    "train.distillation.clip": (1.0, None),
+    "train.noise.dropout": (0.0, 0.95),
+    "train.noise.drop_path": (0.0, 0.95),
+    "train.noise.drop_block": (0.0, 0.95),
+    "train.noise.drop_block_size": (1, None),
+    "train.optimiser.momentum": (0.0, 0.9999),
+    "train.optimiser.warmup": (0.0, 1.0),
+    "train.optimiser.drop_factor": (0.0, 1.0),
+    "train.augment.operations": (0, None),
+    "train.augment.magnitude": (0.0, 10.0),
+    "train.augment.cutout": (0, None),
+    "train.augment.mixup": (0.0, None),
+    "train.augment.cutmix": (0.0, None),
     "train.checkpoint_steps": (1, None),
     "train.calibration_images": (2, None),
     "train.eval_batch_size": (1, None),
     "train.optimiser.learning_rate": (0.0, None),
     "train.optimiser.weight_decay": (0.0, None),
-    "train.optimiser.warmup": (0.0, 1.0),
     "train.optimiser.clip_norm": (0.0, None),
     "train.augment.shift": (0, None),
     "search.trials": (1, None),
@@ -368,6 +426,8 @@ _RANGES = {
     "finish.temperature": (1e-3, None),
     "finish.calibration_images": (1, None),
     "finish.optimiser.learning_rate": (0.0, None),
+    "finish.optimiser.momentum": (0.0, 0.9999),
+    "finish.optimiser.drop_factor": (0.0, 1.0),
     "finish.optimiser.weight_decay": (0.0, None),
     "finish.optimiser.warmup": (0.0, 1.0),
     "finish.optimiser.clip_norm": (0.0, None),

@@ -1,5 +1,6 @@
 """The JAX back-end: computes what a graph says. Images and activations are [batch, height, width, channels]."""
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -7,8 +8,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from nas import kernels
+from nas import config, kernels, noise
 from nas.ops import (
+    ATTENTION_EPSILON,
     NORM_EPSILON,
     Act,
     Add,
@@ -17,6 +19,7 @@ from nas.ops import (
     Conv,
     Dense,
     Graph,
+    LinearAttention,
     Mul,
     Norm,
     Pool,
@@ -37,24 +40,63 @@ ACTIVATIONS = {
 }
 
 
-def run(graph: Graph, params: Arrays, x: Any, *, batch_stats: bool = False) -> tuple[Array, dict[str, Array]]:
+@dataclasses.dataclass(frozen=True)
+class Noisy:
+    """What a pass in training drops at random."""
+
+    rates: config.Noise
+    key: Array
+    drop_path: Any  # the rate of this graph, which may be traced: deeper blocks drop more
+
+
+def run(
+    graph: Graph,
+    params: Arrays,
+    x: Any,
+    *,
+    batch_stats: bool = False,
+    norm_images: int | None = None,
+    noisy: Noisy | None = None,
+) -> tuple[Array, dict[str, Array]]:
     """What `graph` makes of `x` [n, *graph.input], and the batch-norm statistics it saw.
 
     Args:
         params: name -> array, as `nas.ops.weights(graph)` lists them; `mean` and `var` only without `batch_stats`.
+            Convolutions compute in the type of their kernels and of `x`, norms and `dense` in float32.
         batch_stats: normalise by the moments of this batch (as in training) and return them; otherwise by
             `params`, and return nothing.
+        norm_images: take those moments over so many images at a time ("ghost" batch norm, Hoffer et al. 2017,
+            arXiv:1705.08741, sec. 4.1); n must be a multiple of it. None: over all n.
+        noisy: dropout, drop-path and DropBlock; None: none.
     """
     values = [x]
     moments: dict[str, Array] = {}
-    for op in graph.ops:
+    for index, op in enumerate(graph.ops):
+        inputs = [values[v] for v in op.inputs]
+        if noisy is not None:
+            inputs = _dropped(op, inputs, noisy, index)
         if isinstance(op, Norm):
-            y, seen = _norm(op, params, values[op.inputs[0]], batch_stats)
+            y, seen = _norm(op, params, inputs[0], batch_stats, norm_images)
             moments |= seen
         else:
-            y = compute(op, params, [values[v] for v in op.inputs])
+            y = compute(op, params, inputs)
         values.append(y)
-    return values[-1], moments
+    y = values[-1]
+    if noisy is not None and noisy.rates.drop_block and y.ndim == 4:
+        y = noise.drop_block(
+            jax.random.fold_in(noisy.key, len(graph.ops)), y, noisy.rates.drop_block, noisy.rates.drop_block_size
+        )
+    return y, moments
+
+
+def _dropped(op: AnyOp, inputs: list[Array], noisy: Noisy, index: int) -> list[Array]:
+    """The inputs of an op after noise: a residual branch (the second term of a sum), or the features of a `dense`."""
+    key = jax.random.fold_in(noisy.key, index)
+    if isinstance(op, Add) and noisy.rates.drop_path:
+        return [inputs[0], noise.drop_path(key, inputs[1], noisy.drop_path)]
+    if isinstance(op, Dense) and noisy.rates.dropout:
+        return [noise.dropout(key, inputs[0], noisy.rates.dropout)]
+    return inputs
 
 
 def compute(op: AnyOp, params: Arrays, inputs: list[Array]) -> Array:
@@ -63,9 +105,10 @@ def compute(op: AnyOp, params: Arrays, inputs: list[Array]) -> Array:
     match op:
         case Conv():
             y = kernels.conv(x, params[f"{op.name}/kernel"], stride=op.stride, groups=op.groups)
-            return y + params[f"{op.name}/bias"] if op.bias else y
+            return y + params[f"{op.name}/bias"].astype(y.dtype) if op.bias else y
         case Dense():
-            y = x.reshape(x.shape[0], -1) @ params[f"{op.name}/kernel"]
+            kernel = params[f"{op.name}/kernel"]
+            y = x.reshape(x.shape[0], -1).astype(kernel.dtype) @ kernel
             return y + params[f"{op.name}/bias"] if op.bias else y
         case Act():
             return ACTIVATIONS[op.function](x)
@@ -81,6 +124,8 @@ def compute(op: AnyOp, params: Arrays, inputs: list[Array]) -> Array:
             return x[..., op.start : op.start + op.shape[-1]]
         case Shuffle():
             return kernels.shuffle(x, op.groups)
+        case LinearAttention():
+            return linear_attention(x, op.dim)
         case _:
             raise TypeError(f"the JAX back-end has no op {type(op).__name__}")
 
@@ -97,11 +142,35 @@ def pool(x: Array, op: Pool) -> Array:
     return sums / counts
 
 
-def _norm(op: Norm, params: Arrays, x: Array, batch_stats: bool) -> tuple[Array, dict[str, Array]]:
-    if batch_stats:
+def linear_attention(qkv: Array, dim: int) -> Array:
+    """What `nas.ops.LinearAttention` says, of `qkv` [n, h, w, heads * 3 * dim]: [n, h, w, heads * dim].
+
+    Computed in float32 (or wider), whatever the type of `qkv`: sums over all pixels leave the range of float16.
+    """
+    n, height, width, channels = qkv.shape
+    wide = qkv.astype(jnp.promote_types(qkv.dtype, jnp.float32))
+    pixels = wide.reshape(n, height * width, channels // (3 * dim), 3, dim)
+    q, k, v = pixels.transpose(3, 0, 2, 1, 4)  # each [n, heads, pixels, dim], as matmuls want it
+    q, k = jax.nn.relu(q), jax.nn.relu(k)
+    weight = q @ k.sum(2)[..., None]
+    y = q @ (k.swapaxes(2, 3) @ v) / (weight + ATTENTION_EPSILON)
+    return y.swapaxes(1, 2).reshape(n, height, width, -1).astype(qkv.dtype)
+
+
+def _norm(
+    op: Norm, params: Arrays, x: Array, batch_stats: bool, norm_images: int | None
+) -> tuple[Array, dict[str, Array]]:
+    seen = {}
+    if not batch_stats:
+        mean, var = params[f"{op.name}/mean"], params[f"{op.name}/var"]
+    elif norm_images is None or norm_images >= x.shape[0]:
         mean, var = kernels.batch_moments(x)
         seen = {f"{op.name}/mean": mean, f"{op.name}/var": var}
     else:
-        mean, var, seen = params[f"{op.name}/mean"], params[f"{op.name}/var"], {}
+        groups = x.reshape(-1, norm_images, *x.shape[1:])
+        means, variances = jax.vmap(kernels.batch_moments)(groups)  # [groups, channels]
+        seen = {f"{op.name}/mean": means.mean(0), f"{op.name}/var": variances.mean(0)}
+        each = (x.shape[0], *[1] * (x.ndim - 2), x.shape[-1])
+        mean, var = (jnp.repeat(a, norm_images, axis=0).reshape(each) for a in (means, variances))
     scale = params[f"{op.name}/scale"] * lax.rsqrt(var + NORM_EPSILON)
     return (x * scale + (params[f"{op.name}/offset"] - mean * scale)).astype(x.dtype), seen

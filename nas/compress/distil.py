@@ -13,10 +13,11 @@ from numpy.typing import NDArray
 
 from nas import config
 from nas.data import Dataset
+from nas.data.resize import resize
 from nas.ops import Network
 from nas.run import run
 from nas.train import losses, optimiser
-from nas.train.augment import augment
+from nas.train.augment import augment, mix
 from nas.train.loop import Progress, State, fit, steps_of
 
 
@@ -44,20 +45,22 @@ def finetune(
     mean, std = jnp.asarray(data.mean), jnp.asarray(data.std)
     weight = settings.distill_weight
 
-    def loss(trained: Any, x: Array, goal: Array, labels: Array) -> tuple[Array, Array]:
+    def loss(trained: Any, x: Array, goal: Array, targets: Array) -> tuple[Array, Array]:
         logits, _ = run(graph, trained, x, batch_stats=True)
-        hard = losses.cross_entropy(logits, labels)
+        hard = losses.cross_entropy(logits, targets)
         soft = losses.distillation(logits, goal, temperature=settings.temperature)
-        return (1 - weight) * hard + weight * soft, (logits.argmax(-1) == labels).mean()
+        return (1 - weight) * hard + weight * soft, (logits.argmax(-1) == targets.argmax(-1)).mean()
 
     @jax.jit
     def compiled(
         state: State, teacher_params: Any, number: Array, images: Array, labels: Array
     ) -> tuple[State, dict[str, Array]]:
-        key = jax.random.fold_in(jax.random.key(seed), number)
-        x = augment(key, (images.astype(jnp.float32) / 255 - mean) / std, augmentation)
-        goal, _ = run(teacher_graph, teacher_params, x)
-        (value, top1), gradient = jax.value_and_grad(loss, has_aux=True)(state["params"], x, goal, labels)
+        key, mix_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), number))
+        x = augment(key, images.astype(jnp.float32) / 255, augmentation, fill=mean)
+        x, targets = mix(mix_key, x, jax.nn.one_hot(labels, data.classes), augmentation)
+        own, teachers = ((resize(x, n.input[:2]) - mean) / std for n in (network, teacher))
+        goal, _ = run(teacher_graph, teacher_params, teachers)
+        (value, top1), gradient = jax.value_and_grad(loss, has_aux=True)(state["params"], own, goal, targets)
         updates, optimiser_state = transform.update(gradient, state["optimiser"], state["params"])
         state = {"params": optax.apply_updates(state["params"], updates), "optimiser": optimiser_state}
         return state, {"loss": value, "top1": top1}

@@ -7,6 +7,7 @@ from functools import cached_property
 import numpy as np
 from PIL import Image
 
+from nas.data.resize import resize
 from nas.data.splits import Part, size
 
 GREY_LEVEL = 1 / 255  # floor of the standard deviation: a constant channel must not be divided by zero
@@ -48,9 +49,13 @@ class Dataset:
             out.update(part.labels.astype("<i4").tobytes())
         return out.hexdigest()
 
-    def normalise(self, images: np.ndarray) -> np.ndarray:
-        """uint8 [..., C] -> float32 with mean 0 and standard deviation 1 per channel over the training part."""
-        return (images.astype(np.float32) / np.float32(255) - self.mean) / self.std
+    def normalise(self, images: np.ndarray, size: tuple[int, int] | None = None) -> np.ndarray:
+        """uint8 [..., H, W, C] -> float32 with mean 0 and standard deviation 1 per channel over the training part.
+
+        With `size` (height, width) they are resized to it first.
+        """
+        scaled = images.astype(np.float32) / np.float32(255)
+        return ((resize(scaled, size) if size else scaled) - self.mean) / self.std
 
     def __repr__(self) -> str:
         return (

@@ -27,18 +27,23 @@ class Standalone:
 
     def calibrate(self, params: Mapping[str, Array], *, images: int) -> dict[str, Array]:
         """`params` with batch-norm statistics measured on so many training images."""
-        batches = calibration_batches(self.data, images=images, batch_size=self.batch_size)
+        batches = calibration_batches(self.data, images=images, batch_size=self.batch_size, size=self._size)
         return dict(params) | self._statistics(params, jnp.asarray(batches))
 
     def logits(self, params: Mapping[str, Array], part: Part) -> NDArray[np.float32]:
         """[n, classes] over all images of `part`."""
-        images, _ = labelled_batches(self.data, part, batch_size=self.batch_size)
+        images, _ = labelled_batches(self.data, part, batch_size=self.batch_size, size=self._size)
         out = np.concatenate([np.asarray(self._infer(params, x)) for x in images])
         return out[: len(part.labels)]
 
     def correct(self, params: Mapping[str, Array], part: Part) -> int:
         """Number of images of `part` that are classified correctly."""
         return int((self.logits(params, part).argmax(-1) == part.labels).sum())
+
+    @property
+    def _size(self) -> tuple[int, int]:
+        height, width, _ = self.network.input
+        return height, width
 
     @functools.cached_property
     def _statistics(self) -> Any:

@@ -20,7 +20,7 @@ from nas.supernet import Supernet
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class SubnetEvaluator:
-    """Scores genotypes on the validation part of `data`; one program is compiled for all of them."""
+    """Scores genotypes on the validation part of `data`; one program is compiled for all of one resolution."""
 
     supernet: Supernet
     params: Mapping[str, Array]
@@ -40,26 +40,49 @@ class SubnetEvaluator:
         mapping over a switch with `vmap` would run every branch.
         """
         branches = self.supernet.branches(genotypes)
-        return [int(self._correct(self.params, b, self._calibration, *self._validation)) for b in branches]
+        sides = self.supernet.space.resolution_of(self.supernet.space.check(genotypes))
+        return [
+            int(self._correct(self.params, b, self._calibration(side), *self._validation(side)))
+            for b, side in zip(branches, sides.tolist(), strict=True)
+        ]
 
     @property
     def compiled(self) -> int:
-        """Number of programs compiled so far to score with: one, whatever was scored."""
+        """Number of programs compiled so far to score with: one for each resolution, whatever was scored."""
         return self._correct._cache_size()
 
     def statistics(self, genotype: Any) -> dict[str, Array]:
         """Batch-norm statistics of one subnet, in the stored shapes."""
-        return self._statistics(self.params, self.supernet.branches(genotype), self._calibration)
+        side = int(self.supernet.space.resolution_of(self.supernet.space.check(genotype)))
+        return self._statistics(self.params, self.supernet.branches(genotype), self._calibration(side))
+
+    def _calibration(self, side: int) -> Array:
+        if side not in self._calibrations:
+            self._calibrations[side] = jnp.asarray(
+                calibration_batches(
+                    self.data, images=self.calibration_images, batch_size=self.batch_size, size=self._size(side)
+                )
+            )
+        return self._calibrations[side]
+
+    def _validation(self, side: int) -> tuple[Array, Array]:
+        if side not in self._validations:
+            part: Part = self.data.val
+            images, labels = labelled_batches(self.data, part, batch_size=self.batch_size, size=self._size(side))
+            self._validations[side] = jnp.asarray(images), jnp.asarray(labels)
+        return self._validations[side]
+
+    def _size(self, side: int) -> tuple[int, int]:
+        height, width, _ = self.supernet.space.at(side).input
+        return height, width
 
     @functools.cached_property
-    def _calibration(self) -> Array:
-        return jnp.asarray(calibration_batches(self.data, images=self.calibration_images, batch_size=self.batch_size))
+    def _calibrations(self) -> dict[int, Array]:
+        return {}
 
     @functools.cached_property
-    def _validation(self) -> tuple[Array, Array]:
-        part: Part = self.data.val
-        images, labels = labelled_batches(self.data, part, batch_size=self.batch_size)
-        return jnp.asarray(images), jnp.asarray(labels)
+    def _validations(self) -> dict[int, tuple[Array, Array]]:
+        return {}
 
     @functools.cached_property
     def _statistics(self) -> Any:

@@ -20,7 +20,11 @@ from nas.pipeline.verify import verify
 from nas.runfolder import RunFolder
 from nas.search import EXECUTORS, STRATEGIES
 from nas.search.ray_executor import preflight
-from nas.train.optimiser import OPTIMISERS
+from nas.train.augment import POLICIES
+from nas.train.losses import DIVERGENCES
+from nas.train.optimiser import OPTIMISERS, SCHEDULES
+from nas.train.precision import PRECISIONS
+from nas.train.samplers import SAMPLERS
 
 STAGES: dict[str, Callable[[Job], None]] = {
     "measure": measure,
@@ -37,8 +41,14 @@ STAGES: dict[str, Callable[[Job], None]] = {
 KNOWN: dict[str, Collection[str]] = {
     "search.strategy": STRATEGIES,
     "search.executor": EXECUTORS,
+    "train.sampler": SAMPLERS,
+    "train.distillation.divergence": DIVERGENCES,
+    "train.augment.policy": POLICIES,
+    "train.precision": PRECISIONS,
     "train.optimiser.name": OPTIMISERS,
+    "train.optimiser.schedule": SCHEDULES,
     "finish.optimiser.name": OPTIMISERS,
+    "finish.optimiser.schedule": SCHEDULES,
 }
 
 

@@ -100,12 +100,13 @@ def choose(job: Job) -> list[Candidate]:
 
 def architecture(job: Job, candidate: Candidate) -> Architecture:
     """The architecture.json of a candidate."""
-    data = job.data
+    data, network = job.data, job.space.decode(candidate.genotype)
+    height, width, channels = network.input
     return Architecture(
         schema=SCHEMA,
         name=f"{job.experiment.name}/{candidate.name}",
-        network=job.space.decode(candidate.genotype),
-        input=Input(data.image_shape, tuple(map(float, data.mean)), tuple(map(float, data.std))),
+        network=network,
+        input=Input((height, width, channels), tuple(map(float, data.mean)), tuple(map(float, data.std))),
         classes=tuple(data.class_names),
         space=Origin(job.space.name, job.space.digest),
         genotype=tuple(candidate.genotype.tolist()),

@@ -152,19 +152,15 @@ class Job:
         Raises:
             CheckpointError: they are damaged.
         """
-        import jax
-
-        from nas.train import Checkpoints, optimiser
-        from nas.train.loop import steps_of
+        from nas.train import Checkpoints, steps_of
+        from nas.train.supernet import state_like, trained
 
         self.folder.require("train")
         settings = self.experiment.train
         steps = steps_of(self.data.train, settings.epochs, settings.batch_size)
-        params = self.supernet.init(self.experiment.seed)
-        transform = optimiser.build(settings.optimiser, steps)
-        like = {"params": params, "optimiser": jax.eval_shape(transform.init, params)}
+        like = state_like(self.supernet, self.data, settings, seed=self.experiment.seed)
         with Checkpoints(self.path / "supernet" / "checkpoints") as checkpoints:
-            return checkpoints.restore(steps, like)["params"]
+            return dict(trained(checkpoints.restore(steps, like)))
 
     def handmade(self) -> np.ndarray:
         """The genotype of the hand-made network: uniform choices, nearest to the limit from below.

@@ -10,11 +10,11 @@ from typing import Any
 import msgspec
 
 from nas.errors import DeviceError
-from nas.files import write_bytes, write_json
+from nas.files import write_json
 from nas.measure import hardware
 from nas.measure import measure as measure_table
 from nas.pipeline.job import Job
-from nas.space import space_file
+from nas.space import copy_space
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "onnx", "onnxruntime", "ray")
 
@@ -49,7 +49,7 @@ def measure(job: Job) -> None:
             f"within 10 % {proof.within_10:.0%}, Kendall tau {proof.kendall_tau:.3f}"
         )
     write_json(job.path / "latency" / "proof.json", {**proofs[job.precision], "precisions": proofs})
-    write_bytes(job.path / "space.toml", space_file(job.experiment.space).read_bytes())
+    copy_space(job.experiment.space, job.path)
     write_json(job.path / "environment.json", environment(job, {p: t.digest for p, t in tables.items()}))
     job.tables = tables
 

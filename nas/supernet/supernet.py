@@ -11,10 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from nas import config
 from nas.ops import Block, Network, Weight
 from nas.space import Position, Space
 from nas.supernet.sharing import read, store_shapes
-from nas.supernet.switch import Mode, elastic
+from nas.supernet.switch import Manner, Mode, Step, elastic
 
 Params = Mapping[str, Any]  # arrays of JAX or NumPy
 
@@ -32,16 +33,23 @@ class Supernet:
     @functools.cached_property
     def weights(self) -> dict[str, Weight]:
         """Every stored array, batch-norm statistics included, by name."""
-        return store_shapes(b for p in self.space.positions for b in p.branches if b is not None)
+        blocks = (b for p in self.space.positions for b in p.branches if b is not None)
+        return store_shapes(blocks, kernel_transform=self.space.kernel_transform)
 
     @functools.cached_property
-    def _stages(self) -> list[list[Position]]:
-        """Neighbouring positions that offer the same branches over the same shapes: they share one compiled switch."""
-        same = itertools.groupby(self.space.positions, key=_signature)
-        return [list(group) for _, group in same]
+    def _stages(self) -> dict[int, list[list[Position]]]:
+        """For each resolution, runs of neighbouring positions that offer the same branches over the same shapes: they
+        share one compiled switch."""
+        return {
+            resolution: [
+                list(group) for _, group in itertools.groupby(self.space.at(resolution).positions, key=_signature)
+            ]
+            for resolution in self.space.resolutions
+        }
 
     def init(self, seed: int) -> dict[str, np.ndarray]:
-        """Trained arrays: He-normal kernels (He et al. 2015, arXiv:1502.01852), scales 1, the rest 0, float32.
+        """Trained arrays: He-normal kernels (He et al. 2015, arXiv:1502.01852), scales 1, transforms the identity, the
+        rest 0, float32.
 
         Drawn by NumPy: in JAX every shape would be a compilation of its own.
         """
@@ -51,49 +59,83 @@ class Supernet:
                 gain = 1.0 if name.endswith("logits/kernel") else 2.0
                 noise = np.random.default_rng([seed, index]).standard_normal(w.shape, np.float32)
                 out[name] = noise * np.float32((gain / w.fan_in) ** 0.5)
+            elif w.role == "transform":
+                out[name] = np.eye(w.shape[0], dtype=np.float32)
             elif w.trained:
                 out[name] = np.full(w.shape, w.role == "scale", np.float32)
         return out
 
-    def apply(self, params: Params, branches: Array, images: Array, *, mode: Mode) -> tuple[Array, dict[str, Array]]:
-        """Logits [n, classes] of one subnet, and the batch-norm statistics it saw.
+    def apply(
+        self,
+        params: Params,
+        branches: Array,
+        images: Array,
+        *,
+        mode: Mode,
+        key: Array | None = None,
+        noise: config.Noise | None = None,
+        norm_images: int | None = None,
+        rematerialise: bool = False,
+    ) -> tuple[Array, dict[str, Array]]:
+        """Logits [n, classes], float32, of one subnet, and the batch-norm statistics it saw.
 
         Args:
-            params: the trained arrays; with mode "infer" the statistics too.
-            branches: int32 [positions].
-            images: [n, height, width, channels].
+            params: the trained arrays; with mode "infer" the statistics too. Convolutions compute in the type of their
+                kernels and of `images` (nas.train.precision), norms and logits in float32.
+            branches: int32 [positions], see `branches`.
+            images: [n, height, width, channels]; the height says which of the space's resolutions this is.
             mode: norms use this batch's moments ("train", "calibrate") or `params` ("infer"). Only "calibrate"
                 returns the moments: in the stored shapes, zero where the subnet has no channel, so that all subnets'
                 have one structure.
+            key: of the noise, in mode "train".
+            noise: dropout, drop-path (rising linearly over the positions) and DropBlock; None: none.
+            norm_images: images that norms take moments over; None: the whole batch.
+            rematerialise: keep only the inputs of stages for the backward pass, not those of blocks.
+
+        Raises:
+            SpaceError: the space does not have that resolution.
         """
+        manner = Manner(mode, norm_images, noise or config.Noise())
         x = images
         seen: dict[str, Array] = {}
-        index = 0
-        for group in self._stages:
-            step = elastic(group[0], self._relative(group[0]), mode)
+        index, positions = 0, len(self.space.positions)
+        rates = jnp.asarray(manner.noise.drop_path * np.linspace(0, 1, positions), jnp.float32)
+        keys = jnp.zeros((positions, 2), jnp.uint32)
+        if manner.noisy:
+            if key is None:
+                raise ValueError("a pass with noise needs a key")
+            keys = jax.random.key_data(jax.random.split(key, positions))
+        for group in self._stages_at(images.shape[1]):
+            step = elastic(group[0], self._relative(group[0]), manner)
             mine = [self._params_of(p, params, mode) for p in group]
-            if len(group) == 1:
-                x, stats = step(branches[index], mine[0], x)
-                stats = jax.tree.map(lambda a: a[None], stats)
-            else:
-                stacked = jax.tree.map(lambda *a: jnp.stack(a), *mine)
+            stacked = jax.tree.map(lambda *a: jnp.stack(a), *mine)
+            part = slice(index, index + len(group))
+            xs = (branches[part], (keys[part], rates[part]), stacked)
 
-                def body(carry: Array, xs: Any, step: Any = step) -> tuple[Array, dict[str, Array]]:
-                    return step(xs[0], xs[1], carry)
-
-                x, stats = lax.scan(body, x, (branches[index : index + len(group)], stacked))
+            stage = functools.partial(_in_turn, step)
+            x, stats = (jax.checkpoint(stage) if rematerialise else stage)(x, xs)
             for number, position in enumerate(group):
                 seen |= {f"{position.name}/{name}": a[number] for name, a in stats.items()}
             index += len(group)
-        return x, seen
+        return x.astype(jnp.float32), seen
+
+    def _stages_at(self, resolution: int) -> list[list[Position]]:
+        self.space.at(resolution)  # or an error that names what there is
+        return self._stages[resolution]
 
     def slice(self, params: Params, network: Network) -> dict[str, Array]:
         """The weights of `network` alone (copies), statistics included if `params` has them."""
         return read(params, network.blocks)
 
     def branches(self, genotypes: Any) -> np.ndarray:
-        """int32 [..., positions] of genotypes [..., genes], which are checked."""
-        return self.space.branches(self.space.check(genotypes))
+        """int32 [..., positions] of genotypes [..., genes], which are checked; valid at their own resolution."""
+        genotypes = self.space.check(genotypes)
+        sides = self.space.resolution_of(genotypes)
+        out = np.zeros((*genotypes.shape[:-1], len(self.space.positions)), np.int32)
+        for side in np.unique(sides):
+            mine = self.space.without_resolution(genotypes[sides == side])
+            out[sides == side] = self.space.at(int(side)).branches(mine)
+        return out
 
     def _relative(self, position: Position) -> dict[str, Weight]:
         """Stored arrays of a position by their name below it."""
@@ -106,6 +148,14 @@ class Supernet:
             for name, w in self._relative(position).items()
             if w.trained or mode == "infer"
         }
+
+
+def _in_turn(step: Step, x: Array, xs: Any) -> tuple[Array, dict[str, Array]]:
+    """`step` over layers of one kind, whose inputs `xs` are stacked; their statistics stacked alike."""
+    if len(xs[0]) > 1:
+        return lax.scan(lambda x, one: step(*one, x), x, xs)
+    y, stats = step(*jax.tree.map(lambda a: a[0], xs), x)  # a layer alone may change the shape
+    return y, jax.tree.map(lambda a: a[None], stats)
 
 
 def _signature(position: Position) -> tuple[Any, ...]:

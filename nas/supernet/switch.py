@@ -6,6 +6,7 @@ the residuals of all branches (measured: 2-6 times slower, 10 times the memory).
 only the branch number, the weights and the input; the backward pass switches once more, over the branches' VJPs.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Literal
 
@@ -14,58 +15,87 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from nas import config
 from nas.ops import Block, Shape, Weight, weights
-from nas.run import run
+from nas.run import Noisy, run
 from nas.space import Position
-from nas.supernet.sharing import share, unshare
+from nas.supernet.sharing import unshare, weight_of
 
 Arrays = Mapping[str, Array]
 Mode = Literal["train", "calibrate", "infer"]  # what norms use: the batch, the batch and report it, `params`
-Step = Callable[[Array, Arrays, Array], tuple[Array, dict[str, Array]]]
+Chance = tuple[Array, Array]  # what a noisy pass adds to the inputs of a position: raw key, drop-path rate
+NO_NOISE = config.Noise()
+Step = Callable[[Array, Chance, Arrays, Array], tuple[Array, dict[str, Array]]]
 
 
-def elastic(position: Position, stored: Mapping[str, Weight], mode: Mode) -> Step:
-    """A function (branch number, weights by name below the position, x) -> (y, statistics by name).
+@dataclasses.dataclass(frozen=True)
+class Manner:
+    """How a pass is computed; static, so each manner is compiled on its own."""
+
+    mode: Mode = "train"
+    norm_images: int | None = None  # see nas.run.run
+    noise: config.Noise = NO_NOISE
+
+    @property
+    def noisy(self) -> bool:
+        """Whether anything is dropped."""
+        return self.mode == "train" and any((self.noise.dropout, self.noise.drop_path, self.noise.drop_block))
+
+
+def elastic(position: Position, stored: Mapping[str, Weight], manner: Manner) -> Step:
+    """A function (branch number, chance, weights by name below the position, x) -> (y, statistics by name).
 
     `x` and `y` have the position's widest shapes; channels that a narrower subnet lacks are zero.
     """
-    forwards = [_branch(position, block, stored, mode) for block in position.branches]
+    forwards = [_branch(position, block, stored, manner) for block in position.branches]
     if len(forwards) == 1:
-        return lambda branch, params, x: forwards[0](params, x)
+        return lambda branch, chance, params, x: forwards[0](chance, params, x)
 
     @jax.custom_vjp
-    def step(branch: Array, params: Arrays, x: Array) -> tuple[Array, dict[str, Array]]:
-        return lax.switch(branch, forwards, params, x)
+    def step(branch: Array, chance: Chance, params: Arrays, x: Array) -> tuple[Array, dict[str, Array]]:
+        return lax.switch(branch, forwards, chance, params, x)
 
-    def forward(branch: Array, params: Arrays, x: Array):
-        return step(branch, params, x), (branch, params, x)
+    def forward(branch: Array, chance: Chance, params: Arrays, x: Array):
+        return step(branch, chance, params, x), (branch, chance, params, x)
 
     def backward(saved, cotangents):
-        branch, params, x = saved
+        branch, chance, params, x = saved
 
-        def pull(f, params: Arrays, x: Array, cotangents):
-            return jax.vjp(f, params, x)[1](cotangents)
+        def pull(f, chance: Chance, params: Arrays, x: Array, cotangents):
+            return jax.vjp(lambda p, x: f(chance, p, x), params, x)[1](cotangents)
 
         pulls = [lambda *a, f=f: pull(f, *a) for f in forwards]
-        return (np.zeros(branch.shape, jax.dtypes.float0), *lax.switch(branch, pulls, params, x, cotangents))
+        none = np.zeros(branch.shape, jax.dtypes.float0)
+        no_chance = (np.zeros(chance[0].shape, jax.dtypes.float0), jnp.zeros_like(chance[1]))
+        return (none, no_chance, *lax.switch(branch, pulls, chance, params, x, cotangents))
 
     step.defvjp(forward, backward)
     return step
 
 
-def _branch(position: Position, block: Block | None, stored: Mapping[str, Weight], mode: Mode):
-    """(weights, x) -> (y, statistics) of one branch."""
-    statistics = {n: w.shape for n, w in stored.items() if not w.trained} if mode == "calibrate" else {}
+def _branch(position: Position, block: Block | None, stored: Mapping[str, Weight], manner: Manner):
+    """(chance, weights, x) -> (y, statistics) of one branch."""
+    calibrates = manner.mode == "calibrate"
+    statistics = {n: w.shape for n, w in stored.items() if not w.trained} if calibrates else {}
 
-    def forward(params: Arrays, x: Array) -> tuple[Array, dict[str, Array]]:
+    def forward(chance: Chance, params: Arrays, x: Array) -> tuple[Array, dict[str, Array]]:
         seen: dict[str, Array] = {}
         if block is None:
             y = x
         else:
             scope = block.name.removeprefix(position.name + "/")
             names = {w.name: w.shape for w in weights(block.graph)}
-            mine = {n: share(params[f"{scope}/{n}"], s) for n, s in names.items() if f"{scope}/{n}" in params}
-            y, moments = run(block.graph, mine, x[..., : block.graph.input[-1]], batch_stats=mode != "infer")
+            mine = {n: weight_of(params, f"{scope}/{n}", s) for n, s in names.items() if f"{scope}/{n}" in params}
+            key, drop_path = chance
+            noisy = Noisy(manner.noise, jax.random.wrap_key_data(key), drop_path) if manner.noisy else None
+            y, moments = run(
+                block.graph,
+                mine,
+                x[..., : block.graph.input[-1]],
+                batch_stats=manner.mode != "infer",
+                norm_images=manner.norm_images,
+                noisy=noisy,
+            )
             seen = {f"{scope}/{n}": unshare(a, statistics[f"{scope}/{n}"]) for n, a in moments.items() if statistics}
         rest = {n: jnp.zeros(shape, jnp.float32) for n, shape in statistics.items() if n not in seen}
         return _widen(y, position.output), seen | rest

@@ -1,38 +1,21 @@
-"""Supernet training: the sandwich rule with in-place distillation.
+"""Training of the supernet: what a step does is in `nas.train.step`, whom it trains in `nas.train.samplers`."""
 
-Each step trains the largest network on the labels, and the smallest and a few random ones on the largest's soft labels
-(Yu & Huang 2019, arXiv:1903.05134, sec. 3; Yu et al. 2020, arXiv:2003.11142, sec. 3.1).
-"""
-
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-import optax
-from jax import Array, lax
-from numpy.typing import NDArray
+from jax import Array
 
 from nas import config
 from nas.data import Dataset
+from nas.errors import ConfigError
 from nas.supernet import Supernet
-from nas.train import losses, optimiser
-from nas.train.augment import augment
-from nas.train.loop import Progress, State, fit, steps_of
-
-
-def sandwich(supernet: Supernet, settings: config.Train, *, seed: int) -> Callable[[int], NDArray[np.int32]]:
-    """step number -> branch numbers [2 + random_subnets, positions]: the largest network, the smallest, random ones."""
-    space = supernet.space
-    ends = np.stack([space.largest(), space.smallest()])
-
-    def pick(step: int) -> NDArray[np.int32]:
-        drawn = space.sample(np.random.default_rng([seed, step, 1]), settings.random_subnets)
-        return space.branches(np.concatenate([ends, drawn]))
-
-    return pick
+from nas.train import optimiser
+from nas.train.loop import Progress, fit, steps_of
+from nas.train.samplers import sampler
+from nas.train.step import State, Step
 
 
 def train_supernet(
@@ -44,75 +27,58 @@ def train_supernet(
     folder: Path | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Array]:
-    """The trained arrays of the supernet. With a folder, resumes from and writes checkpoints there."""
-    steps = steps_of(data.train, settings.epochs, settings.batch_size)
-    transform = optimiser.build(settings.optimiser, steps)
-    step_function = make_step(supernet, data, settings, transform, seed=seed)
-    params = jax.tree.map(jnp.asarray, supernet.init(seed))
-    pick = sandwich(supernet, settings, seed=seed)
+    """The trained arrays of the supernet, or their moving average (settings.ema).
 
-    def step(state: State, number: int, images: NDArray[Any], labels: NDArray[Any]) -> tuple[State, dict[str, Any]]:
-        return step_function(state, np.uint32(number), pick(number), images, labels)
+    With a folder, resumes from and writes checkpoints there.
 
-    state = {"params": params, "optimiser": transform.init(params)}
+    Raises:
+        ConfigError: settings that do not fit together.
+        CheckpointError: a damaged checkpoint, or a training that diverged.
+    """
+    step = make_step(supernet, data, settings, seed=seed)
     state = fit(
         step,
-        state,
+        step.init(jax.tree.map(jnp.asarray, supernet.init(seed))),
         data.train,
-        steps=steps,
+        steps=steps_of(data.train, settings.epochs, settings.batch_size),
         batch_size=settings.batch_size,
         seed=seed,
         folder=folder,
         checkpoint_steps=settings.checkpoint_steps,
         progress=progress,
     )
-    return state["params"]
+    return dict(trained(state))
 
 
-def make_step(
-    supernet: Supernet,
-    data: Dataset,
-    settings: config.Train,
-    transform: optax.GradientTransformation,
-    *,
-    seed: int,
-) -> Any:
-    """The compiled step (state, step number, branches [subnets, positions], images, labels) -> (state, metrics).
+def make_step(supernet: Supernet, data: Dataset, settings: config.Train, *, seed: int) -> Step:
+    """The step of a training of `settings.epochs` on `data`.
 
-    The subnets are a `lax.scan`, so one forward and backward pass is compiled, however many there are.
+    Raises:
+        ConfigError: unknown names, or sizes that do not divide the batch.
     """
-    mean, std = jnp.asarray(data.mean), jnp.asarray(data.std)
+    devices = jax.local_device_count()
+    if settings.batch_size % (devices * settings.accumulate):
+        raise ConfigError(
+            f"train.batch_size is {settings.batch_size}, which does not divide over {devices} devices in "
+            f"{settings.accumulate} parts each (accumulate). Choose a multiple of {devices * settings.accumulate}."
+        )
+    part = settings.batch_size // settings.accumulate
+    if settings.norm_images is not None and part % settings.norm_images:
+        raise ConfigError(
+            f"train.norm_images is {settings.norm_images}, which does not divide the {part} images that are computed "
+            f"at a time (train.batch_size / train.accumulate). Choose a divisor."
+        )
+    steps = steps_of(data.train, settings.epochs, settings.batch_size)
+    transform = optimiser.build(settings.optimiser, steps)
+    at_one_size = supernet.space.at(supernet.space.resolutions[-1])
+    return Step(supernet, data, settings, transform, sampler(settings, at_one_size, steps=steps), seed)
 
-    def loss(params: Any, branches: Array, first: Array, teacher: Array, images: Array, labels: Array):
-        logits, _ = supernet.apply(params, branches, images, mode="train")
-        hard = losses.cross_entropy(logits, labels, smoothing=settings.label_smoothing)
-        soft = losses.distillation(logits, teacher)
-        return jnp.where(first, hard, soft), (logits, hard)
 
-    @jax.jit
-    def step(state: State, number: Array, branches: Array, images: Array, labels: Array):
-        key = jax.random.fold_in(jax.random.key(seed), number)
-        x = augment(key, (images.astype(jnp.float32) / 255 - mean) / std, settings.augment)
-        params = state["params"]
+def trained(state: State) -> Mapping[str, Any]:
+    """The arrays of a state that are to be evaluated."""
+    return state.get("average", state["params"])
 
-        def one(carry: Any, xs: Any):
-            gradients, teacher = carry
-            picked, first = xs
-            (_, (logits, hard)), gradient = jax.value_and_grad(loss, has_aux=True)(
-                params, picked, first, teacher, x, labels
-            )
-            teacher = jnp.where(first, lax.stop_gradient(logits), teacher)
-            correct = (logits.argmax(-1) == labels).mean()
-            return (jax.tree.map(jnp.add, gradients, gradient), teacher), (hard, correct)
 
-        n = branches.shape[0]
-        zero = (jax.tree.map(jnp.zeros_like, params), jnp.zeros((x.shape[0], supernet.space.classes)))
-        (gradients, _), (hard, correct) = lax.scan(one, zero, (branches, jnp.arange(n) == 0))
-        updates, optimiser_state = transform.update(gradients, state["optimiser"], params)
-        metrics = {"loss_largest": hard[0], "loss_smallest": hard[1], "top1_largest": correct[0]}
-        metrics |= {"top1_smallest": correct[1], "gradient_norm": optax.tree.norm(gradients)}
-        if n > 2:
-            metrics |= {"loss_random": hard[2:].mean(), "top1_random": correct[2:].mean()}
-        return {"params": optax.apply_updates(params, updates), "optimiser": optimiser_state}, metrics
-
-    return step
+def state_like(supernet: Supernet, data: Dataset, settings: config.Train, *, seed: int) -> State:
+    """Shapes and types of a training's state, to restore a checkpoint by."""
+    return jax.eval_shape(make_step(supernet, data, settings, seed=seed).init, supernet.init(seed))

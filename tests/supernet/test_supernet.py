@@ -15,15 +15,20 @@ from nas.run import run
 from nas.space import load_space
 from nas.supernet import Supernet, share
 from nas.supernet.sharing import unshare
-from nas.train import optimiser
 from nas.train.losses import cross_entropy
-from nas.train.supernet import make_step, sandwich
+from nas.train.supernet import make_step
+
+QUICK = ("tiny", "elastic", "digits_mixed")
+SPACES = [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in (*QUICK[:2], *catalog.list_spaces())]
 
 
-@pytest.fixture(scope="module", params=["tiny", *catalog.list_spaces()])
+@pytest.fixture(scope="module", params=SPACES)
 def supernet(request, tmp_path_factory) -> Supernet:
+    folder = tmp_path_factory.mktemp("space")
     if request.param == "tiny":
-        return Supernet(tiny.space(tmp_path_factory.mktemp("space")))
+        return Supernet(tiny.space(folder))
+    if request.param == "elastic":
+        return Supernet(tiny.elastic_space(folder))
     return Supernet(load_space(request.param, input_shape=(8, 8, 1), classes=3))
 
 
@@ -32,9 +37,8 @@ def params(supernet):
     return supernet.init(0)
 
 
-@pytest.fixture(scope="module")
-def images(supernet):
-    return jax.random.normal(jax.random.key(1), (4, *supernet.space.input))
+def images_for(network):
+    return jax.random.normal(jax.random.key(1), (4, *network.input))
 
 
 @pytest.fixture(scope="module")
@@ -47,20 +51,31 @@ def genotypes_of(supernet, n=3):
     return np.stack([space.smallest(), space.largest(), *space.sample(np.random.default_rng(0), n)])
 
 
-def test_a_subnet_in_the_supernet_equals_its_slice_alone(supernet, params, images, calibrate):
+@pytest.fixture(scope="module")
+def transformed(params):
+    """Weights with transforms that do something."""
+    rng = np.random.default_rng(1)
+    return {n: a + 0.1 * rng.standard_normal(a.shape, np.float32) if "_to_" in n else a for n, a in params.items()}
+
+
+def test_a_subnet_in_the_supernet_equals_its_slice_alone(supernet, transformed, calibrate):
+    params, sides = transformed, set()
     for genotype in genotypes_of(supernet):
         network = supernet.space.decode(genotype)
+        images = images_for(network)
+        sides.add(network.input)
         logits, seen = calibrate(params, supernet.branches(genotype), images)
         alone, moments = run(network.flat(), supernet.slice(params, network), images, batch_stats=True)
         np.testing.assert_allclose(logits, alone, rtol=2e-5, atol=2e-5)
         for name, moment in moments.items():
             np.testing.assert_allclose(share(seen[name], moment.shape), moment, rtol=1e-4, atol=1e-5)
-    assert calibrate._cache_size() == 1
+    assert calibrate._cache_size() == len(sides)
 
 
-def test_with_measured_statistics_the_slice_alone_infers_the_same(supernet, params, images, calibrate):
+def test_with_measured_statistics_the_slice_alone_infers_the_same(supernet, params, calibrate):
     genotype = supernet.space.sample(np.random.default_rng(3), 1)[0]
     network, branches = supernet.space.decode(genotype), supernet.branches(genotype)
+    images = images_for(network)
     everything = params | calibrate(params, branches, images)[1]
     alone, _ = run(network.flat(), supernet.slice(everything, network), images)
     if supernet.space.name == "tiny":
@@ -115,16 +130,13 @@ def test_unshare_puts_a_slice_back_where_share_took_it(stored, shape):
 def test_200_subnets_train_and_are_evaluated_with_one_compilation_each(tmp_path):
     data, supernet = tiny.data(tmp_path), Supernet(tiny.space(tmp_path))
     settings = config.Train(batch_size=8, calibration_images=16, eval_batch_size=15)
-    transform = optimiser.build(settings.optimiser, 50)
-    step = make_step(supernet, data, settings, transform, seed=0)
-    pick = sandwich(supernet, settings, seed=0)
-    params = jax.tree.map(jnp.asarray, supernet.init(0))
-    state = {"params": params, "optimiser": transform.init(params)}
+    step = make_step(supernet, data, settings, seed=0)
+    state = step.init(jax.tree.map(jnp.asarray, supernet.init(0)))
     for number in range(100):  # two random subnets a step
-        state, _ = step(state, np.uint32(number), pick(number), data.train.images[:8], data.train.labels[:8])
+        state, _ = step(state, number, data.train.images[:8], data.train.labels[:8])
     evaluator = SubnetEvaluator(supernet, state["params"], data, calibration_images=16, batch_size=15)
     counts = evaluator(supernet.space.sample(np.random.default_rng(0), 200))
-    assert step._cache_size() == 1
+    assert step.compiled == 3  # its three parts
     assert evaluator.compiled == 1
     assert all(0 <= c <= evaluator.total for c in counts)
 

@@ -1,0 +1,232 @@
+"""One step of supernet training, in parts that are each compiled once for a resolution.
+
+    prepare    images of the data set -> augmented, mixed, resized, normalised; targets
+    gradient   of one subnet on (a part of) the batch, added to what the subnets before it gave
+    update     the weights, their moving average, the loss scale
+
+The host calls `gradient` for every subnet of the step, so a sampler may name any number of them, and nothing is
+compiled anew. The first subnet teaches the others where the sampler says so.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from numpy.typing import NDArray
+
+from nas import config
+from nas.data import Dataset
+from nas.data.resize import resize
+from nas.supernet import Supernet
+from nas.train import ema, losses, precision
+from nas.train.augment import augment, mix
+from nas.train.samplers import Sampler
+
+State = dict[str, Any]  # params, optimiser; average with settings.ema; loss_scale where the precision needs one
+Metrics = dict[str, Array]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Step:
+    """Called as `step(state, number, images, labels)`: one update of the weights, with what `sampler` names.
+
+    Everything random is drawn from (seed, number), so a training that was cut off repeats its steps.
+    """
+
+    supernet: Supernet
+    data: Dataset
+    settings: config.Train
+    transform: optax.GradientTransformation
+    sampler: Sampler
+    seed: int
+
+    def init(self, params: dict[str, Array]) -> State:
+        """The state before the first step, a copy of it on every device."""
+        if self._everywhere is not None:
+            params = jax.device_put(params, self._everywhere)
+        state: State = {"params": params, "optimiser": self.transform.init(params)}
+        if self.settings.ema:
+            state["average"] = jax.tree.map(jnp.copy, params)
+        if self._precision.scaled:
+            state["loss_scale"] = precision.initial_scale()
+        return state
+
+    def __call__(
+        self, state: State, number: int, images: NDArray[np.uint8], labels: NDArray[np.int32]
+    ) -> tuple[State, Metrics]:
+        """The next state, and losses and top-1 on this batch of the largest, smallest and other subnets."""
+        space = self.supernet.space
+        rng = np.random.default_rng([self.seed, number, 1])
+        side = int(rng.choice(space.resolutions)) if len(space.resolutions) > 1 else space.resolutions[0]
+        if self._by_image is not None:
+            images, labels = jax.device_put((images, labels), self._by_image)
+        x, targets = self._prepare(np.uint32(number), images, labels, size=space.at(side).input[:2])
+        drawn = self.sampler(number, rng, functools.partial(self._score, state["params"], side, x, targets))
+        branches = space.at(side).branches(drawn.genotypes)
+        kinds = [self._kind(g) for g in drawn.genotypes]
+        total = self._zeros(state["params"])
+        seen: dict[str, list[Array]] = {}
+        parts = self.settings.accumulate
+        size = len(labels) // parts
+        for part in range(parts):
+            rows = slice(part * size, (part + 1) * size)
+            x_part, targets_part = (x, targets) if parts == 1 else (x[rows], targets[rows])
+            teacher = jnp.zeros((size, space.classes))
+            for index, (kind, picked) in enumerate(zip(kinds, branches, strict=True)):
+                learns = np.bool_(index == 0 or not drawn.distil)
+                key = np.array([number, part, index], np.uint32)
+                total, logits, loss, top1 = self._gradient(
+                    total,
+                    state["params"],
+                    state.get("loss_scale"),
+                    picked,
+                    key,
+                    x_part,
+                    targets_part,
+                    teacher,
+                    learns,
+                )
+                teacher = logits if index == 0 else teacher
+                seen.setdefault(f"loss_{kind}", []).append(loss)
+                seen.setdefault(f"top1_{kind}", []).append(top1)
+        state, norm = self._update(state, total, np.float32(1 / parts), np.int32(number))
+        metrics = {name: sum(values) / len(values) for name, values in seen.items()}
+        return state, metrics | {"gradient_norm": norm}
+
+    @property
+    def compiled(self) -> int:
+        """Programs compiled so far: three, whatever was trained; preparation and gradient once more a resolution."""
+        parts: tuple[Any, ...] = (self._prepare, self._gradient, self._update)
+        return sum(part._cache_size() for part in parts)
+
+    @functools.cached_property
+    def _by_image(self) -> NamedSharding | None:
+        """How a batch is spread over the local devices; None if there is one."""
+        devices = np.array(jax.local_devices())
+        return NamedSharding(Mesh(devices, ("data",)), PartitionSpec("data")) if len(devices) > 1 else None
+
+    @functools.cached_property
+    def _everywhere(self) -> NamedSharding | None:
+        return None if self._by_image is None else NamedSharding(self._by_image.mesh, PartitionSpec())
+
+    @functools.cached_property
+    def _precision(self) -> precision.Precision:
+        return precision.named(self.settings.precision)
+
+    @functools.cached_property
+    def _ends(self) -> dict[bytes, str]:
+        space = self.supernet.space.at(self.supernet.space.resolutions[-1])
+        return {space.largest().tobytes(): "largest", space.smallest().tobytes(): "smallest"}
+
+    def _kind(self, genotype: NDArray[np.uint8]) -> str:
+        return self._ends.get(genotype.tobytes(), "random")
+
+    def _score(self, params: Any, side: int, x: Array, targets: Array, genotypes: Any) -> NDArray[np.float64]:
+        """Loss [n] of genotypes [n, genes] on this batch, forward only."""
+        branches = self.supernet.space.at(side).branches(genotypes)
+        return np.array([float(self._loss_of(params, b, x, targets)) for b in branches])
+
+    # what is compiled
+
+    @functools.cached_property
+    def _prepare(self) -> Callable[..., tuple[Array, Array]]:
+        mean, std = jnp.asarray(self.data.mean), jnp.asarray(self.data.std)
+        settings, classes = self.settings.augment, self.supernet.space.classes
+
+        def prepare(number: Array, images: Array, labels: Array, *, size: tuple[int, int]) -> tuple[Array, Array]:
+            key, mix_key = jax.random.split(jax.random.fold_in(jax.random.key(self.seed), number))
+            x = augment(key, images.astype(jnp.float32) / 255, settings, fill=mean)
+            x = (resize(x, size) - mean) / std
+            return mix(mix_key, x, jax.nn.one_hot(labels, classes), settings)
+
+        return jax.jit(prepare, static_argnames="size")
+
+    @functools.cached_property
+    def _zeros(self) -> Callable[[Any], Any]:
+        return jax.jit(lambda params: jax.tree.map(jnp.zeros_like, params))
+
+    def _apply(self, params: Any, branches: Array, x: Array, key: Array | None) -> Array:
+        """Logits in training mode, in the precision of the settings."""
+        settings, dtype = self.settings, self._precision.dtype
+        logits, _ = self.supernet.apply(
+            precision.compute_params(params, dtype),
+            branches,
+            x.astype(dtype),
+            mode="train",
+            key=key,
+            noise=settings.noise if key is not None else None,
+            norm_images=settings.norm_images,
+            rematerialise=settings.rematerialise,
+        )
+        return logits
+
+    @functools.cached_property
+    def _loss_of(self) -> Callable[..., Array]:
+        def loss_of(params: Any, branches: Array, x: Array, targets: Array) -> Array:
+            return losses.cross_entropy(self._apply(params, branches, x, None), targets)
+
+        return jax.jit(loss_of)
+
+    @functools.cached_property
+    def _gradient(self) -> Callable[..., tuple[Any, Array, Array, Array]]:
+        divergence = losses.divergence(self.settings.distillation)
+        smoothing = self.settings.label_smoothing
+
+        def loss(
+            params: Any,
+            scale: Any,
+            branches: Array,
+            key: Array,
+            x: Array,
+            targets: Array,
+            teacher: Array,
+            learns: Array,
+        ) -> tuple[Array, tuple[Array, Array]]:
+            logits = self._apply(params, branches, x, key)
+            hard = losses.cross_entropy(logits, targets, smoothing=smoothing)
+            chosen = jnp.where(learns, hard, divergence(logits, teacher))
+            return (chosen if scale is None else precision.scaled(chosen, scale)), (logits, hard)
+
+        def gradient(
+            total: Any, params: Any, scale: Any, branches: Array, numbers: Array,
+            x: Array, targets: Array, teacher: Array, learns: Array,
+        ) -> tuple[Any, Array, Array, Array]:  # fmt: skip
+            key = jax.random.key(self.seed)
+            for number in numbers:
+                key = jax.random.fold_in(key, number)
+            (_, (logits, hard)), mine = jax.value_and_grad(loss, has_aux=True)(
+                params, scale, branches, key, x, targets, teacher, learns
+            )
+            top1 = (logits.argmax(-1) == targets.argmax(-1)).mean()
+            return jax.tree.map(jnp.add, total, mine), jax.lax.stop_gradient(logits), hard, top1
+
+        return jax.jit(gradient, donate_argnums=0)
+
+    @functools.cached_property
+    def _update(self) -> Callable[..., tuple[State, Array]]:
+        decay = self.settings.ema
+
+        def update(state: State, total: Any, share: Array, number: Array) -> tuple[State, Array]:
+            gradients = jax.tree.map(lambda g: g * share, total)
+            if "loss_scale" in state:
+                gradients = precision.unscale(gradients, state["loss_scale"])
+            updates, optimiser = self.transform.update(gradients, state["optimiser"], state["params"])
+            new = {"params": optax.apply_updates(state["params"], updates), "optimiser": optimiser}
+            if "average" in state:
+                new["average"] = ema.update(state["average"], new["params"], decay, number)
+            if "loss_scale" in state:
+                finite = precision.all_finite(gradients)
+                old = {name: state[name] for name in new}
+                new = precision.keep_if(finite, new, old)
+                new["loss_scale"] = precision.adjust(state["loss_scale"], finite)
+                gradients = precision.keep_if(finite, gradients, jax.tree.map(jnp.zeros_like, gradients))
+            return new, optax.tree.norm(gradients)
+
+        return jax.jit(update, donate_argnums=0)
