@@ -20,7 +20,7 @@ def resize_matrix(source: int, target: int) -> NDArray[np.float32]:
     return (weights / weights.sum(1, keepdims=True)).astype(np.float32)
 
 
-def resize(images: Any, size: tuple[int, int]) -> Any:
+def resize(images: Any, size: tuple[int, ...]) -> Any:
     """Float images [..., height, width, channels] at `size` (height, width); themselves where they have it."""
     height, width = images.shape[-3:-1]
     if (height, width) == tuple(size):

@@ -180,19 +180,19 @@ class _Builder:
     def end(self, name: str, table: dict[str, Any], extra: dict[str, Any]) -> None:
         """The stem or the head: one layer of one block, whose options may be choices."""
         keys = [name]
-        kinds = self._kinds(keys, table)
-        if len(kinds) > 1:
+        kind, *others = self._kinds(keys, table)
+        if others:
             raise self.source.fail([*keys, "block"], f"`{name}.block` is a list; [{name}] is one block.")
         options = {k: self._values(keys, table, k, None) for k in table if k != "block"}
         if len(options.get("stride", ())) > 1:
             raise self.source.fail([*keys, "stride"], f"`{name}.stride` is a list; a stride cannot be chosen.")
-        self._check_options(keys, kinds, list(options))
+        self._check_options(keys, (kind,), list(options))
         genes = {option: self._choose(f"{name}/{option}", values) for option, values in options.items()}
-        fixed = {k: v for k, v in extra.items() if k in blocks.options(kinds[0].function)}
+        fixed = {k: v for k, v in extra.items() if k in blocks.options(kind.function)}
 
         def block_of(value: dict[int | None, int], size: tuple[int, ...], width: int) -> Block:
             arguments = {option: values[value.get(genes[option], 0)] for option, values in options.items()}
-            return self._block(keys, name, kinds[0], (*size, width), arguments | fixed)
+            return self._block(keys, name, kind, (*size, width), arguments | fixed)
 
         made = self._combine((self.width_gene, *genes.values()), block_of)
         self._add(name, *made)
@@ -200,7 +200,7 @@ class _Builder:
         assert one is not None
         self.width_gene, self.widths = genes.get("width"), options.get("width", (one.graph.shape[-1],))
         if name == "stem":
-            default = blocks.options(kinds[0].function).get("stride", 1)
+            default = blocks.options(kind.function).get("stride", 1)
             self._shrink(keys, name, options.get("stride", (default,))[0])
 
     def stage(self, index: int, table: dict[str, Any]) -> None:
@@ -405,7 +405,7 @@ def _function(source: _Source, name: str, spec: str) -> blocks.Block:
         function = getattr(module, attribute)
     except Exception as e:  # whatever the user's code raises
         raise source.fail(keys, f"`blocks.{name}`: cannot load {spec}: {type(e).__name__}: {e}.") from e
-    if not callable(function) or "width" not in blocks.options(function):
+    if not (inspect.isfunction(function) and "width" in blocks.options(function)):
         raise source.fail(
             keys, f"`blocks.{name}`: {spec} is not a block: a function (net, x, *, width, ...) is needed."
         )

@@ -153,8 +153,9 @@ class Supernet:
 def _in_turn(step: Step, x: Array, xs: Any) -> tuple[Array, dict[str, Array]]:
     """`step` over layers of one kind, whose inputs `xs` are stacked; their statistics stacked alike."""
     if len(xs[0]) > 1:
-        return lax.scan(lambda x, one: step(*one, x), x, xs)
-    y, stats = step(*jax.tree.map(lambda a: a[0], xs), x)  # a layer alone may change the shape
+        return lax.scan(lambda x, one: step(one[0], one[1], one[2], x), x, xs)
+    branch, chance, params = jax.tree.map(lambda a: a[0], xs)
+    y, stats = step(branch, chance, params, x)  # a layer alone may change the shape
     return y, jax.tree.map(lambda a: a[None], stats)
 
 

@@ -10,6 +10,7 @@ compiled anew. The first subnet teaches the others where the sampler says so.
 
 import dataclasses
 import functools
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -64,7 +65,7 @@ class Step:
         """The next state, and losses and top-1 on this batch of the largest, smallest and other subnets."""
         space = self.supernet.space
         rng = np.random.default_rng([self.seed, number, 1])
-        side = int(rng.choice(space.resolutions)) if len(space.resolutions) > 1 else space.resolutions[0]
+        side = int(rng.choice(space.resolutions))
         if self._by_image is not None:
             images, labels = jax.device_put((images, labels), self._by_image)
         x, targets = self._prepare(np.uint32(number), images, labels, size=space.at(side).input[:2])
@@ -97,7 +98,7 @@ class Step:
                 seen.setdefault(f"loss_{kind}", []).append(loss)
                 seen.setdefault(f"top1_{kind}", []).append(top1)
         state, norm = self._update(state, total, np.float32(1 / parts), np.int32(number))
-        metrics = {name: sum(values) / len(values) for name, values in seen.items()}
+        metrics = {name: functools.reduce(operator.add, values) / len(values) for name, values in seen.items()}
         return state, metrics | {"gradient_norm": norm}
 
     @property
