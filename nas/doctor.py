@@ -44,6 +44,7 @@ def diagnosis() -> Iterator[str]:
     yield f"CPU: {_attempt(_cpu)}"
     yield f"memory: {_attempt(_memory)}"
     yield f"accelerators: {_attempt(_accelerators)}"
+    yield f"C++ kernels: {_attempt(_native)}"
     for module, package, purpose, extra in _PARTS:
         why = _import(module)
         if why is None:
@@ -123,6 +124,12 @@ def _memory() -> str:
 
     memory = psutil.virtual_memory()
     return f"{memory.total / 2**30:.1f} GiB, {memory.available / 2**30:.1f} free"
+
+
+def _native() -> str:
+    from nas import native
+
+    return native.status()
 
 
 def _accelerators() -> str:

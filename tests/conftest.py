@@ -21,3 +21,12 @@ def real_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"the real data are not beside the repository ({folder.name} is missing)")
     return folder
+
+
+# Files that take minutes come first: two workers then end at nearly the same time.
+LONG = ("pipeline/test_pipeline", "pipeline/test_experiments", "train/test_step", "supernet/", "search/", "pipeline/")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Orders whole files, the longest first; the order within a file stays."""
+    items.sort(key=lambda item: next((i for i, part in enumerate(LONG) if part in item.nodeid), len(LONG)))

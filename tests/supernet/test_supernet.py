@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tiny
 
-from nas import catalog, config
+from nas import config
 from nas.evaluate import Standalone, SubnetEvaluator
 from nas.ops import weights
 from nas.run import run
@@ -18,12 +18,10 @@ from nas.supernet.sharing import unshare
 from nas.train.losses import cross_entropy
 from nas.train.supernet import make_step
 
-QUICK = ("tiny", "elastic", "digits_mixed")
-SPACES = [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in (*QUICK[:2], *catalog.list_spaces())]
 
-
-@pytest.fixture(scope="module", params=SPACES)
+@pytest.fixture(scope="module", params=["tiny", "elastic", "digits_mixed"])
 def supernet(request, tmp_path_factory) -> Supernet:
+    """Small ones; tests/supernet/test_every_space.py holds all spaces to the first law."""
     folder = tmp_path_factory.mktemp("space")
     if request.param == "tiny":
         return Supernet(tiny.space(folder))
