@@ -19,7 +19,7 @@ from nas.train.losses import cross_entropy
 from nas.train.supernet import make_step
 
 
-@pytest.fixture(scope="module", params=["tiny", "elastic", "digits_mixed"])
+@pytest.fixture(scope="module", params=["tiny", "elastic", pytest.param("digits_mixed", marks=pytest.mark.slow)])
 def supernet(request, tmp_path_factory) -> Supernet:
     """Small ones; tests/supernet/test_every_space.py holds all spaces to the first law."""
     folder = tmp_path_factory.mktemp("space")
