@@ -18,7 +18,7 @@ FLOORS = [
     {"train", "export", "latency", "runfolder", "console"},
     {"supernet", "quantise", "architecture"},
     {"data", "space", "fold", "run"},
-    {"blocks", "kernels", "noise", "catalog", "cost"},
+    {"blocks", "kernels", "noise", "catalog", "cost", "agreement"},
     {"ops", "config", "files", "native"},
     {"errors"},
 ]

@@ -1,16 +1,14 @@
 """What a table is worth: predicted against measured, on networks that had no part in making it. Shares, not percent."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
+
+from nas.agreement import agreement
 
 Floats = NDArray[np.float64]
-
-_RESAMPLES = 1000
 
 
 class Row(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -67,8 +65,7 @@ def prove(
             f"predicted {predicted.shape} and measured {measured.shape}: two equal lengths >= 2 are needed"
         )
     error = predicted / measured - 1
-    agreement: Any = stats.kendalltau(predicted, measured)  # whose type scipy does not tell
-    low, high = _interval(predicted, measured, np.random.default_rng(seed))
+    rank = agreement(predicted, measured, seed=seed)
     rows = ()
     if genotypes is not None:
         p90 = [None] * len(measured) if p90_ms is None else [float(v) for v in p90_ms]
@@ -82,25 +79,10 @@ def prove(
         within_5=float((np.abs(error) <= 0.05).mean()),
         within_10=float((np.abs(error) <= 0.10).mean()),
         bias=float(error.mean()),
-        kendall_tau=float(agreement.statistic),
-        tau_low=low,
-        tau_high=high,
+        kendall_tau=rank.tau,
+        tau_low=rank.low,
+        tau_high=rank.high,
         repeat_mape=repeat_mape,
         drift=drift,
         rows=rows,
     )
-
-
-def _interval(a: Floats, b: Floats, rng: np.random.Generator) -> tuple[float, float]:
-    """2.5 and 97.5 % quantiles of tau-b over networks drawn with replacement.
-
-    How often each network was drawn, w, is all that a resample is: with S and T the signs of all differences in `a`
-    and `b`, tau-b is w'(S*T)w / sqrt(w'(S*S)w w'(T*T)w). Resamples without two different networks have none.
-    """
-    s, t = (np.sign(x[:, None] - x) for x in (a, b))
-    drawn = rng.multinomial(len(a), np.full(len(a), 1 / len(a)), size=_RESAMPLES).astype(np.float64)
-    both, first, second = (((drawn @ signs) * drawn).sum(1) for signs in (s * t, s * s, t * t))
-    pairs = first * second
-    taus = both[pairs > 0] / np.sqrt(pairs[pairs > 0])
-    low, high = np.quantile(taus, (0.025, 0.975)) if len(taus) else (np.nan, np.nan)
-    return float(low), float(high)
