@@ -11,7 +11,7 @@ tau of MACs and of parameters, which need no training. Three seeds of the publis
 about .88, so more than that cannot be had.
 
 --width scales all channels: a CPU has no time for all of them. Costs are those of the published, full networks.
-Cut off, the same command goes on where it was. The benchmark file: `ops` uint8 [n, 8], `test_acc` [n, seeds] in percent.
+Cut off, the same command goes on where it was. The benchmark file: `ops` uint8 [n, 8], `test_acc` [n, seeds] in %.
 """
 
 import argparse
