@@ -2,31 +2,58 @@
 
 Batch-norm statistics do not carry over from one subnet to another: they are measured anew, on training images, for
 every subnet that is scored (Yu et al. 2020, arXiv:2003.11142, sec. 3.4).
+
+Subnets are computed layer by layer, so that what two of them have in common is computed once: they are taken in the
+order of their branches, and where the next ones part, what came of all images so far is kept. The layers' programs and
+their inputs are the same whether a subnet is scored alone or among others, so sharing changes no bit of the outcome.
 """
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+import itertools
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+import numpy as np
+from jax import Array
+from numpy.typing import NDArray
 
 from nas.data import Dataset, Part
 from nas.evaluate.batches import calibration_batches, labelled_batches
 from nas.supernet import Supernet
 
+CACHE_BYTES = 2 << 30
+
+Statistics = list[dict[str, Array]]  # of each layer, by name below it, in the stored shapes
+
+
+@dataclasses.dataclass(frozen=True)
+class _Batches:
+    """What the first layers of a subnet make of all images: lists of [n, h, w, c]."""
+
+    calibration: list[Array]
+    validation: list[Array]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(x.nbytes for x in (*self.calibration, *self.validation))
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class SubnetEvaluator:
-    """Scores genotypes on the validation part of `data`; one program is compiled for all of one resolution."""
+    """Scores genotypes on the validation part of `data`; nothing is compiled anew for another subnet.
+
+    `cache_bytes` bounds what is kept for subnets that begin alike; with 0, each is computed from its images on.
+    """
 
     supernet: Supernet
     params: Mapping[str, Array]
     data: Dataset
     calibration_images: int = 512
     batch_size: int = 128
+    cache_bytes: int = CACHE_BYTES
 
     @property
     def total(self) -> int:
@@ -36,74 +63,159 @@ class SubnetEvaluator:
     def __call__(self, genotypes: Any) -> list[int]:
         """Number of validation images that each genotype [n, genes] classifies correctly.
 
-        An integer, since the last bits of a float depend on thread count and batch shape. One after the other:
-        mapping over a switch with `vmap` would run every branch.
+        An integer, since the last bits of a float depend on thread count and batch shape. It does not depend on the
+        other genotypes, nor on their order.
         """
         branches = self.supernet.branches(genotypes)
         sides = self.supernet.space.resolution_of(self.supernet.space.check(genotypes))
-        return [
-            int(self._correct(self.params, b, self._calibration(side), *self._validation(side)))
-            for b, side in zip(branches, sides.tolist(), strict=True)
-        ]
+        correct = np.zeros(len(branches), np.int64)
+        for side in np.unique(sides).tolist():
+            rows = np.flatnonzero(sides == side)
+            correct[rows] = self._correct(side, branches[rows])
+        return correct.tolist()
 
     @property
     def compiled(self) -> int:
-        """Number of programs compiled so far to score with: one for each resolution, whatever was scored."""
-        return self._correct._cache_size()
+        """Number of programs compiled so far: two for each kind of layer of a resolution, whatever was scored."""
+        return sum(program._cache_size() for program in self._programs.values())
 
     def statistics(self, genotype: Any) -> dict[str, Array]:
         """Batch-norm statistics of one subnet, in the stored shapes."""
         side = int(self.supernet.space.resolution_of(self.supernet.space.check(genotype)))
-        return self._statistics(self.params, self.supernet.branches(genotype), self._calibration(side))
+        layers = self._layers(side)
+        _, seen = self._calibrate(
+            side, self.supernet.branches(genotype), 0, len(layers), self._images(side).calibration
+        )
+        return {f"{position.name}/{n}": a for (_, position), s in zip(layers, seen, strict=True) for n, a in s.items()}
 
-    def _calibration(self, side: int) -> Array:
-        if side not in self._calibrations:
-            self._calibrations[side] = jnp.asarray(
-                calibration_batches(
-                    self.data, images=self.calibration_images, batch_size=self.batch_size, size=self._size(side)
-                )
-            )
-        return self._calibrations[side]
+    def _correct(self, side: int, branches: NDArray[np.int32]) -> NDArray[np.int64]:
+        """Counts [n] of subnets [n, layers] of one resolution."""
+        rows, row_of = np.unique(branches, axis=0, return_inverse=True)  # in order of their branches
+        depth = rows.shape[1]
+        shared = [*(int((a != b).argmax()) for a, b in itertools.pairwise(rows)), 0]
+        correct = np.zeros(len(rows), np.int64)
+        path = [(0, self._images(side))]  # what is kept: after so many layers, of the subnet that was scored last
+        for index, row in enumerate(rows):
+            for stop in (*_partings(shared[index:], path[-1][0]), depth):
+                start, batches = path[-1]
+                if stop < depth and not self._fits(side, stop, path):
+                    continue
+                calibration, statistics = self._calibrate(side, row, start, stop, batches.calibration)
+                validation = self._infer(side, row, start, statistics, batches.validation)
+                if stop < depth:
+                    path.append((stop, _Batches(calibration, list(validation))))
+                else:
+                    hits = [_hits(y, labels) for y, labels in zip(validation, self._labels(side), strict=True)]
+                    correct[index] = sum(int(h) for h in hits)
+            path = [(stop, kept) for stop, kept in path if stop <= shared[index]]
+        return correct[row_of.ravel()]
 
-    def _validation(self, side: int) -> tuple[Array, Array]:
-        if side not in self._validations:
+    def _calibrate(
+        self, side: int, row: NDArray[np.int32], start: int, stop: int, batches: list[Array]
+    ) -> tuple[list[Array], Statistics]:
+        """What layers `start` to `stop` make of calibration batches, each normalised by its own moments, and the mean
+        of these moments over batches."""
+        layers = self._layers(side)[start:stop]
+        params = [self._params[position.name] for _, position in layers]
+        seen: Statistics = [self._zeros[position.name] for _, position in layers]
+        share, out = np.float32(1 / len(batches)), []
+        for x in batches:
+            for i, (kind, _) in enumerate(layers):
+                x, seen[i] = self._program(side, kind, "calibrate")(row[start + i], params[i], x, seen[i], share)
+            out.append(x)
+        return out, seen
+
+    def _infer(
+        self, side: int, row: NDArray[np.int32], start: int, statistics: Statistics, batches: list[Array]
+    ) -> Iterator[Array]:
+        """What the layers from `start` on, as many as there are statistics, make of each validation batch."""
+        layers = self._layers(side)[start : start + len(statistics)]
+        params = [self._params[position.name] | s for (_, position), s in zip(layers, statistics, strict=True)]
+        for x in batches:
+            for i, (kind, _) in enumerate(layers):
+                x = self._program(side, kind, "infer")(row[start + i], params[i], x)
+            yield x
+
+    def _fits(self, side: int, stop: int, path: list[tuple[int, _Batches]]) -> bool:
+        """Whether what comes of all images after `stop` layers may be kept beside what is."""
+        root = path[0][1]
+        images = sum(len(x) for x in (*root.calibration, *root.validation))
+        wanted = 4 * images * int(np.prod(self._layers(side)[stop - 1][1].output))
+        return wanted + sum(kept.nbytes for _, kept in path[1:]) <= self.cache_bytes
+
+    # made once
+
+    def _program(self, side: int, kind: int, mode: Any) -> Any:
+        if (side, kind, mode) not in self._programs:
+            layer = self.supernet.layer(side, kind, mode)
+
+            def calibrate(branch: Array, params: Any, x: Array, seen: Any, share: Array) -> tuple[Array, Any]:
+                y, statistics = layer(branch, params, x)
+                return y, jax.tree.map(lambda total, a: total + share * a, seen, statistics)
+
+            def infer(branch: Array, params: Any, x: Array) -> Array:
+                return layer(branch, params, x)[0]
+
+            self._programs[side, kind, mode] = jax.jit(calibrate if mode == "calibrate" else infer)
+        return self._programs[side, kind, mode]
+
+    def _layers(self, side: int) -> list[Any]:
+        return self.supernet.layers(side)
+
+    def _images(self, side: int) -> _Batches:
+        if side not in self._inputs:
+            height, width, _ = self.supernet.space.at(side).input
+            size, batch = (height, width), self.batch_size
             part: Part = self.data.val
-            images, labels = labelled_batches(self.data, part, batch_size=self.batch_size, size=self._size(side))
-            self._validations[side] = jnp.asarray(images), jnp.asarray(labels)
-        return self._validations[side]
+            calibration = calibration_batches(self.data, images=self.calibration_images, batch_size=batch, size=size)
+            images, labels = labelled_batches(self.data, part, batch_size=batch, size=size)
+            self._inputs[side] = _Batches([*map(jnp.asarray, calibration)], [*map(jnp.asarray, images)])
+            self._targets[side] = [*map(jnp.asarray, labels)]
+        return self._inputs[side]
 
-    def _size(self, side: int) -> tuple[int, int]:
-        height, width, _ = self.supernet.space.at(side).input
-        return height, width
+    def _labels(self, side: int) -> list[Array]:
+        self._images(side)
+        return self._targets[side]
 
     @functools.cached_property
-    def _calibrations(self) -> dict[int, Array]:
+    def _programs(self) -> dict[tuple[int, int, str], Any]:
         return {}
 
     @functools.cached_property
-    def _validations(self) -> dict[int, tuple[Array, Array]]:
+    def _inputs(self) -> dict[int, _Batches]:
         return {}
 
     @functools.cached_property
-    def _statistics(self) -> Any:
-        def measure(params: Any, branches: Array, batches: Array) -> dict[str, Array]:
-            def one(_: None, images: Array) -> tuple[None, dict[str, Array]]:
-                return None, self.supernet.apply(params, branches, images, mode="calibrate")[1]
-
-            return jax.tree.map(lambda a: a.mean(0), lax.scan(one, None, batches)[1])
-
-        return jax.jit(measure)
+    def _targets(self) -> dict[int, list[Array]]:
+        return {}
 
     @functools.cached_property
-    def _correct(self) -> Any:
-        @jax.jit
-        def count(params: Any, branches: Array, calibration: Array, images: Array, labels: Array) -> Array:
-            everything = dict(params) | self._statistics(params, branches, calibration)
+    def _params(self) -> dict[str, dict[str, Array]]:
+        """The trained arrays of each position, by their name below it."""
+        of = self.supernet.params_of
+        return {position.name: of(position, self.params, "calibrate") for position in self.supernet.space.positions}
 
-            def one(total: Array, batch: tuple[Array, Array]) -> tuple[Array, None]:
-                logits, _ = self.supernet.apply(everything, branches, batch[0], mode="infer")
-                return total + (logits.argmax(-1) == batch[1]).sum(), None
+    @functools.cached_property
+    def _zeros(self) -> dict[str, dict[str, Array]]:
+        """Statistics of each position before any image."""
+        return {position.name: self.supernet.statistics_of(position) for position in self.supernet.space.positions}
 
-            return lax.scan(one, jnp.zeros((), jnp.int32), (images, labels))[0]
 
-        return count
+def _partings(shared: list[int], known: int) -> list[int]:
+    """Depths beyond `known`, ascending, at which a subnet parts from later ones.
+
+    `shared[i]`: how many first layers subnet i of a sorted list has in common with the next one.
+    """
+    depths: set[int] = set()
+    nearest = shared[0]
+    for length in shared:
+        nearest = min(nearest, length)
+        if nearest <= known:
+            break
+        depths.add(nearest)
+    return sorted(depths)
+
+
+@jax.jit
+def _hits(logits: Array, labels: Array) -> Array:
+    return (logits.argmax(-1) == labels).sum()

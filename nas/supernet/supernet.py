@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import itertools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -18,6 +18,7 @@ from nas.supernet.sharing import read, store_shapes
 from nas.supernet.switch import Manner, Mode, Step, elastic
 
 Params = Mapping[str, Any]  # arrays of JAX or NumPy
+Layer = Callable[[Array, Mapping[str, Array], Array], tuple[Array, dict[str, Array]]]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -107,7 +108,7 @@ class Supernet:
             keys = jax.random.key_data(jax.random.split(key, positions))
         for group in self._stages_at(images.shape[1]):
             step = elastic(group[0], self._relative(group[0]), manner)
-            mine = [self._params_of(p, params, mode) for p in group]
+            mine = [self.params_of(p, params, mode) for p in group]
             stacked = jax.tree.map(lambda *a: jnp.stack(a), *mine)
             part = slice(index, index + len(group))
             xs = (branches[part], (keys[part], rates[part]), stacked)
@@ -118,6 +119,25 @@ class Supernet:
                 seen |= {f"{position.name}/{name}": a[number] for name, a in stats.items()}
             index += len(group)
         return x.astype(jnp.float32), seen
+
+    def layers(self, resolution: int) -> list[tuple[int, Position]]:
+        """Every position of the networks of one resolution, in order, with its kind: positions of one kind are
+        computed alike, by `layer(resolution, kind, mode)`.
+
+        Raises:
+            SpaceError: the space does not have that resolution.
+        """
+        return [(kind, position) for kind, group in enumerate(self._stages_at(resolution)) for position in group]
+
+    def layer(self, resolution: int, kind: int, mode: Mode) -> Layer:
+        """One position alone, as `apply` computes it: (branch number, `params_of` the position, x) -> (y, statistics).
+
+        A network is its layers in turn. `x` and `y` have the position's widest shapes, statistics are named below it.
+        """
+        position = self._stages_at(resolution)[kind][0]
+        step = elastic(position, self._relative(position), Manner(mode))
+        chance = (jnp.zeros(2, jnp.uint32), jnp.zeros((), jnp.float32))
+        return lambda branch, params, x: step(branch, chance, params, x)
 
     def _stages_at(self, resolution: int) -> list[list[Position]]:
         self.space.at(resolution)  # or an error that names what there is
@@ -142,12 +162,17 @@ class Supernet:
         prefix = position.name + "/"
         return {n.removeprefix(prefix): w for n, w in self.weights.items() if n.startswith(prefix)}
 
-    def _params_of(self, position: Position, params: Params, mode: Mode) -> dict[str, Array]:
+    def params_of(self, position: Position, params: Params, mode: Mode) -> dict[str, Array]:
+        """The arrays of `params` that a position reads, by their name below it; statistics in mode "infer" only."""
         return {
             name: params[f"{position.name}/{name}"]
             for name, w in self._relative(position).items()
             if w.trained or mode == "infer"
         }
+
+    def statistics_of(self, position: Position) -> dict[str, np.ndarray]:
+        """Zeros for the batch-norm statistics of a position, by their name below it, in the stored shapes."""
+        return {n: np.zeros(w.shape, np.float32) for n, w in self._relative(position).items() if not w.trained}
 
 
 def _in_turn(step: Step, x: Array, xs: Any) -> tuple[Array, dict[str, Array]]:
