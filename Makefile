@@ -7,7 +7,7 @@ RUN = $(VENV)/bin
 
 setup: $(VENV)/.installed
 
-$(VENV)/.installed: pyproject.toml constraints.txt hatch_build.py nas/native/build.py nas/native/depthwise.cc
+$(VENV)/.installed: pyproject.toml constraints.txt hatch_build.py nas/native/build.py nas/native/kernels.cc
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or newer is needed: make PYTHON=python3.12"'
 	$(PYTHON) -m venv $(VENV)
 	$(RUN)/python -m pip install --quiet --constraint constraints.txt jaxlib  # first: its headers compile nas/native

@@ -14,7 +14,7 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 
 class NativeKernels(BuildHookInterface):
-    """Adds nas/native/depthwise.so where it can be compiled."""
+    """Adds nas/native/kernels.so where it can be compiled."""
 
     def dependencies(self) -> list[str]:
         """jaxlib in the versions of the project's jax, where it is missing for the compiler."""
@@ -31,7 +31,7 @@ class NativeKernels(BuildHookInterface):
         except (build.BuildError, OSError) as e:
             return self.app.display_warning(f"nas: without C++ kernels: {e}")
         if version == "standard":
-            build_data["force_include"][str(library)] = "nas/native/depthwise.so"
+            build_data["force_include"][str(library)] = "nas/native/kernels.so"
             build_data["pure_python"] = False
             build_data["infer_tag"] = True
 

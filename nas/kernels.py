@@ -15,7 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from nas import native
+from nas import memory, native
+
+memory.keep_freed()  # here, since whatever computes with JAX imports this first
 
 IM2COL_TAPS = 9  # up to 3x3 one matmul over gathered patches beats lax.conv (1-3x); 5x5 loses 3x and compiles 4x longer
 TOEPLITZ_AREA = 6  # pixels per tap up to which one matrix for each channel beats a sum over taps (k5 at 8x8: 4-9x)
@@ -81,14 +83,20 @@ def batch_moments(x: Array) -> tuple[Array, Array]:
     """Mean and biased variance [C], float32, of `x` [..., C] over all axes but the last, in one pass over the data.
 
     E[y^2] - E[y]^2 loses its digits where the mean is large beside the deviation. Each channel is therefore shifted by
-    its first value, which costs 5-20 % of a bare normalisation and gives constant channels a variance of exactly 0; the
-    clamp keeps rounding from making it negative. Only a first value thousands of deviations off still loses digits.
+    its first value, which gives constant channels a variance of exactly 0; the clamp keeps rounding from making it
+    negative. Only a first value thousands of deviations off still loses digits.
     """
-    shift = x[(0,) * (x.ndim - 1)].astype(jnp.float32)
-    y = x.astype(jnp.float32) - shift
-    axes = tuple(range(x.ndim - 1))
-    mean = y.mean(axes)
-    return mean + shift, jnp.maximum((y * y).mean(axes) - mean * mean, 0)
+    shift = _wide(x[(0,) * (x.ndim - 1)])
+    total, squares = _channel_sums(x, x, shift, shift)
+    count = x.size // x.shape[-1]
+    mean = total / count
+    return mean + shift, jnp.maximum(squares / count - mean * mean, 0)
+
+
+@jax.custom_vjp
+def normalise(x: Array, mean: Array, scale: Array, offset: Array) -> Array:
+    """`(x - mean) * scale + offset` of `x` [..., C] and float32 [C], in the type of `x`."""
+    return ((x - mean) * scale + offset).astype(x.dtype)
 
 
 def shuffle(x: Array, groups: int) -> Array:
@@ -113,6 +121,33 @@ def _moments_backward(residuals: tuple[Array, Array], gradients: tuple[Array, Ar
 
 
 batch_moments.defvjp(_moments_forward, _moments_backward)
+
+
+def _normalise_forward(x: Array, mean: Array, scale: Array, offset: Array) -> tuple[Array, tuple[Array, ...]]:
+    return normalise(x, mean, scale, offset), (x, mean, scale)
+
+
+def _normalise_backward(residuals: tuple[Array, ...], gradient: Array) -> tuple[Array, ...]:
+    # Written out because autodiff would take the two sums one after the other, each from memory.
+    x, mean, scale = residuals
+    d_offset, d_scale = _channel_sums(gradient, x, jnp.zeros_like(mean), mean)
+    per_channel = (a.astype(scale.dtype) for a in (-scale * d_offset, d_scale, d_offset))
+    return (gradient * scale).astype(x.dtype), *per_channel
+
+
+normalise.defvjp(_normalise_forward, _normalise_backward)
+
+
+def _channel_sums(a: Array, b: Array, a_shift: Array, b_shift: Array) -> Sequence[Array]:
+    """Two of [C], float32 or wider: the sums over all axes but the last of a - a_shift, and of it times b - b_shift."""
+    if on_cpu() and a.dtype == b.dtype == jnp.float32 and a.ndim == 4 and native.available():
+        return tuple(native.channel_sums(a, b, a_shift, b_shift))
+    y = _wide(a) - a_shift
+    terms = [y, y * (_wide(b) - b_shift)]
+    if on_cpu() and a.ndim > 2:
+        # One loop for both sums, in which the shift disappears; a library call would have it written to memory first.
+        terms = _sums(terms, axes=(a.ndim - 2,))
+    return [t.sum(tuple(range(t.ndim - 1))) for t in terms]
 
 
 def _outputs(size: int, stride: int) -> int:

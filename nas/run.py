@@ -172,5 +172,7 @@ def _norm(
         seen = {f"{op.name}/mean": means.mean(0), f"{op.name}/var": variances.mean(0)}
         each = (x.shape[0], *[1] * (x.ndim - 2), x.shape[-1])
         mean, var = (jnp.repeat(a, norm_images, axis=0).reshape(each) for a in (means, variances))
+        scale = params[f"{op.name}/scale"] * lax.rsqrt(var + NORM_EPSILON)
+        return (x * scale + (params[f"{op.name}/offset"] - mean * scale)).astype(x.dtype), seen
     scale = params[f"{op.name}/scale"] * lax.rsqrt(var + NORM_EPSILON)
-    return (x * scale + (params[f"{op.name}/offset"] - mean * scale)).astype(x.dtype), seen
+    return kernels.normalise(x, mean, scale, params[f"{op.name}/offset"]), seen

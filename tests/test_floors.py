@@ -19,7 +19,7 @@ FLOORS = [
     {"supernet", "quantise", "architecture"},
     {"data", "space", "fold", "run"},
     {"blocks", "kernels", "noise", "catalog", "cost", "agreement"},
-    {"ops", "config", "files", "native"},
+    {"ops", "config", "files", "native", "memory"},
     {"errors"},
 ]
 HEIGHT = {room: height for height, floor in enumerate(reversed(FLOORS)) for room in floor}

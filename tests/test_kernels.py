@@ -261,6 +261,38 @@ def test_batch_moments_of_bfloat16_are_float32():
     assert jax.grad(lambda x: kernels.batch_moments(x)[1].sum())(x).dtype == jnp.bfloat16
 
 
+@pytest.mark.parametrize("shape", [(5, 3), (4, 5, 6, 3)])
+@pytest.mark.parametrize("form", ["c++", "xla", "lax"])
+def test_normalise_and_its_gradients_are_those_of_the_formula(shape, form, monkeypatch):
+    if form == "lax":
+        monkeypatch.setattr(kernels, "on_cpu", lambda: False)
+    elif form == "xla":
+        monkeypatch.setattr(native, "available", lambda: False)
+    elif not native.available():
+        pytest.skip(native.status())
+    x, g = draw(11, shape, shape)
+    mean, scale, offset = draw(12, (3,), (3,), (3,))
+
+    def formula(x, mean, scale, offset):
+        return (x - mean) * scale + offset
+
+    def batch_norm(x, scale, offset):
+        mean, var = kernels.batch_moments(x)
+        return kernels.normalise(x, mean, scale * lax.rsqrt(var + 1e-5), offset)
+
+    def batch_norm_formula(x, scale, offset):
+        rows = x.reshape(-1, 3)
+        return formula(x, rows.mean(0), scale * lax.rsqrt(rows.var(0) + 1e-5), offset)
+
+    for ours, theirs, operands in (
+        (kernels.normalise, formula, (x, mean, scale, offset)),
+        (batch_norm, batch_norm_formula, (x, scale, offset)),
+    ):
+        (y, pull), (expected, pull_formula) = jax.vjp(ours, *operands), jax.vjp(theirs, *operands)
+        for a, b in zip([y, *pull(g)], [expected, *pull_formula(g)], strict=True):
+            assert_close(a, b, 1e-5)
+
+
 @pytest.mark.parametrize("groups", [1, 2, 3, 6])
 def test_shuffle_deals_channels_and_its_gradient_collects_them(groups):
     x = jnp.arange(24.0).reshape(2, 2, 6)

@@ -95,12 +95,37 @@ def test_no_image_is_forgotten(batch, geometry):
 
 
 @needs_library
+@pytest.mark.parametrize("channels", [1, 3, 4, 5, 15, 16, 17, 33, 63, 64, 65, 100, 130])
+@pytest.mark.parametrize("size", [(1, 1, 1), (3, 5, 7), (40, 16, 16)])
+def test_channel_sums_count_every_pixel_of_every_channel_once(channels, size):
+    a, b = draw(channels, (*size, channels), (*size, channels))
+    a_shift, b_shift = draw(channels + 1, (channels,), (channels,))
+    shifted = a.astype(np.float64) - a_shift
+    expected = np.stack([shifted.sum((0, 1, 2)), (shifted * (b.astype(np.float64) - b_shift)).sum((0, 1, 2))])
+    size_of_terms = np.abs(shifted).sum((0, 1, 2)).max()
+    np.testing.assert_allclose(native.channel_sums(a, b, a_shift, b_shift), expected, atol=1e-6 * size_of_terms)
+
+
+@needs_library
+def test_channel_sums_differentiate():
+    a, b, weights = draw(0, (2, 3, 3, 5), (2, 3, 3, 5), (2, 5))
+    shifts = draw(1, (5,), (5,))
+
+    def written_out(a, b, a_shift, b_shift):
+        return (weights[0] * (a - a_shift) + weights[1] * (a - a_shift) * (b - b_shift)).sum()
+
+    ours = jax.grad(lambda *x: (weights * native.channel_sums(*x)).sum(), (0, 1, 2, 3))(a, b, *shifts)
+    assert_close(ours, jax.grad(written_out, (0, 1, 2, 3))(a, b, *shifts))
+
+
+@needs_library
 @pytest.mark.parametrize("shape", [(0, 4, 4, 3), (2, 4, 4, 0)])
 def test_nothing_gives_nothing(shape):
     x, w = np.zeros(shape, np.float32), np.ones((3, 3, 1, shape[-1]), np.float32)
     y, dx, dw = with_gradients(x, w, x, 1)
     assert y.shape == dx.shape == shape
     np.testing.assert_array_equal(dw, np.zeros_like(w))
+    np.testing.assert_array_equal(native.channel_sums(x, x, w[0, 0, 0], w[0, 0, 0]), np.zeros((2, shape[-1])))
 
 
 @needs_library
@@ -140,7 +165,9 @@ arrays = [
 @jax.jit
 def program(arrays):  # so many independent calls that XLA makes them from all threads of its pool at once
     def loss(x, w, stride):
-        return (native.depthwise(x, w, stride) ** 2).sum()
+        y = native.depthwise(x, w, stride)
+        ones = np.ones(w.shape[-1], np.float32)
+        return (native.channel_sums(y, jax.lax.stop_gradient(y), ones, ones) ** 2).sum()
 
     return [jax.grad(loss, (0, 1))(x, w, shape[-1]) for (x, w), shape in zip(arrays, shapes)]
 
@@ -170,7 +197,7 @@ assert native.status() == "in use, {clone} instructions", native.status()
 for stride in (1, 2):
     x, w, g = (saved[f"{{name}}{{stride}}"] for name in "xwg")
     y, pull = jax.vjp(lambda x, w: native.depthwise(x, w, stride), x, w)
-    for name, value in zip(("y", "dx", "dw"), (y, *pull(g))):
+    for name, value in zip(("y", "dx", "dw", "sums"), (y, *pull(g), native.channel_sums(y, g, *w[0, :2, 0]))):
         expected = saved[f"{{name}}{{stride}}"]
         np.testing.assert_allclose(value, expected, rtol=0, atol=2e-6 * np.abs(expected).max())
 """
@@ -184,8 +211,11 @@ def test_narrower_clones_compute_the_same(clone, tmp_path):
     saved = {}
     for stride in (1, 2):
         x, w, g = draw(stride, (5, 9, 8, 43), (5, 3, 1, 43), (5, -(-9 // stride), -(-8 // stride), 43))
-        named = zip(("x", "w", "g", "y", "dx", "dw"), (x, w, g, *reference(x, w, stride, g)), strict=True)
-        saved |= {f"{name}{stride}": array for name, array in named}
+        y, dx, dw = reference(x, w, stride, g)
+        shifted = y - w[0, 0, 0]
+        sums = np.stack([shifted.sum((0, 1, 2)), (shifted * (g - w[0, 1, 0])).sum((0, 1, 2))])
+        named = {"x": x, "w": w, "g": g, "y": y, "dx": dx, "dw": dw, "sums": sums}
+        saved |= {f"{name}{stride}": array for name, array in named.items()}
     path = tmp_path / "saved.npz"
     np.savez(path, **saved)
     run(CLONE.format(path=str(path), clone=clone), NAS_NATIVE=clone)
@@ -204,7 +234,8 @@ w = rng.normal(size=(2, 3, 3, 1, 12)).astype(np.float32)
 def loss(w, x):
     branches = [lambda x, w, k=k: native.depthwise(x, w[:k, :k], 1) for k in (1, 2, 3)]
     x = lax.switch((w[0, 0, 0, 0, 0] < 9).astype(int) * 2, branches, x, w[0])  # as in a supernet
-    return (native.depthwise(x, w[1], 2) ** 2).sum()
+    total, squares = native.channel_sums(x, x, w[0, 0, 0, 0], w[0, 0, 0, 0])
+    return (native.depthwise(x, w[1], 2) ** 2).sum() + (3 * total + squares).sum()
 
 step = jax.value_and_grad(loss, (0, 1))
 expected = jax.tree.leaves(jax.jit(step)(w, x))
@@ -270,7 +301,7 @@ def test_nas_native_0_declines(not_loaded):
 
 def test_a_damaged_library_is_not_used(not_loaded, tmp_path):
     not_loaded.setenv("NAS_NATIVE", "1")
-    not_loaded.setattr(build, "LIBRARY", tmp_path / "depthwise.so")
+    not_loaded.setattr(build, "LIBRARY", tmp_path / "kernels.so")
     build.LIBRARY.write_bytes(b"no library")
     assert native.status().startswith(f"not in use: {build.LIBRARY} cannot be loaded")
     with pytest.raises(DeviceError, match="cannot be loaded"):
@@ -279,7 +310,7 @@ def test_a_damaged_library_is_not_used(not_loaded, tmp_path):
 
 def test_a_library_that_was_never_built_is_missed_by_nobody(not_loaded, tmp_path):
     not_loaded.setenv("NAS_NATIVE", "1")
-    not_loaded.setattr(build, "LIBRARY", tmp_path / "depthwise.so")
+    not_loaded.setattr(build, "LIBRARY", tmp_path / "kernels.so")
     assert native.status().startswith("not built")
     x, w = draw(2, (1, 4, 4, 2), (3, 3, 1, 2))
     assert_close([kernels.depthwise(x, w)], [reference(x, w, 1)[0]])
@@ -288,14 +319,14 @@ def test_a_library_that_was_never_built_is_missed_by_nobody(not_loaded, tmp_path
 @needs_library
 def test_a_library_of_another_source_is_not_used(not_loaded):
     not_loaded.setattr(build, "source_hash", lambda: "another")
-    assert native.status().startswith("not in use: compiled from another depthwise.cc")
+    assert native.status().startswith("not in use: compiled from another kernels.cc")
 
 
 @pytest.mark.parametrize("compiler", ["false", "no-such-compiler", f"{sys.executable} -c 'import sys; sys.exit(3)'"])
 def test_a_compiler_that_fails_leaves_what_was_there(compiler, monkeypatch, tmp_path):
     monkeypatch.setenv("CXX", compiler)
     monkeypatch.setenv("NAS_NATIVE", "1")
-    library = tmp_path / "depthwise.so"
+    library = tmp_path / "kernels.so"
     library.write_text("of last time")
     monkeypatch.setattr(build, "FOLDER", tmp_path)
     monkeypatch.setattr(build, "LIBRARY", library)
@@ -317,5 +348,5 @@ def test_a_wheel_holds_the_library_if_there_is_a_compiler_and_its_platform_if_it
     words = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(tmp_path), str(ROOT)]
     subprocess.run(words, check=True, env=os.environ | {"NAS_NATIVE": "1", "CXX": "" if with_compiler else "absent"})
     (wheel,) = tmp_path.glob("*.whl")
-    assert ("nas/native/depthwise.so" in zipfile.ZipFile(wheel).namelist()) == with_compiler
+    assert ("nas/native/kernels.so" in zipfile.ZipFile(wheel).namelist()) == with_compiler
     assert wheel.name.endswith("-py3-none-any.whl") != with_compiler

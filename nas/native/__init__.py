@@ -1,6 +1,6 @@
-"""Depthwise convolutions in C++ for JAX on CPU, where the package was installed with a C++ compiler at hand.
+"""Depthwise convolutions and the sums of batch norm in C++ for JAX on CPU, where nas was installed with a compiler.
 
-Installing compiles depthwise.cc (hatch_build.py; a few seconds). Without a compiler the package installs all the same:
+Installing compiles kernels.cc (hatch_build.py; a few seconds). Without a compiler the package installs all the same:
 `available()` is then False, and `nas.kernels` writes the same sums out for XLA. NAS_NATIVE=0 in the environment keeps
 the library from being built, or from being used; `status()` says what is the case.
 
@@ -17,6 +17,7 @@ from functools import cache, partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 from jax.custom_batching import sequential_vmap
@@ -26,10 +27,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from nas.errors import DeviceError
 from nas.native import build
 
-_FORWARD, _INPUT_GRADIENT, _WEIGHT_GRADIENT = _HANDLERS = (
+_FORWARD, _INPUT_GRADIENT, _WEIGHT_GRADIENT, _CHANNEL_SUMS = _HANDLERS = (
     "nas_depthwise_forward",
     "nas_depthwise_input_gradient",
     "nas_depthwise_weight_gradient",
+    "nas_channel_sums",
 )
 
 
@@ -66,6 +68,33 @@ def weight_gradient(x: Array, g: Array, stride: int, kernel: tuple[int, int]) ->
     """Transpose of `depthwise` in `w`: `x` [N, H, W, C] and `g` [N, H', W', C] to [*kernel, 1, C]."""
     return _weights(stride, kernel, x, g)
 
+
+@jax.custom_vjp
+def channel_sums(a: Array, b: Array, a_shift: Array, b_shift: Array) -> Array:
+    """[2, C]: for each channel the sums over all pixels of a - a_shift, and of (a - a_shift) * (b - b_shift).
+
+    `a` and `b` are [N, H, W, C], the shifts [C], float32; both are read once, nothing is written. The results do not
+    depend on the number of threads.
+
+    Raises:
+        DeviceError: the library is not `available()`.
+    """
+    return sequential_vmap(_split_channels)(a, b, a_shift, b_shift)
+
+
+def _sums_forward(*operands: Array) -> tuple[Array, tuple[Array, ...]]:
+    return channel_sums(*operands), operands
+
+
+def _sums_backward(operands: tuple[Array, ...], gradient: Array) -> tuple[Array, ...]:
+    def written_out(a: Array, b: Array, a_shift: Array, b_shift: Array) -> Array:
+        a = a - a_shift
+        return jnp.stack([a.sum((0, 1, 2)), (a * (b - b_shift)).sum((0, 1, 2))])
+
+    return jax.vjp(written_out, *operands)[1](gradient)
+
+
+channel_sums.defvjp(_sums_forward, _sums_backward)
 
 # <depthwise(x, w), g> is linear in x, in w and in g. Each function is its derivative by one of them, so that the
 # gradients of each function are the other two.
@@ -108,10 +137,15 @@ def _sum(stride: int, kernel: tuple[int, int], x: Array, g: Array) -> Array:
     return _call(_WEIGHT_GRADIENT, stride, (*kernel, 1, x.shape[3]), x, g)
 
 
-def _call(handler: str, stride: int, shape: tuple[int, ...], a: Array, b: Array) -> Array:
+def _sum_channels(*operands: Array) -> Array:
+    return _call(_CHANNEL_SUMS, None, (2, operands[0].shape[3]), *operands)
+
+
+def _call(handler: str, stride: int | None, shape: tuple[int, ...], *operands: Array) -> Array:
     if _problem():
         raise DeviceError(f"The C++ kernels are {_problem()} Until then use nas.kernels, which does without them.")
-    return jax.ffi.ffi_call(handler, jax.ShapeDtypeStruct(shape, np.float32))(a, b, stride=np.int64(stride))
+    attributes = {} if stride is None else {"stride": np.int64(stride)}
+    return jax.ffi.ffi_call(handler, jax.ShapeDtypeStruct(shape, np.float32))(*operands, **attributes)
 
 
 # XLA cannot see into a foreign call: without the rules below it would gather all images on every device. They say that
@@ -119,6 +153,7 @@ def _call(handler: str, stride: int, shape: tuple[int, ...], a: Array, b: Array)
 
 _split_convolve = custom_partitioning(_convolve, static_argnums=(0, 1, 2))
 _split_sum = custom_partitioning(_sum, static_argnums=(0, 1))
+_split_channels = custom_partitioning(_sum_channels)
 
 
 def _images(handler: str, stride: int, size: tuple[int, int], images: Array, weights: Array) -> Array:
@@ -151,6 +186,22 @@ def _partition_sum(stride: int, kernel: tuple[int, int], mesh: Mesh, operands: A
     return mesh, over_devices, weights, (images, images)
 
 
+def _partition_channels(mesh: Mesh, operands: Any, _: Any) -> tuple:
+    images, _ = _shardings(mesh, operands[0])
+    devices, channels = images.spec[0], images.spec[3]
+
+    def over_devices(*operands: Array) -> Array:
+        sums = _sum_channels(*operands)
+        return sums if devices is None else lax.psum(sums, devices)
+
+    shift = NamedSharding(mesh, PartitionSpec(channels))
+    return mesh, over_devices, _sharded_sums(mesh, operands), (images, images, shift, shift)
+
+
+def _sharded_sums(mesh: Mesh, operands: Any) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec(None, _shardings(mesh, operands[0])[0].spec[3]))
+
+
 _split_convolve.def_partition(
     _partition_convolve,
     infer_sharding_from_operands=lambda *a: _shardings(a[-3], a[-2][0])[0],
@@ -163,6 +214,14 @@ _split_sum.def_partition(
     sharding_rule="n h w c, n p q c -> i j u c",
     reduction_factors=("n",),
     need_replication_factors=("h", "w", "p", "q", "i", "j", "u"),
+)
+
+_split_channels.def_partition(
+    _partition_channels,
+    infer_sharding_from_operands=lambda mesh, operands, _: _sharded_sums(mesh, operands),
+    sharding_rule="n h w c, n h w c, c, c -> k c",
+    reduction_factors=("n",),
+    need_replication_factors=("h", "w", "k"),
 )
 
 
@@ -183,7 +242,7 @@ def _problem() -> str:
         return f"not built: there was no C++ compiler when nas was installed, or it failed. With one: {again}"
     try:
         if _library().nas_native_source().decode() != build.source_hash():
-            return f"not in use: compiled from another depthwise.cc than the one here. {again}"
+            return f"not in use: compiled from another kernels.cc than the one here. {again}"
         for handler in _HANDLERS:
             jax.ffi.register_ffi_target(handler, jax.ffi.pycapsule(getattr(_library(), handler)), platform="cpu")
     except (OSError, AttributeError, RuntimeError) as e:

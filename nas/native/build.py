@@ -15,8 +15,8 @@ import tempfile
 from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent
-SOURCE = FOLDER / "depthwise.cc"
-LIBRARY = FOLDER / "depthwise.so"
+SOURCE = FOLDER / "kernels.cc"
+LIBRARY = FOLDER / "kernels.so"
 
 # No -march: the library runs on every machine of its architecture, and chooses wider instructions when it is loaded.
 FLAGS = ("-std=c++17", "-O2", "-ffp-contract=fast", "-fPIC", "-shared", "-pthread", "-Wno-psabi")

@@ -1,4 +1,5 @@
-// Depthwise convolution and its two gradients on CPU, as handlers for XLA's foreign function interface.
+// Depthwise convolution with its two gradients, and the sums over images that batch norm takes, on CPU, as handlers for
+// XLA's foreign function interface.
 //
 // Images are [N, H, W, C], weights [kh, kw, 1, C], float32; SAME padding; any stride, image, kernel and channel count.
 // build.py compiles this file, __init__.py registers its handlers. It is compiled for the baseline of the architecture;
@@ -36,6 +37,8 @@ constexpr int64_t kTile = 4;            // images of which an output is computed
 constexpr int64_t kTaskTaps = 1 << 16;  // multiplications in a task of a convolution: tens of microseconds
 constexpr int64_t kParts = 16;          // partial sums of a weight gradient, each over neighbouring images
 constexpr int64_t kPartChannels = 128;  // channels in a task of a weight gradient
+constexpr int64_t kTaskValues = 1 << 15;  // values of an operand in a task of channel sums: they fit into a core's cache
+constexpr int64_t kTaskPixels = 1 << 10;  // pixels in it at most: one after the other, more would lose digits
 
 // ------------------------------------------------------------------------------------------------------------ geometry
 
@@ -226,6 +229,34 @@ struct Part {
   }
 };
 
+// Of pixels [pixel_begin, pixel_end): for each channel the sum of a - a_shift, to `sums` [C], and that of
+// (a - a_shift) * (b - b_shift), to `products` [C].
+struct Pixels {
+  const float *a, *b, *a_shift, *b_shift;
+  float *sums, *products;
+  int64_t channels, pixel_begin, pixel_end;
+
+  template <int N, int B>
+  INLINE void Block(int64_t c) const {
+    Vector<N> from_a[B], from_b[B], sum[B] = {}, product[B] = {};
+    UNROLL for (int i = 0; i < B; ++i) {
+      from_a[i] = Load<N>(a_shift + c + i * N);
+      from_b[i] = Load<N>(b_shift + c + i * N);
+    }
+    for (int64_t at = pixel_begin * channels + c; at < pixel_end * channels; at += channels) {
+      UNROLL for (int i = 0; i < B; ++i) {
+        const Vector<N> x = Load<N>(a + at + i * N) - from_a[i];
+        sum[i] += x;
+        product[i] += x * (Load<N>(b + at + i * N) - from_b[i]);
+      }
+    }
+    UNROLL for (int i = 0; i < B; ++i) {
+      Store<N>(sums + c + i * N, sum[i]);
+      Store<N>(products + c + i * N, product[i]);
+    }
+  }
+};
+
 // -------------------------------------------------------------------------------------------------------------- clones
 
 struct Clone {
@@ -233,6 +264,7 @@ struct Clone {
   bool (*runs_here)();
   void (*convolve)(const Convolution&);
   void (*sum)(const Part&, int64_t channel_begin, int64_t channel_end);
+  void (*reduce)(const Pixels&);
 };
 
 #define CLONE(name, runs_here, attribute, lanes, vectors)                                              \
@@ -242,7 +274,10 @@ struct Clone {
   attribute void name##Sum(const Part& part, int64_t channel_begin, int64_t channel_end) {             \
     ForChannels<lanes, vectors>(part, channel_begin, channel_end);                                     \
   }                                                                                                    \
-  constexpr Clone name{#name, [] { return static_cast<bool>(runs_here); }, name##Convolve, name##Sum}
+  attribute void name##Reduce(const Pixels& pixels) {                                                  \
+    ForChannels<lanes, vectors>(pixels, 0, pixels.channels);                                           \
+  }                                                                                                    \
+  constexpr Clone name{#name, [] { return static_cast<bool>(runs_here); }, name##Convolve, name##Sum, name##Reduce}
 
 CLONE(baseline, true, , 4, 2);
 #if defined(__x86_64__)
@@ -360,6 +395,36 @@ ffi::Error WeightGradient(ffi::ThreadPool pool, Tensor x, Tensor g, Result dw, i
   return ffi::Error::Success();
 }
 
+using Channels = ffi::Buffer<ffi::F32, 1>;
+using Sums = ffi::Buffer<ffi::F32, 2>;
+
+// For each channel the sums, over all pixels of all images, of a - a_shift and of (a - a_shift) * (b - b_shift): [2, C].
+ffi::Error ChannelSums(ffi::ThreadPool pool, Tensor a, Tensor b, Channels a_shift, Channels b_shift,
+                       ffi::Result<Sums> sums) {
+  const int64_t channels = a_shift.element_count(), values = a.element_count();
+  const bool fits = a.dimensions() == b.dimensions() && a.dimensions()[3] == channels &&
+                    b_shift.element_count() == a_shift.element_count() &&
+                    static_cast<int64_t>(sums->element_count()) == 2 * channels;
+  if (!fits) {
+    return ffi::Error::InvalidArgument("channel sums: shapes that do not fit together");
+  }
+  const int64_t pixels = channels == 0 ? 0 : values / channels;
+  const int64_t part_pixels = std::clamp<int64_t>(kTaskValues / std::max<int64_t>(channels, 1), 1, kTaskPixels);
+  const int64_t parts = CeilDivide(pixels, part_pixels);
+  std::vector<float> of_part(parts * 2 * channels);
+  Parallel(pool, parts, [&](int64_t part) {
+    float* to = of_part.data() + part * 2 * channels;
+    Chosen().reduce({a.typed_data(), b.typed_data(), a_shift.typed_data(), b_shift.typed_data(), to, to + channels,
+                     channels, part * part_pixels, std::min((part + 1) * part_pixels, pixels)});
+  });
+  std::vector<double> total(2 * channels);
+  for (int64_t part = 0; part < parts; ++part) {
+    for (int64_t k = 0; k < 2 * channels; ++k) total[k] += of_part[part * 2 * channels + k];
+  }
+  std::copy(total.begin(), total.end(), sums->typed_data());
+  return ffi::Error::Success();
+}
+
 }  // namespace
 
 #define BINDING \
@@ -367,6 +432,9 @@ ffi::Error WeightGradient(ffi::ThreadPool pool, Tensor x, Tensor g, Result dw, i
 XLA_FFI_DEFINE_HANDLER_SYMBOL(nas_depthwise_forward, Forward, BINDING);
 XLA_FFI_DEFINE_HANDLER_SYMBOL(nas_depthwise_input_gradient, InputGradient, BINDING);
 XLA_FFI_DEFINE_HANDLER_SYMBOL(nas_depthwise_weight_gradient, WeightGradient, BINDING);
+XLA_FFI_DEFINE_HANDLER_SYMBOL(nas_channel_sums, ChannelSums,
+                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Tensor>().Arg<Tensor>()
+                                  .Arg<Channels>().Arg<Channels>().Ret<Sums>());
 
 // What __init__.py asks: the hash of the source that this was compiled from, and the clone that is in use.
 extern "C" const char* nas_native_source() { return NAS_SOURCE; }
