@@ -34,6 +34,8 @@ class Data(Strict, frozen=True):
     train_images: int | None = None  # use only so many training images (before the validation split)
     test_images: int | None = None  # use only so many test images
     seed: int = 0  # of the splits
+    storage: str = "auto"  # of the training images, a name in nas.data.STORAGE; auto: files beyond 2 GiB decoded
+    threads: int = 4  # that decode images
 
 
 class Latency(Strict, frozen=True):
@@ -381,6 +383,7 @@ _RANGES = {
     "data.image_size": (4, 4096),
     "data.train_images": (1, None),
     "data.test_images": (1, None),
+    "data.threads": (1, 256),
     "latency.seconds": (0.0, None),
     "latency.min_rounds": (2, None),
     "latency.anchors": (1, None),

@@ -33,6 +33,8 @@ _PARTS = (
     ("plotly", "plotly", "the report", ""),
     ("jinja2", "jinja2", "the report", ""),
     ("psutil", "psutil", "measuring, search on Ray", ""),
+    ("grain", "grain", "training images that stay in files, ArrayRecord", "files"),
+    ("pyarrow", "pyarrow", "Parquet", "files"),
     ("pandas", "pandas", "front.to_frame()", "notebook"),
     ("matplotlib", "matplotlib", "notebooks", "notebook"),
 )

@@ -10,18 +10,24 @@ from pathlib import Path
 import numpy as np
 
 from nas.config import Data, nearest
+from nas.data import arrayrecord as _arrayrecord
 from nas.data import cifar as _cifar
 from nas.data import idx as _idx
+from nas.data import parquet as _parquet
+from nas.data.arrayrecord import arrayrecord
 from nas.data.cifar import cifar
-from nas.data.dataset import Dataset, mean_and_std, resized
+from nas.data.dataset import SAMPLE, Dataset, mean_and_std, resized
 from nas.data.digits import digits
 from nas.data.idx import idx
 from nas.data.image_folder import image_folder
+from nas.data.lazy import STORAGE, LazyImages, require
 from nas.data.npz import npz
+from nas.data.parquet import parquet
+from nas.data.shards import find
 from nas.data.splits import Part, Splits, checked, stratified
 from nas.errors import DataError
 
-__all__ = ["FORMATS", "Dataset", "Part", "Splits", "load_data", "recognise"]
+__all__ = ["FORMATS", "STORAGE", "Dataset", "LazyImages", "Part", "Splits", "load_data", "recognise"]
 
 # The first line of a function's docstring describes the format to users.
 FORMATS: dict[str, Callable[[Path, Data], Splits]] = {
@@ -30,7 +36,14 @@ FORMATS: dict[str, Callable[[Path, Data], Splits]] = {
     "image_folder": image_folder,
     "cifar": cifar,
     "idx": idx,
+    "parquet": parquet,
+    "arrayrecord": arrayrecord,
 }
+
+# Decoded training images beyond this stay in their files with storage = "auto". The run and each search worker hold
+# them, so that 2 GiB become 6 with two workers, what a machine of 16 GiB can spare. A fixed number, not a share of
+# this machine's memory: the same config must give the same data everywhere.
+FILES_ABOVE_BYTES = 2 * 2**30
 
 
 def load_data(config: Data) -> Dataset:
@@ -46,6 +59,9 @@ def load_data(config: Data) -> Dataset:
     path = Path(config.source).expanduser()
     try:
         name = config.format or recognise(path)
+        if config.storage not in STORAGE:
+            known = nearest(config.storage, STORAGE, kind="name")
+            raise DataError(f"data.storage = {config.storage!r} is unknown.{known}")
         if name not in FORMATS:
             raise DataError(f"data.format = {name!r} is unknown.{nearest(name, FORMATS, kind='format')}")
         if name != "digits" and not path.exists():
@@ -69,6 +85,10 @@ def recognise(path: Path) -> str:
         return "digits"
     if not path.exists():
         raise DataError(_missing(path))
+    if find(path, _parquet.NAMES):
+        return "parquet"
+    if find(path, _arrayrecord.NAMES):
+        return "arrayrecord"
     if path.is_dir():
         if _cifar.folders(path):
             return "cifar"
@@ -140,5 +160,22 @@ def _dataset(splits: Splits, config: Data) -> Dataset:
     if config.image_size is not None:  # last, so that only images in use are resized
         train, val, test = (resized(part, config.image_size) for part in (train, val, test))
     assert splits.class_names is not None  # checked() names every class
-    mean, std = mean_and_std(train.images)
+    train, val, test = _stored(train, config), val.in_memory(), test.in_memory()
+    mean, std = mean_and_std(train.images[:SAMPLE] if isinstance(train.images, LazyImages) else train.images)
     return Dataset(train, val, test, splits.class_names, mean, std, config.source)
+
+
+def _stored(train: Part, config: Data) -> Part:
+    """The training part where `config.storage` wants it."""
+    if not isinstance(train.images, LazyImages):
+        if config.storage == "files":
+            raise DataError(
+                f"{config.source}: data.storage = 'files' needs images that are files or records of their own: "
+                "image_folder, parquet or arrayrecord. This format is read into memory as a whole: leave storage out, "
+                "or convert the data."
+            )
+        return train
+    if config.storage == "memory" or (config.storage == "auto" and train.images.nbytes <= FILES_ABOVE_BYTES):
+        return train.in_memory()
+    require("grain", "grain", f"{config.source}: training from files (data.storage = {config.storage!r})")
+    return train

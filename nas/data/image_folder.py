@@ -1,19 +1,18 @@
 """Image files in one folder a class."""
 
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
 
 from nas.config import Data
-from nas.data.splits import Part, Splits
+from nas.data.cache import fingerprint
+from nas.data.decode import header
+from nas.data.lazy import Records, in_threads
+from nas.data.shards import SPLITS
+from nas.data.splits import Splits, encoded_splits
 from nas.errors import DataError
 
 SUFFIXES = (".png", ".jpg", ".jpeg")
-SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
-GREY = ("1", "L", "LA")
-GREY_16_BIT = ("I", "I;16", "I;16L", "I;16B")
 
 
 def image_folder(path: Path, config: Data) -> Splits:
@@ -27,21 +26,15 @@ def image_folder(path: Path, config: Data) -> Splits:
     """
     roots = _roots(path)
     names = [folder.name for folder in _folders(roots["train"])]
-    files = {what: _files(root, names, required=what == "train") for what, root in roots.items()}
-    flat = [file for pairs in files.values() for file, _ in pairs]
-    with ThreadPoolExecutor(4) as pool:  # Pillow decodes outside the interpreter lock
-        images = list(pool.map(lambda file: _decode(file, config.image_size), flat))
-    _check_sizes(flat, images)
-    if len({image.shape[2] for image in images}) == 2:
-        images = [np.broadcast_to(image, (*image.shape[:2], 3)) for image in images]
-    parts, start = {}, 0
-    for what, pairs in files.items():
+    found = {what: _files(root, names, required=what == "train") for what, root in roots.items()}
+    for what, pairs in found.items():
         if not pairs:
             raise DataError(f"{roots[what]}: no image in it. Put class folders of images in it, or remove the folder.")
-        labels = np.array([label for _, label in pairs])
-        parts[what] = Part(np.stack(images[start : start + len(pairs)]), labels)
-        start += len(pairs)
-    return Splits(parts["train"], parts.get("val"), parts.get("test"), tuple(names))
+    files = [file for pairs in found.values() for file, _ in pairs]
+    labels = np.array([label for pairs in found.values() for _, label in pairs])
+    sizes = np.array(in_threads(lambda file: header(file, str(file)), files, config.threads), np.int32)
+    records = Records(files.__getitem__, lambda row: str(files[row]), sizes, fingerprint(path, files))
+    return encoded_splits(records, labels, {what: len(pairs) for what, pairs in found.items()}, config, tuple(names))
 
 
 def _folders(path: Path) -> list[Path]:
@@ -88,37 +81,3 @@ def _files(root: Path, names: list[str], *, required: bool) -> list[tuple[Path, 
             )
         out += [(image, label_of[folder.name]) for image in images]
     return out
-
-
-def _decode(file: Path, side: int | None) -> np.ndarray:
-    """uint8 [H, W, 1] if the file is grey, else [H, W, 3]."""
-    try:
-        with Image.open(file) as raw:
-            image = ImageOps.exif_transpose(raw)
-            if image.mode in GREY_16_BIT:
-                levels = (np.asarray(image).astype(np.int64) + 128) // 257  # convert("L") would clip at 255
-                image = Image.fromarray(levels.clip(0, 255).astype(np.uint8))
-            if "transparency" in image.info and image.mode == "P":
-                image = image.convert("RGBA")  # Pillow warns if this goes to RGB at once
-            image = image.convert("L" if image.mode in GREY else "RGB")
-            if side is not None:
-                image = image.resize((side, side), Image.Resampling.BILINEAR)
-            pixels = np.asarray(image)
-    except PermissionError:
-        raise
-    except Exception as e:  # decoders raise nearly anything on damaged input
-        raise DataError(
-            f"{file}: cannot be decoded as an image ({e}). It is truncated, damaged or of another type: replace or "
-            "delete it."
-        ) from e
-    return pixels[..., None] if pixels.ndim == 2 else pixels
-
-
-def _check_sizes(files: list[Path], images: list[np.ndarray]) -> None:
-    for file, image in zip(files, images, strict=True):
-        if image.shape[:2] != images[0].shape[:2]:
-            sizes = " and ".join(f"{f} is {i.shape[1]}x{i.shape[0]}" for f, i in ((files[0], images[0]), (file, image)))
-            raise DataError(
-                f"{sizes} pixels. All images of a data set must be of one size: set data.image_size (side in pixels) "
-                "to resize them."
-            )

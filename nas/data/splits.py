@@ -1,25 +1,36 @@
 """Labelled images, as they come from a file and as they are split: the words every format of this room speaks."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
+from nas.config import Data
+from nas.data.lazy import LazyImages, Records, shape_of
 from nas.errors import DataError
 
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """Labelled images: `images` uint8 [n, H, W, C] with C 1 or 3, `labels` [n], int32 once checked."""
+    """Labelled images: `images` uint8 [n, H, W, C] with C 1 or 3, `labels` [n], int32 once checked.
 
-    images: np.ndarray
+    `LazyImages` stay in their files; `part.images[rows]` is an array either way.
+    """
+
+    images: np.ndarray | LazyImages
     labels: np.ndarray
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def take(self, indices: np.ndarray) -> "Part":
-        """The images at `indices`, in that order."""
-        return Part(self.images[indices], self.labels[indices])
+        """The images at `indices`, in that order; lazy ones are not decoded."""
+        lazy = isinstance(self.images, LazyImages)
+        return Part(self.images.take(indices) if lazy else self.images[indices], self.labels[indices])
+
+    def in_memory(self) -> "Part":
+        """The same, decoded; itself where it is so already."""
+        return Part(self.images.decoded(), self.labels) if isinstance(self.images, LazyImages) else self
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,6 +41,46 @@ class Splits:
     val: Part | None = None
     test: Part | None = None
     class_names: tuple[str, ...] | None = None
+
+
+def encoded_splits(
+    records: Records,
+    labels: np.ndarray,
+    counts: Mapping[str, int],
+    config: Data,
+    class_names: tuple[str, ...] | None,
+) -> Splits:
+    """Splits over encoded images that lie one behind the other: `counts` of "train", and of "val" and "test" if any.
+
+    Args:
+        labels: [n] of all records, class numbers or strings.
+        class_names: of the numbers, or of the strings in their order; None: numbers, or the training set's strings
+            sorted.
+
+    Raises:
+        DataError: the images differ in size and are not to be resized, or a string names no class.
+    """
+    if not len(labels):
+        raise DataError(f"{config.source}: there is no image in it. Put images in it, or point data.source elsewhere.")
+    starts = dict(zip(counts, np.cumsum([0, *counts.values()]), strict=False))
+    rows = {what: np.arange(starts[what], starts[what] + count) for what, count in counts.items()}
+    if labels.dtype.kind == "U":
+        class_names = class_names or tuple(np.unique(labels[rows["train"]]).tolist())
+        number = {name: i for i, name in enumerate(class_names)}
+        unknown = next((i for i, label in enumerate(labels.tolist()) if label not in number), None)
+        if unknown is not None:
+            raise DataError(
+                f"{records.name(unknown)}: label {str(labels[unknown])!r} is no class; these are "
+                f"{', '.join(class_names[:20])}{', ...' if len(class_names) > 20 else ''}. Correct the label, or give "
+                "that class training images."
+            )
+        labels = np.array([number[label] for label in labels.tolist()])
+    shape, resize = shape_of(records, config.image_size), config.image_size is not None
+    parts = {
+        what: Part(LazyImages(records, own, (len(own), *shape), resize, config.threads), labels[own])
+        for what, own in rows.items()
+    }
+    return Splits(parts["train"], parts.get("val"), parts.get("test"), class_names)
 
 
 def checked(splits: Splits, source: str, *, same_size: bool = True) -> Splits:
@@ -65,7 +116,7 @@ def checked(splits: Splits, source: str, *, same_size: bool = True) -> Splits:
     return Splits(ready["training"], ready.get("validation"), ready.get("test"), names)
 
 
-def size(images: np.ndarray) -> str:
+def size(images: np.ndarray | LazyImages) -> str:
     """Height x width x channels, for messages."""
     return "x".join(map(str, images.shape[1:]))
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from nas import config
 from nas.config import Experiment
 from nas.console import Console
+from nas.data import STORAGE
 from nas.pipeline.export import export
 from nas.pipeline.finish import finish
 from nas.pipeline.job import Job
@@ -39,6 +40,7 @@ STAGES: dict[str, Callable[[Job], None]] = {
 
 # Valid names by key of an experiment file; what is missing here is checked where it is loaded (space, device, data).
 KNOWN: dict[str, Collection[str]] = {
+    "data.storage": STORAGE,
     "search.strategy": STRATEGIES,
     "search.executor": EXECUTORS,
     "train.sampler": SAMPLERS,

@@ -20,5 +20,5 @@ def train(job: Job) -> None:
 
 
 def _shown(values: dict[str, float]) -> dict[str, float]:
-    names = ("top1_largest", "top1_smallest", "top1_random", "images/s")
+    names = ("top1_largest", "top1_smallest", "top1_random", "images/s", "waiting")
     return {name: values[name] for name in names if name in values}

@@ -3,7 +3,7 @@
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,27 +13,11 @@ from numpy.typing import NDArray
 
 from nas.data import Part
 from nas.errors import CheckpointError
+from nas.train.batches import Waits, batches
 from nas.train.checkpoint import Checkpoints
 
 Progress = Callable[[int, int, dict[str, float]], None]  # (steps done, steps in all, newest metrics)
 State = dict[str, Any]
-
-
-def batches(part: Part, batch_size: int, *, seed: int, start: int) -> Iterator[tuple[NDArray[Any], NDArray[Any]]]:
-    """Endless (uint8 images, int32 labels) from step `start` on. The order depends on (seed, epoch) alone.
-
-    A set smaller than a batch is repeated; otherwise the last, incomplete batch of an epoch is left out.
-    """
-    n = len(part.labels)
-    per_epoch = max(n // batch_size, 1)
-    step = start
-    while True:
-        epoch, index = divmod(step, per_epoch)
-        if index == 0 or step == start:
-            order = np.random.default_rng([seed, epoch]).permutation(max(n, batch_size)) % n
-        rows = order[index * batch_size : (index + 1) * batch_size]
-        yield part.images[rows], part.labels[rows]
-        step += 1
 
 
 def steps_of(part: Part, epochs: float, batch_size: int) -> int:
@@ -57,10 +41,12 @@ def fit(
     """Runs `step_function(state, step, images, labels) -> (state, metrics)` for `steps` steps.
 
     With a folder, checkpoints go to `folder`/checkpoints and metrics to `folder`/metrics.jsonl, and a training that
-    was cut off goes on from its newest checkpoint to the same final state, bit for bit on one machine.
+    was cut off goes on from its newest checkpoint to the same final state, bit for bit on one machine. `waiting` in
+    the metrics is the share of the time since the row before in which the device waited for images.
 
     Raises:
         CheckpointError: a damaged checkpoint, or a training that diverged to NaN.
+        DataError: an image in a file that cannot be decoded.
     """
     if folder is None:
         return _loop(step_function, state, part, 0, steps, batch_size, seed, log_steps, progress, None, 0, [])
@@ -100,11 +86,11 @@ class _Log(list):
 def _loop(
     step_function, state, part, start, steps, batch_size, seed, log_steps, progress, checkpoints, checkpoint_steps, log
 ) -> State:
-    began = time.perf_counter()
-    for step, (images, labels) in zip(
-        range(start, steps), batches(part, batch_size, seed=seed, start=start), strict=False
-    ):
+    began = told = time.perf_counter()
+    stream, waited = Waits(batches(part, batch_size, seed=seed, start=start, stop=steps)), 0.0
+    for step, (images, labels) in enumerate(stream, start):
         state, metrics = step_function(state, step, images, labels)
+        stream.watch(metrics)
         done = step + 1
         if done % log_steps == 0 or done == steps:
             values = {k: float(v) for k, v in jax.device_get(metrics).items()}
@@ -113,10 +99,12 @@ def _loop(
                     f"the training diverged at step {done}: {values}. Lower the learning rate "
                     f"(`learning_rate`) or the gradient norm (`clip_norm`) and run again."
                 )
-            rate = (done - start) * batch_size / (time.perf_counter() - began)
-            log.append({"step": done, **values, "images_per_second": round(rate, 1)})
+            now = time.perf_counter()
+            rate, waiting = (done - start) * batch_size / (now - began), (stream.seconds - waited) / (now - told)
+            told, waited = now, stream.seconds
+            log.append({"step": done, **values, "images_per_second": round(rate, 1), "waiting": round(waiting, 4)})
             if progress:
-                progress(done, steps, {**values, "images/s": rate})
+                progress(done, steps, {**values, "images/s": rate, "waiting": waiting})
         if checkpoints is not None and (done % checkpoint_steps == 0 or done == steps):
             log.flush()
             checkpoints.save(done, state)

@@ -6,6 +6,7 @@ import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
+import filesets
 import numpy as np
 import pytest
 from PIL import Image
@@ -78,12 +79,24 @@ def write_digits(folder: Path) -> tuple[str, Part]:
     return "digits", Part(np.rint(values * 255 / 16).astype(np.uint8).reshape(-1, 8, 8, 1), labels)
 
 
+def write_parquet(folder: Path) -> tuple[str, Part]:
+    x, y = pictures(60, 3, (5, 6, 3))
+    return filesets.write("parquet", folder, list(x), y.tolist()), Part(x, y)
+
+
+def write_arrayrecord(folder: Path) -> tuple[str, Part]:
+    x, y = pictures(60, 3, (5, 6, 3))
+    return filesets.write("arrayrecord", folder, list(x), y.tolist()), Part(x, y)
+
+
 WRITERS: dict[str, Callable[[Path], tuple[str, Part]]] = {
     "digits": write_digits,
     "npz": write_npz,
     "image_folder": write_image_folder,
     "cifar": write_cifar,
     "idx": write_idx,
+    "parquet": write_parquet,
+    "arrayrecord": write_arrayrecord,
 }
 
 
