@@ -2,6 +2,7 @@
 
 import functools
 import re
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from nas.config import Data
-from nas.data.cache import cached, fingerprint, stamp
+from nas.data.cache import cached, damaged, fingerprint, stamp
 from nas.data.decode import header
 from nas.data.lazy import Ranges, Records, in_threads, require
 from nas.data.shards import by_split
@@ -56,11 +57,12 @@ def arrayrecord(path: Path, config: Data) -> Splits:
     try:
         with np.load(made) as index:
             labels, sizes = index["labels"], index["sizes"]
-    except (OSError, ValueError, KeyError) as e:
-        raise DataError(f"{made}: damaged ({e}). It is made from the data set: delete it, and it is made again.") from e
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as e:
+        raise damaged(made, e) from e
     folder = path if path.is_dir() else path.parent
     records = Records(read, name, sizes, fingerprint(folder, files))
-    lengths = {what: sum(counts[files.index(f)] for f in part) for what, part in splits.items()}
+    length = dict(zip(files, counts, strict=True))
+    lengths = {what: sum(length[file] for file in part) for what, part in splits.items()}
     return encoded_splits(records, labels, lengths, config, _class_names(files[0].parent / CLASS_NAMES))
 
 
@@ -74,7 +76,7 @@ def _opened(file: Path) -> Any:
             reader.read([0])  # says what is wrong
             why = "unknown reason"
         except Exception as e:
-            why = str(e)
+            why = " ".join(str(e).split())
         raise DataError(
             f"{file}: cannot be read as ArrayRecord ({why}): truncated, damaged or another format. Download or write "
             "it again."
@@ -87,7 +89,8 @@ def _records(reader: Any, rows: Sequence[int], file: Path) -> list[bytes]:
         return reader.read(list(rows))
     except Exception as e:  # whatever the C++ side raises
         where = f"record {rows[0]}" + (f" to {rows[-1]}" if len(rows) > 1 else "")
-        raise DataError(f"{file}, {where}: cannot be read ({e}): damaged. Download or write the file again.") from e
+        why = " ".join(str(e).split())
+        raise DataError(f"{file}, {where}: cannot be read ({why}): damaged. Download or write the file again.") from e
 
 
 def _index(target: Path, files: Sequence[Path], readers: Sequence[Any], counts: Sequence[int], *, threads: int) -> None:

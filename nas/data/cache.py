@@ -20,7 +20,7 @@ def stamp(files: Iterable[Path], *more: str) -> str:
     out = hashlib.sha256("\0".join(more).encode())
     for file in files:
         status = file.stat()
-        out.update(f"\0{file.resolve()}\0{status.st_size}\0{status.st_mtime_ns}".encode())
+        out.update(f"\0{file.absolute()}\0{status.st_size}\0{status.st_mtime_ns}".encode())
     return out.hexdigest()[:32]
 
 
@@ -62,6 +62,11 @@ def cached(name: str, write: Callable[[Path], None]) -> Path:
             "needs room for its encoded images: free some space, or name another folder in XDG_CACHE_HOME."
         ) from e
     return path
+
+
+def damaged(file: Path, error: Exception) -> DataError:
+    """The error for a file of the cache folder that cannot be used."""
+    return DataError(f"{file}: damaged ({error}). It is made from the data set: delete it, and it is made again.")
 
 
 @contextmanager

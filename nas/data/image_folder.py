@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from nas.config import Data
-from nas.data.cache import fingerprint
+from nas.data.cache import cached, damaged, fingerprint, stamp
 from nas.data.decode import header
 from nas.data.lazy import Records, in_threads
 from nas.data.shards import SPLITS
@@ -13,13 +13,16 @@ from nas.data.splits import Splits, encoded_splits
 from nas.errors import DataError
 
 SUFFIXES = (".png", ".jpg", ".jpeg")
+MANY = 10_000  # files whose sizes are kept in the cache folder: reading so many headers takes about a second
+VERSION = "1"  # of what is kept
 
 
 def image_folder(path: Path, config: Data) -> Splits:
     """A folder of class folders of .png, .jpg or .jpeg files, with or without train/, val/ and test/ above them.
 
     Classes are sorted by name. Images are grey (C = 1) if all files are, else RGB; alpha is dropped, EXIF orientation
-    applied. With `config.image_size` they are resized on reading, so that they may come in different sizes.
+    applied. With `config.image_size` they are resized on reading, so that they may come in different sizes. The
+    headers of all files are read first, once and for all where there are many.
 
     Raises:
         DataError: a class without images, an unknown class, sizes that differ, a file that is not an image.
@@ -32,9 +35,28 @@ def image_folder(path: Path, config: Data) -> Splits:
             raise DataError(f"{roots[what]}: no image in it. Put class folders of images in it, or remove the folder.")
     files = [file for pairs in found.values() for file, _ in pairs]
     labels = np.array([label for pairs in found.values() for _, label in pairs])
-    sizes = np.array(in_threads(lambda file: header(file, str(file)), files, config.threads), np.int32)
+    sizes = _sizes(files, config.threads)
     records = Records(files.__getitem__, lambda row: str(files[row]), sizes, fingerprint(path, files))
     return encoded_splits(records, labels, {what: len(pairs) for what, pairs in found.items()}, config, tuple(names))
+
+
+def _sizes(files: list[Path], threads: int) -> np.ndarray:
+    """int32 [n, 3], height, width and channels of every file."""
+
+    def read() -> np.ndarray:
+        return np.array(in_threads(lambda file: header(file, str(file)), files, threads), np.int32)
+
+    def write(target: Path) -> None:
+        with target.open("wb") as file:
+            np.save(file, read())
+
+    if len(files) < MANY:
+        return read()
+    made = cached(f"{stamp(files, VERSION)}.npy", write)
+    try:
+        return np.load(made)
+    except (OSError, ValueError, EOFError) as e:
+        raise damaged(made, e) from e
 
 
 def _folders(path: Path) -> list[Path]:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from nas.config import Data
-from nas.data.cache import cached, fingerprint, stamp
+from nas.data.cache import cached, damaged, fingerprint, stamp
 from nas.data.decode import header
 from nas.data.lazy import Ranges, Records, require
 from nas.data.shards import by_split
@@ -45,7 +45,8 @@ def parquet(path: Path, config: Data) -> Splits:
                 f"{file}: no column {missing.pop()!r}, as {files[0].name} has; its columns are "
                 f"{', '.join(table.schema_arrow.names)}. All files of a set need the same columns: write it again."
             )
-    ranges = Ranges([table.metadata.num_rows for table in tables])
+    lengths = {file: table.metadata.num_rows for file, table in zip(files, tables, strict=True)}
+    ranges = Ranges(list(lengths.values()))
 
     def name(row: int) -> str:
         file, at = ranges.find(row)
@@ -57,7 +58,7 @@ def parquet(path: Path, config: Data) -> Splits:
     )
     read, labels, sizes = _mapped(made)
     records = Records(read, name, sizes, fingerprint(path if path.is_dir() else path.parent, files))
-    counts = {what: sum(tables[files.index(f)].metadata.num_rows for f in part) for what, part in splits.items()}
+    counts = {what: sum(lengths[file] for file in part) for what, part in splits.items()}
     return encoded_splits(records, labels, counts, config, class_names)
 
 
@@ -67,7 +68,9 @@ def _opened(file: Path) -> Any:
 
     try:
         return pq.ParquetFile(file)
-    except pa.ArrowInvalid as e:
+    except (pa.ArrowException, OSError) as e:
+        if getattr(e, "errno", None) is not None:  # the disk's or the permission's fault, not the file's
+            raise
         raise _damaged(file, e) from e
 
 
@@ -136,10 +139,12 @@ def _label_type(kind: Any) -> Any:
 
 
 def _batches(file: Path, table: Any, image: str, label: str) -> Iterator[Any]:
+    import pyarrow as pa
+
     try:
         yield from (b for b in table.iter_batches(batch_size=ROWS, columns=[image, label]) if len(b))
-    except OSError as e:  # so pyarrow calls a damaged page too
-        if e.errno is not None:
+    except (pa.ArrowException, OSError) as e:
+        if getattr(e, "errno", None) is not None:  # the disk's or the permission's fault, not the file's
             raise
         raise _damaged(file, e) from e
 
@@ -172,7 +177,7 @@ def _mapped(file: Path) -> tuple[Any, np.ndarray, np.ndarray]:
     try:
         table = pa.ipc.open_file(pa.memory_map(str(file))).read_all()
     except pa.ArrowInvalid as e:
-        raise DataError(f"{file}: damaged ({e}). It is made from the data set: delete it, and it is made again.") from e
+        raise damaged(file, e) from e
     chunks = table.column("image").chunks
     ranges = Ranges([len(chunk) for chunk in chunks])
 
@@ -186,4 +191,5 @@ def _mapped(file: Path) -> tuple[Any, np.ndarray, np.ndarray]:
 
 
 def _damaged(file: Path, error: Exception) -> DataError:
-    return DataError(f"{file}: cannot be read as Parquet ({error}): truncated or damaged. Download or write it again.")
+    why = " ".join(str(error).split())
+    return DataError(f"{file}: cannot be read as Parquet ({why}): truncated or damaged. Download or write it again.")

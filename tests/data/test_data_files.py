@@ -4,6 +4,7 @@ import dataclasses
 import io
 import os
 import shutil
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -234,17 +235,23 @@ def test_a_file_of_the_cache_is_whole_or_missing_and_written_by_one(cache):
     assert (cache / "thing").read_text() == "whole"
 
 
-def test_a_damaged_or_impossible_cache_says_what_to_do(tmp_path, cache, monkeypatch):
-    file = write_parquet(tmp_path / "a.parquet", [png(x) for x in X], Y)
-    load(file)
-    made = next(cache.glob("*.arrow"))
-    made.write_bytes(made.read_bytes()[:100])
-    fails(file, r"\.arrow: damaged .*delete it, and it is made again")
-    made.unlink()
-    load(file)
+@pytest.mark.parametrize("name", LAZY)
+def test_a_damaged_or_impossible_cache_says_what_to_do(tmp_path, cache, monkeypatch, name):
+    monkeypatch.setattr(sys.modules["nas.data.image_folder"], "MANY", 5)
+    source = filesets.write(name, tmp_path, list(X), Y.tolist())
+    digest = load(source).digest
+    made = next(file for file in cache.iterdir() if not file.name.startswith("."))
+    before = made.stat().st_mtime_ns
+    assert load(source).digest == digest
+    assert made.stat().st_mtime_ns == before
+    for size in (0, 100):
+        made.write_bytes(made.read_bytes()[:size])
+        fails(source, r"\.(arrow|npz|npy): damaged .*delete it, and it is made again")
+        made.unlink()
+        assert load(source).digest == digest
     (tmp_path / "no_folder").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "no_folder"))
-    fails(file, "cannot be written: .*XDG_CACHE_HOME")
+    fails(source, "cannot be written: .*XDG_CACHE_HOME")
 
 
 # -- mistakes
@@ -352,6 +359,8 @@ def test_parquet_labels_out_of_range_differing_types_and_damage_are_refused(tmp_
     content = file.read_bytes()
     file.write_bytes(content[: len(content) // 2])
     fails(file, r"train\.parquet: cannot be read as Parquet \(.*truncated or damaged")
+    file.write_bytes(content[:-60] + b"\xff" * 40 + content[-20:])
+    fails(file, r"train\.parquet: cannot be read as Parquet")
     middle = len(content) // 3
     file.write_bytes(content[:middle] + b"\xff" * 200 + content[middle + 200 :])
     fails(file, r"train\.parquet(: cannot be read as Parquet|, row \d+: cannot be decoded)")
