@@ -21,7 +21,7 @@ test: setup
 	$(RUN)/python -m pytest -m "not slow" -n 2 --dist loadfile
 
 smoke: setup
-	$(RUN)/python -m pytest -m slow tests/pipeline/test_experiments.py
+	$(RUN)/python -m pytest -m slow tests/pipeline
 
 slow: setup
 	$(RUN)/python -m pytest -m slow

@@ -242,6 +242,7 @@ KILL_AT = {
 }
 
 
+@pytest.mark.slow  # two minutes; `make smoke` has it
 def test_killed_in_every_stage_and_resumed_it_ends_the_same_to_the_bit(measured, finished, workplace):
     experiment = workplace / "tiny_experiment.toml"
     killed = [name for name, marker in KILL_AT.items() if _killed_at(measured, experiment, marker)]
