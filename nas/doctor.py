@@ -33,6 +33,7 @@ _PARTS = (
     ("plotly", "plotly", "the report", ""),
     ("jinja2", "jinja2", "the report", ""),
     ("psutil", "psutil", "measuring, search on Ray", ""),
+    ("tensorboardX", "tensorboardx", "TensorBoard events of a training (train.tensorboard)", "tensorboard"),
     ("pandas", "pandas", "front.to_frame()", "notebook"),
     ("matplotlib", "matplotlib", "notebooks", "notebook"),
 )

@@ -35,7 +35,10 @@ _DECIDES = {
     "search": ("objectives", "search."),
     "finish": ("finish.",),
 }
-_FREE = ("data.source", "search.executor", "search.workers", "search.address", "search.timeout_seconds")
+_FREE = (
+    *("data.source", "search.executor", "search.workers", "search.address", "search.timeout_seconds"),
+    *("train.tensorboard", "train.profile_steps"),
+)
 
 
 class _Stage(msgspec.Struct):

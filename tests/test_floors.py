@@ -30,6 +30,7 @@ ENTERS = {
     "onnx": ["export/onnx.py"],
     "onnxruntime": ["export/onnxruntime.py"],
     "sklearn": ["data/digits.py"],
+    "tensorboardX": ["train/log.py", "train/log.py"],
     "pickle": [],
     "joblib": [],
     "dill": [],
