@@ -76,7 +76,11 @@ def _stage_command(name: str, text: str) -> None:
 
 
 _stage_command("measure", "Measure the latency table of EXPERIMENT's space on its device, with proof.")
-_stage_command("train", "Train the supernet of EXPERIMENT.")
+_stage_command(
+    "train",
+    "Train the supernet of EXPERIMENT; cut off, it goes on from its newest checkpoint. --set train.tensorboard=true "
+    "writes TensorBoard events too, --set train.profile_steps=20 a jax.profiler trace of so many steps.",
+)
 _stage_command("search", "Search EXPERIMENT's space under its limit.")
 _stage_command("finish", "Fine-tune the winners and the baselines of EXPERIMENT, with distillation.")
 _stage_command("verify", "Prove that the exported files of EXPERIMENT do what their networks do.")

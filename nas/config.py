@@ -117,6 +117,8 @@ class Train(Strict, frozen=True):
     checkpoint_steps: int = 100
     calibration_images: int = 512  # training images that batch-norm statistics are measured on, for every subnet
     eval_batch_size: int = 128
+    tensorboard: bool = False  # write the metrics as TensorBoard events too, to supernet/events
+    profile_steps: int = 0  # trace so many steps by jax.profiler, to supernet/profile
 
 
 class Search(Strict, frozen=True):
@@ -413,6 +415,7 @@ _RANGES = {
     "train.checkpoint_steps": (1, None),
     "train.calibration_images": (2, None),
     "train.eval_batch_size": (1, None),
+    "train.profile_steps": (0, None),
     "train.optimiser.learning_rate": (0.0, None),
     "train.optimiser.weight_decay": (0.0, None),
     "train.optimiser.clip_norm": (0.0, None),

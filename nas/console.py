@@ -1,5 +1,6 @@
 """What a person sees while a job runs: live progress with ETA on a terminal, plain lines elsewhere."""
 
+import shutil
 import sys
 import time
 from collections.abc import Mapping
@@ -13,7 +14,8 @@ class Console:
         self.stream = stream or sys.stderr
         self.live = self.stream.isatty()
         self.plain_seconds = plain_seconds
-        self._began = self._told = time.monotonic()
+        self._told = time.monotonic()
+        self._first: tuple[int, float] | None = None  # what was done, and when, at the first call of `progress`
         self._open = False
 
     def say(self, text: str = "") -> None:
@@ -22,20 +24,28 @@ class Console:
         print(text, file=self.stream, flush=True)
 
     def start(self, text: str) -> None:
-        """Begins a stage; `progress` counts from here."""
+        """Begins a stage."""
         self.say(text)
-        self._began = self._told = time.monotonic()
+        self._told = time.monotonic()
+        self._first = None
 
     def progress(self, done: int, total: int, values: Mapping[str, float | str] | None = None) -> None:
-        """`done` of `total`, with the newest values."""
+        """`done` of `total`, with the newest values.
+
+        The time left follows from what was done since the first call: not from the compiling before it, nor from what
+        an earlier process had done.
+        """
         now = time.monotonic()
+        self._first = self._first or (done, now)
         wait = 0.1 if self.live else self.plain_seconds
         if now - self._told < wait and done < total:
             return
         self._told = now
-        eta = (now - self._began) / max(done, 1) * (total - done)
+        first, began = self._first
+        known = done > first or done >= total
+        eta = _duration((now - began) / max(done - first, 1) * (total - done)) if known else "?"
         words = "  ".join(f"{k} {v if isinstance(v, str) else format(v, '.4g')}" for k, v in (values or {}).items())
-        self._line(f"  {done}/{total}  eta {_duration(eta)}  {words}", last=done >= total)
+        self._line(f"  {done}/{total}  eta {eta}  {words}", last=done >= total)
 
     def share(self, what: str, share: float, eta_seconds: float) -> None:
         """`share` (0 to 1) of something is done, and the rest takes so long."""
@@ -48,7 +58,8 @@ class Console:
 
     def _line(self, line: str, *, last: bool) -> None:
         if self.live:
-            print(f"\r\033[K{line[:150]}", end="", file=self.stream, flush=True)
+            width = min(shutil.get_terminal_size((151, 24)).columns - 1, 150)  # a line that wraps cannot be rewritten
+            print(f"\r\033[K{line[:width]}", end="", file=self.stream, flush=True)
             self._open = True
             if last:
                 self._end_line()

@@ -41,7 +41,7 @@ class JournalError(NasError):
 
 
 class CheckpointError(NasError):
-    """A checkpoint or parameter file is damaged, or belongs to another space."""
+    """A checkpoint or parameter file is damaged, belongs to another space, or could not be written."""
 
 
 class RunError(NasError):

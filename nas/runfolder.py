@@ -35,7 +35,10 @@ _DECIDES = {
     "search": ("objectives", "search."),
     "finish": ("finish.",),
 }
-_FREE = ("data.source", "data.threads", "search.executor", "search.workers", "search.address", "search.timeout_seconds")
+_FREE = (
+    *("data.source", "data.threads", "train.tensorboard", "train.profile_steps"),
+    *("search.executor", "search.workers", "search.address", "search.timeout_seconds"),
+)
 
 
 class _Stage(msgspec.Struct):

@@ -33,6 +33,7 @@ ENTERS = {
     "grain": ["train/batches.py"],
     "pyarrow": ["data/parquet.py"],
     "array_record": ["data/arrayrecord.py"],
+    "tensorboardX": ["train/log.py"],
     "pickle": [],
     "joblib": [],
     "dill": [],

@@ -77,6 +77,7 @@ def finetune(
         batch_size=settings.batch_size,
         seed=seed,
         folder=folder,
+        identity={"network": network.key, "optimiser": settings.optimiser.name},
         checkpoint_steps=max(steps // 2, 100),
         progress=progress,
     )["params"]

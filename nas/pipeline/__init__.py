@@ -22,6 +22,7 @@ from nas.runfolder import RunFolder
 from nas.search import EXECUTORS, STRATEGIES
 from nas.search.ray_executor import preflight
 from nas.train.augment import POLICIES
+from nas.train.log import require_tensorboard
 from nas.train.losses import DIVERGENCES
 from nas.train.optimiser import OPTIMISERS, SCHEDULES
 from nas.train.precision import PRECISIONS
@@ -90,6 +91,8 @@ def run_experiment(
         todo = [s for s in stages if s in again or not folder.done(s)]
         if "search" in todo and experiment.search.executor == "ray":
             preflight(experiment.search.address)  # what makes Ray impossible here is told before hours of training
+        if "train" in todo and experiment.train.tensorboard:
+            require_tensorboard()
         for stage in todo:
             with folder.stage(stage):
                 STAGES[stage](job)

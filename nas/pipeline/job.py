@@ -150,16 +150,17 @@ class Job:
         """The trained weights of the supernet.
 
         Raises:
-            CheckpointError: they are damaged.
+            CheckpointError: they are damaged, or of another space.
         """
         from nas.train import Checkpoints, steps_of
-        from nas.train.supernet import state_like, trained
+        from nas.train.supernet import identity, state_like, trained
 
         self.folder.require("train")
         settings = self.experiment.train
         steps = steps_of(self.data.train, settings.epochs, settings.batch_size)
         like = state_like(self.supernet, self.data, settings, seed=self.experiment.seed)
-        with Checkpoints(self.path / "supernet" / "checkpoints") as checkpoints:
+        of = identity(self.supernet, settings)
+        with Checkpoints(self.path / "supernet" / "checkpoints", of) as checkpoints:
             return dict(trained(checkpoints.restore(steps, like)))
 
     def handmade(self) -> np.ndarray:

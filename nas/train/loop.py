@@ -1,7 +1,6 @@
 """The loop that trainings share: batches in a fixed order, checkpoints, metrics, resume to the bit."""
 
-import json
-import os
+import contextlib
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +13,9 @@ from numpy.typing import NDArray
 from nas.data import Part
 from nas.errors import CheckpointError
 from nas.train.batches import Waits, batches
-from nas.train.checkpoint import Checkpoints
+from nas.train.checkpoint import Checkpoints, Identity
+from nas.train.log import Events, Log
+from nas.train.profile import Profile
 
 Progress = Callable[[int, int, dict[str, float]], None]  # (steps done, steps in all, newest metrics)
 State = dict[str, Any]
@@ -34,8 +35,12 @@ def fit(
     batch_size: int,
     seed: int,
     folder: Path | None = None,
+    identity: Identity | None = None,
     checkpoint_steps: int = 100,
     log_steps: int = 10,
+    learning_rate: Callable[[int], Any] | None = None,
+    tensorboard: bool = False,
+    profile_steps: int = 0,
     progress: Progress | None = None,
 ) -> State:
     """Runs `step_function(state, step, images, labels) -> (state, metrics)` for `steps` steps.
@@ -44,68 +49,61 @@ def fit(
     was cut off goes on from its newest checkpoint to the same final state, bit for bit on one machine. `waiting` in
     the metrics is the share of the time since the row before in which the device waited for images.
 
+    Args:
+        identity: what is trained (the hash of its space, for one); a checkpoint of something else is refused.
+        checkpoint_steps: steps from one checkpoint to the next; the last step has one too.
+        log_steps: steps from one row of metrics to the next; the last step has one too.
+        learning_rate: of a step, to be logged.
+        tensorboard: write the metrics as TensorBoard events too, to `folder`/events.
+        profile_steps: trace so many steps by `jax.profiler`, to `folder`/profile.
+
     Raises:
-        CheckpointError: a damaged checkpoint, or a training that diverged to NaN.
         DataError: an image in a file that cannot be decoded.
+        CheckpointError: a checkpoint is damaged, of something else or could not be written; or the training diverged
+            to NaN.
+        RunError: `tensorboard` without tensorboardX installed.
     """
-    if folder is None:
-        return _loop(step_function, state, part, 0, steps, batch_size, seed, log_steps, progress, None, 0, [])
-    with Checkpoints(folder / "checkpoints") as checkpoints:
-        start = checkpoints.latest() or 0
-        if start:
-            state = checkpoints.restore(start, state)
-        log = _Log(folder / "metrics.jsonl", start)
-        return _loop(
-            step_function, state, part, start, steps, batch_size, seed, log_steps, progress,
-            checkpoints, checkpoint_steps, log,
-        )  # fmt: skip
-
-
-class _Log(list):
-    """Metrics as JSON lines. What a run that was cut off wrote after its last checkpoint is dropped."""
-
-    def __init__(self, path: Path, start: int):
-        self.path = path
-        rows = []
-        if path.exists():
-            for line in path.read_text().splitlines():
-                try:
-                    row = json.loads(line)
-                except json.JSONDecodeError:  # a torn last line
-                    break
-                if row["step"] <= start:
-                    rows.append(row)
-        super().__init__(rows)
-
-    def flush(self) -> None:
-        part = self.path.with_suffix(".part")
-        part.write_text("".join(json.dumps(row) + "\n" for row in self))
-        os.replace(part, self.path)
-
-
-def _loop(
-    step_function, state, part, start, steps, batch_size, seed, log_steps, progress, checkpoints, checkpoint_steps, log
-) -> State:
-    began = told = time.perf_counter()
-    stream, waited = Waits(batches(part, batch_size, seed=seed, start=start, stop=steps)), 0.0
-    for step, (images, labels) in enumerate(stream, start):
-        state, metrics = step_function(state, step, images, labels)
-        stream.watch(metrics)
-        done = step + 1
-        if done % log_steps == 0 or done == steps:
-            values = {k: float(v) for k, v in jax.device_get(metrics).items()}
-            if not all(np.isfinite(v) for v in values.values()):
-                raise CheckpointError(
-                    f"the training diverged at step {done}: {values}. Lower the learning rate "
-                    f"(`learning_rate`) or the gradient norm (`clip_norm`) and run again."
-                )
-            now = time.perf_counter()
-            rate, waiting = (done - start) * batch_size / (now - began), (stream.seconds - waited) / (now - told)
-            told, waited = now, stream.seconds
-            log.append({"step": done, **values, "images_per_second": round(rate, 1), "waiting": round(waiting, 4)})
-            if progress:
-                progress(done, steps, {**values, "images/s": rate, "waiting": waiting})
-        if checkpoints is not None and (done % checkpoint_steps == 0 or done == steps):
-            log.flush()
-            checkpoints.save(done, state)
+    with contextlib.ExitStack() as opened:
+        start, checkpoints, profile = 0, None, None
+        logs: list[Log | Events] = []
+        if folder is not None:
+            checkpoints = opened.enter_context(Checkpoints(folder / "checkpoints", identity))
+            start = checkpoints.latest() or 0
+            if start:
+                state = checkpoints.restore(start, state)
+            logs.append(opened.enter_context(Log(folder / "metrics.jsonl", start)))
+            if tensorboard:
+                logs.append(opened.enter_context(Events(folder / "events", start)))
+            if profile_steps:
+                profile = Profile(folder / "profile", profile_steps, start=start, stop=steps)
+                opened.enter_context(profile)
+        before, began, waited = start, time.perf_counter(), 0.0
+        stream = Waits(batches(part, batch_size, seed=seed, start=start, stop=steps))
+        for step, (images, labels) in enumerate(stream, start):
+            if profile is not None:
+                profile.at(step, state)
+            state, metrics = step_function(state, step, images, labels)
+            stream.watch(metrics)
+            done = step + 1
+            if done % log_steps == 0 or done == steps:
+                values = {k: float(v) for k, v in jax.device_get(metrics).items()}
+                if not all(np.isfinite(v) for v in values.values()):
+                    raise CheckpointError(
+                        f"the training diverged at step {done}: {values}. Lower the learning rate "
+                        f"(`learning_rate`) or the gradient norm (`clip_norm`) and run again."
+                    )
+                if learning_rate is not None:
+                    values["learning_rate"] = float(learning_rate(step))
+                now = time.perf_counter()
+                rate = (done - before) * batch_size / (now - began)
+                waiting = (stream.seconds - waited) / (now - began)
+                before, began, waited = done, now, stream.seconds
+                for log in logs:
+                    log.append({"step": done, **values, "images_per_second": round(rate, 1), "waiting": waiting})
+                if progress:
+                    progress(done, steps, {**values, "images/s": rate, "waiting": waiting})
+            if checkpoints is not None and (done % checkpoint_steps == 0 or done == steps):
+                checkpoints.save(done, state)
+        if profile is not None:
+            profile.at(steps, state)
     return state

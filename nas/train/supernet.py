@@ -12,7 +12,8 @@ from nas import config
 from nas.data import Dataset
 from nas.errors import ConfigError
 from nas.supernet import Supernet
-from nas.train import optimiser
+from nas.train import optimiser, precision
+from nas.train.checkpoint import Identity
 from nas.train.loop import Progress, fit, steps_of
 from nas.train.samplers import sampler
 from nas.train.step import State, Step
@@ -29,22 +30,27 @@ def train_supernet(
 ) -> dict[str, Array]:
     """The trained arrays of the supernet, or their moving average (settings.ema).
 
-    With a folder, resumes from and writes checkpoints there.
+    With a folder, resumes from and writes checkpoints, metrics and what else the settings ask for there.
 
     Raises:
         ConfigError: settings that do not fit together.
-        CheckpointError: a damaged checkpoint, or a training that diverged.
+        CheckpointError: a checkpoint that is damaged or of another space, or a training that diverged.
     """
     step = make_step(supernet, data, settings, seed=seed)
+    steps = steps_of(data.train, settings.epochs, settings.batch_size)
     state = fit(
         step,
         step.init(jax.tree.map(jnp.asarray, supernet.init(seed))),
         data.train,
-        steps=steps_of(data.train, settings.epochs, settings.batch_size),
+        steps=steps,
         batch_size=settings.batch_size,
         seed=seed,
         folder=folder,
+        identity=identity(supernet, settings),
         checkpoint_steps=settings.checkpoint_steps,
+        learning_rate=jax.jit(optimiser.schedule(settings.optimiser, steps)),
+        tensorboard=settings.tensorboard,
+        profile_steps=settings.profile_steps,
         progress=progress,
     )
     return dict(trained(state))
@@ -72,6 +78,16 @@ def make_step(supernet: Supernet, data: Dataset, settings: config.Train, *, seed
     transform = optimiser.build(settings.optimiser, steps)
     at_one_size = supernet.space.at(supernet.space.resolutions[-1])
     return Step(supernet, data, settings, transform, sampler(settings, at_one_size, steps=steps), seed)
+
+
+def identity(supernet: Supernet, settings: config.Train) -> Identity:
+    """What a checkpoint of this training is of: the space, and the settings that decide what a state holds."""
+    return {
+        "space": supernet.space.digest,
+        "optimiser": settings.optimiser.name,
+        "moving average": settings.ema > 0,
+        "loss scale": precision.named(settings.precision).scaled,
+    }
 
 
 def trained(state: State) -> Mapping[str, Any]:

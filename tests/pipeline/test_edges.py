@@ -172,6 +172,13 @@ def test_what_decides_nothing_that_was_made_may_change_between_calls(copy, chang
     assert load_experiment(copy / "run" / "config.toml") == changed
 
 
+@pytest.mark.parametrize("change", ["train.tensorboard=true", "train.profile_steps=5"])
+def test_what_only_shows_a_training_may_change_while_it_is_under_way(copy, change):
+    (copy / "run" / "supernet").mkdir()
+    with RunFolder(copy / "run", load_experiment(copy / "tiny_experiment.toml", overrides=[change])) as folder:
+        assert folder.done("measure")
+
+
 def test_a_folder_that_is_no_run_is_left_alone(capsys, place):
     (place / "run").mkdir()
     (place / "run" / "thesis.tex").write_text("years of work")

@@ -1,8 +1,8 @@
 """Every space of the package, in every precision: a subnet in the supernet is its slice alone.
 
-Computed op by op (`disable_jit`) and, in half precision, with `lax` convolutions: a switch then runs the branch that is taken and compiles
-no other, so that all spaces take minutes instead of hours. That a compiled switch does the same is test_supernet.py's
-to show, and test_kernels.py has the other forms of convolutions.
+Computed op by op (`disable_jit`) and, in half precision, with `lax` convolutions: a switch then runs the branch that is
+taken and compiles no other, so that all spaces take minutes instead of hours. That a compiled switch does the same is
+test_supernet.py's to show, and test_kernels.py has the other forms of convolutions.
 """
 
 import jax
