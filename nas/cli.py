@@ -12,12 +12,15 @@ import threading
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from nas.errors import NasError
 from nas.runfolder import STAGES
+
+if TYPE_CHECKING:
+    from nas.config import Experiment
 
 GRACE_SECONDS = 8.0  # after Ctrl-C, for what is running now to end by itself
 
@@ -50,11 +53,18 @@ def _stages(
     stages: Sequence[str] | None,
     redo: str | None = None,
 ) -> None:
-    from nas.pipeline import STAGES, load_experiment, run_experiment
+    from nas.pipeline import STAGES, run_experiment
+
+    resolved, path = _resolved(experiment, out, smoke, overrides)
+    run_experiment(resolved, path, stages=stages or tuple(STAGES), redo=redo)
+
+
+def _resolved(experiment: Path, out: Path | None, smoke: bool, overrides: tuple[str, ...]) -> tuple["Experiment", Path]:
+    """The experiment and its run folder."""
+    from nas.pipeline import load_experiment
 
     resolved = load_experiment(experiment, smoke=smoke, overrides=overrides)
-    name = f"{resolved.name}-smoke" if smoke else resolved.name
-    run_experiment(resolved, out or Path("runs") / name, stages=stages or tuple(STAGES), redo=redo)
+    return resolved, out or Path("runs") / (f"{resolved.name}-smoke" if smoke else resolved.name)
 
 
 @cli.command()
@@ -85,6 +95,28 @@ _stage_command("search", "Search EXPERIMENT's space under its limit.")
 _stage_command("finish", "Fine-tune the winners and the baselines of EXPERIMENT, with distillation.")
 _stage_command("verify", "Prove that the exported files of EXPERIMENT do what their networks do.")
 _stage_command("report", "Write summary.json and report.html of EXPERIMENT.")
+
+
+@cli.command()
+@click.option("--networks", metavar="K", help="How many to train alone (fidelity.networks); trained ones are kept.")
+@click.option("--seeds", metavar="N", help="Trainings of each (fidelity.seeds).")
+@click.option("--epochs", metavar="E", help="Of each, in place of train.epochs (fidelity.epochs); the result says so.")
+@_experiment_options
+def fidelity(
+    experiment: Path, out: Path | None, smoke: bool, overrides: tuple[str, ...], **options: str | None
+) -> None:
+    """Ask whether the trained supernet of EXPERIMENT orders networks as training each of them alone does.
+
+    Trains K networks by the supernet's recipe, from scratch, and compares the two orders by Kendall's tau, beside the
+    orders by MACs and by parameters. Not part of `nas run`: it takes K times as long as one network does.
+
+    Example: nas fidelity experiments/quickstart.toml --networks 16
+    """
+    from nas.pipeline import run_fidelity
+
+    short = tuple(f"fidelity.{name}={value}" for name, value in options.items() if value is not None)
+    resolved, path = _resolved(experiment, out, smoke, (*overrides, *short))
+    run_fidelity(resolved, path)
 
 
 @cli.command()

@@ -162,6 +162,14 @@ class Verify(Strict, frozen=True):
     int8_loss: float = 0.05  # top-1 that int8 may lose against float32 (0.05: 5 points) before it is refused
 
 
+class Fidelity(Strict, frozen=True):
+    """`nas fidelity`: whether the supernet orders networks as training each of them alone does."""
+
+    networks: int = 12  # trained alone; those of fewer are among those of more
+    seeds: int = 1  # trainings of each
+    epochs: float | None = None  # of training alone; None: as the supernet (train.epochs)
+
+
 class Experiment(Strict, frozen=True, kw_only=True):
     """One experiment file, resolved."""
 
@@ -177,6 +185,7 @@ class Experiment(Strict, frozen=True, kw_only=True):
     search: Search = Search()
     finish: Finish = Finish()
     verify: Verify = Verify()
+    fidelity: Fidelity = Fidelity()
 
     @property
     def limit(self) -> Objective:
@@ -440,6 +449,9 @@ _RANGES = {
     "verify.seconds": (0.0, None),
     "verify.parity_images": (1, None),
     "verify.int8_loss": (0.0, 1.0),
+    "fidelity.networks": (2, None),
+    "fidelity.seeds": (1, None),
+    "fidelity.epochs": (0.0, None),
 }
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from nas.config import Experiment, load_experiment
 from nas.deliver import Winner, load_winner
 from nas.errors import RunError
+from nas.fidelity import Fidelity, read_fidelity
 from nas.files import read_json
 from nas.search import Front, Trials, read_trials
 
@@ -52,6 +53,15 @@ class Run:
     def winner(self) -> Winner:
         """The one that the report recommends."""
         return self.winners[self.summary["winner"]["name"]]
+
+    @functools.cached_property
+    def fidelity(self) -> Fidelity:
+        """Whether the supernet orders networks as training each alone does.
+
+        Raises:
+            RunError: `nas fidelity` was not run, or its file is damaged.
+        """
+        return read_fidelity(self.path / "fidelity" / "fidelity.json")
 
     def verified(self, name: str) -> dict[str, Any]:
         """verify.json of a winner or baseline."""

@@ -22,7 +22,7 @@ STAGES = ("measure", "train", "search", "finish", "export", "verify", "report")
 # What each stage leaves, for starting over. A stage that rewrites its own files needs nothing removed.
 _LEAVES = {
     "measure": ("latency", "environment.json", "space.toml"),
-    "train": ("supernet",),
+    "train": ("supernet", "fidelity"),
     "search": ("search",),
     "finish": ("winners", "baselines"),
     "report": ("summary.json", "report.html"),

@@ -4,13 +4,13 @@
     nas.stages.measure(experiment)
     nas.stages.train(experiment)
 
-`nas.run_experiment` does all of them.
+`nas.run_experiment` does all of them but `fidelity`, which stands beside them.
 """
 
 from pathlib import Path
 
 from nas.config import Experiment
-from nas.pipeline import run_experiment
+from nas.pipeline import run_experiment, run_fidelity
 
 
 def measure(experiment: Experiment, out: str | Path | None = None) -> Path:
@@ -46,3 +46,8 @@ def verify(experiment: Experiment, out: str | Path | None = None) -> Path:
 def report(experiment: Experiment, out: str | Path | None = None) -> Path:
     """summary.json and report.html."""
     return run_experiment(experiment, out, stages=("report",))
+
+
+def fidelity(experiment: Experiment, out: str | Path | None = None) -> Path:
+    """Whether the supernet orders networks as training each alone does; no stage of `nas.run_experiment`."""
+    return run_fidelity(experiment, out)

@@ -16,7 +16,7 @@ FLOORS = [
     {"report"},
     {"search", "evaluate", "compress", "measure"},
     {"train", "export", "latency", "runfolder", "console"},
-    {"supernet", "quantise", "architecture"},
+    {"supernet", "quantise", "architecture", "fidelity"},
     {"data", "space", "fold", "run"},
     {"blocks", "kernels", "noise", "catalog", "cost", "agreement"},
     {"ops", "config", "files", "native", "memory"},

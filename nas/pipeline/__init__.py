@@ -11,6 +11,7 @@ from nas.config import Experiment
 from nas.console import Console
 from nas.data import STORAGE
 from nas.pipeline.export import export
+from nas.pipeline.fidelity import fidelity
 from nas.pipeline.finish import finish
 from nas.pipeline.job import Job
 from nas.pipeline.measure import measure
@@ -100,4 +101,19 @@ def run_experiment(
                 job.say_limit()
         if not todo:
             console.say(f"{path}: {', '.join(stages)} {'are' if len(stages) > 1 else 'is'} done already.")
+    return path
+
+
+def run_fidelity(experiment: Experiment, out: str | Path | None = None, *, console: Console | None = None) -> Path:
+    """Whether the supernet in a run folder orders networks as training each of them alone does; returns the folder.
+
+    No stage: it may be done at any time after `train`, and costs as many trainings as it is asked for. Cut off, the
+    same call goes on; asked for more networks, it keeps those that it has.
+
+    Raises:
+        NasError: of many kinds; what was finished before stays.
+    """
+    path = Path(out) if out is not None else Path("runs") / experiment.name
+    with RunFolder(path, experiment) as folder:
+        fidelity(Job(experiment, folder, console or Console()))
     return path

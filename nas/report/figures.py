@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from typing import Any
 
+from nas.fidelity import Fidelity
 from nas.report import words
 from nas.report.folder import Agreement, Member, Metrics, Run
 from nas.search import Front, Trial
@@ -96,6 +97,32 @@ def agreement(run: Run, precision: str, proof: Agreement) -> Figure:
     figure = _figure(traces, "predicted, ms", "measured, ms")
     for name in ("xaxis", "yaxis"):
         figure["layout"][name] |= axis
+    return figure
+
+
+def fidelity(found: Fidelity, against: str) -> Figure:
+    """Top-1 of training alone, with its 95 % interval, against the supernet's ("supernet"), or "macs"."""
+    of_supernet = against == "supernet"
+    xs = [n.supernet / found.images if of_supernet else n.macs for n in found.networks]
+    alone = [n.alone_mean / found.images for n in found.networks]
+    ends = [words.wilson(share, found.images) for share in alone]
+    texts = [
+        f"<b>network {number}</b><br>{words.percent(share)} alone, {words.percent(n.supernet / found.images)} with the "
+        f"supernet's weights<br>{words.count(n.macs)} MACs, {words.count(n.parameters)} parameters"
+        for number, (n, share) in enumerate(zip(found.networks, alone, strict=True), start=1)
+    ]
+    bars = {
+        "type": "data",
+        "array": [high - share for share, (_, high) in zip(alone, ends, strict=True)],
+        "arrayminus": [share - low for share, (low, _) in zip(alone, ends, strict=True)],
+        "thickness": 1,
+        "width": 0,
+        "color": COLOURS["trial"],
+    }
+    dots = _dots(xs, alone, texts, marker={"color": COLOURS["front"], "size": 8}, error_y=bars)
+    title = "top-1 with the supernet's weights" if of_supernet else "MACs (logarithmic)"
+    figure = _figure([dots], title, "top-1, trained alone", percent=True)
+    figure["layout"]["xaxis"] |= {"tickformat": ".1~%"} if of_supernet else _logarithmic(xs)
     return figure
 
 

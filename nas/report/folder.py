@@ -10,6 +10,7 @@ import msgspec
 from nas.architecture import Architecture, load_architecture
 from nas.config import Experiment, convert, load_toml
 from nas.errors import ConfigError, RunError, SpaceError
+from nas.fidelity import Fidelity, read_fidelity
 from nas.files import damaged, read_as
 from nas.search import Trials, read_trials
 from nas.space import Space, load_space
@@ -208,6 +209,7 @@ class Run:
     winners: tuple[Member, ...]
     baselines: tuple[Member, ...]
     space: Space | None  # None: it has changed since, or is elsewhere
+    fidelity: Fidelity | None = None  # None: `nas fidelity` was not run
 
     @property
     def limit_ms(self) -> float | None:
@@ -238,6 +240,7 @@ def read_run(folder: Path) -> Run:
     config = _required(folder / "config.toml")
     raw, text = load_toml(config, what="resolved experiment")
     experiment = convert(raw, Experiment, path=config, text=text)
+    order = folder / "fidelity" / "fidelity.json"
     return Run(
         folder=folder,
         experiment=experiment,
@@ -249,6 +252,7 @@ def read_run(folder: Path) -> Run:
         winners=tuple(_member(folder, c, summary.precision) for c in summary.winners),
         baselines=tuple(_member(folder, c, summary.precision) for c in summary.baselines),
         space=_space(folder, experiment, environment),
+        fidelity=read_fidelity(order) if order.exists() else None,
     )
 
 

@@ -8,6 +8,8 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from nas.fidelity import answer as answer_of
+from nas.fidelity import limits as limits_of
 from nas.files import write_text
 from nas.report import drawing, figures, words
 from nas.report.folder import Check, Member, Run, read_run
@@ -65,6 +67,8 @@ def _context(run: Run) -> dict[str, Any]:
             plots[f"supernet-{quantity}"] = figures.supernet(run.training, quantity)
         if trained:
             plots[f"fine-{quantity}"] = figures.fine_tuning(trained, winner, quantity)
+    if run.fidelity:
+        plots |= {f"order-{against}": figures.fidelity(run.fidelity, against) for against in ("supernet", "macs")}
     limit = run.limit_ms
     return {
         "run": run,
@@ -87,6 +91,8 @@ def _context(run: Run) -> dict[str, Any]:
         "colours": figures.COLOURS,
         "sizes": figures.SIZES,
         "trained": trained,
+        "fidelity_answer": answer_of(run.fidelity) if run.fidelity else "",
+        "fidelity_limits": limits_of(run.fidelity) if run.fidelity else [],
         "drawings": _drawings(run),
         "failures": Counter(t.failure for t in run.trials if t.failure is not None).most_common(),
         "slowest_stage": max(summary.seconds.values(), default=0.0) or 1.0,

@@ -187,6 +187,26 @@ class Space:
         blocks = (p.branches[b] for p, b in zip(self.positions, taken, strict=True))
         return Network(tuple(b for b in blocks if b is not None))
 
+    def only(self, genotype: Any) -> "Space":
+        """The space of this one network: nothing is left to choose, so its one genotype has no genes.
+
+        Raises:
+            SpaceError: the genotype is of another space.
+        """
+        genes = self.check(genotype)
+        network = self.decode(genes)
+        taken = [(p, p.branches[b]) for p, b in zip(self.positions, self.branches(genes), strict=True)]
+        return dataclasses.replace(
+            self,
+            input=network.input,
+            choices=(),
+            positions=tuple(
+                Position(p.name, (), np.zeros((), np.int32), (block,)) for p, block in taken if block is not None
+            ),
+            resolutions=(network.input[0],),
+            kernel_transform=False,
+        )
+
     def describe(self, genotype: Any) -> dict[str, Any]:
         """Choice name -> value, for the choices that matter."""
         genes = self.canonical(self.check(genotype))

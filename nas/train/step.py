@@ -124,7 +124,7 @@ class Step:
     @functools.cached_property
     def _ends(self) -> dict[bytes, str]:
         space = self.supernet.space.at(self.supernet.space.resolutions[-1])
-        return {space.largest().tobytes(): "largest", space.smallest().tobytes(): "smallest"}
+        return {space.smallest().tobytes(): "smallest", space.largest().tobytes(): "largest"}
 
     def _kind(self, genotype: NDArray[np.uint8]) -> str:
         return self._ends.get(genotype.tobytes(), "random")

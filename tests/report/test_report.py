@@ -7,14 +7,19 @@ import subprocess
 import sys
 from html.parser import HTMLParser
 
+import msgspec
+import numpy as np
 import pytest
 from synthetic_run import LIMIT_MS, build_run
 
 from nas.config import load_experiment
 from nas.errors import RunError
+from nas.fidelity import answer, draw, judge, limits
+from nas.files import write_json
 from nas.report import write_report
 from nas.report.folder import read_run
 from nas.search import Front
+from nas.space import load_space
 
 VOID = {"meta", "link", "br", "hr", "img", "input", "area", "base", "col", "embed", "source", "track", "wbr"}
 
@@ -202,6 +207,27 @@ def test_a_loss_that_is_not_a_number_leaves_a_gap_and_no_broken_page(tmp_path):
         file.write('{"step": 6000, "loss_largest": NaN, "top1_largest": null}\n')
     curve = plots(page(folder))["supernet-loss"]["data"][0]
     assert max(curve["x"]) < 6000
+
+
+def test_the_fidelity_of_the_supernet_stands_there_if_it_was_asked_for(tmp_path, text):
+    assert "fidelity" not in plain(text)
+    folder = build_run(tmp_path, winners=1, trials=20)
+    space = load_space("digits_mixed", input_shape=(16, 16, 1), classes=10)
+    right = np.random.default_rng(0).random((12, 1, 288)) < np.linspace(0.8, 0.95, 12)[:, None, None]
+    genotypes, supernet = draw(space, 12, seed=0), right[:, 0].sum(1) - 30
+    found = judge(space, genotypes, supernet.tolist(), right, epochs=5.0, supernet_epochs=20.0)
+    write_json(folder / "fidelity" / "fidelity.json", msgspec.to_builtins(found))
+    text = page(folder)
+    said = plain(text)
+    for fact in (answer(found), *limits(found), f"the supernet 1.00 1.00 to 1.00 {found.told_apart}"):
+        assert fact in said
+    assert sorted(re.findall(r'data-plot="([\w-]+)"', text)) == sorted(plots(text))
+    (dots,) = plots(text)["order-supernet"]["data"]
+    assert dots["x"] == [n.supernet / 288 for n in found.networks]
+    assert dots["y"] == [n.alone_mean / 288 for n in found.networks]
+    low, high = (np.array(dots["error_y"][side]) for side in ("arrayminus", "array"))
+    assert (low > 0).all()
+    assert (high > 0).all()
 
 
 NEEDED = (
