@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 
 from nas import config
+from nas.cluster import preflight
 from nas.config import Experiment
 from nas.console import Console
 from nas.data import STORAGE
@@ -20,7 +21,6 @@ from nas.pipeline.train import train
 from nas.pipeline.verify import verify
 from nas.runfolder import RunFolder
 from nas.search import EXECUTORS, STRATEGIES
-from nas.search.ray_executor import preflight
 from nas.train.augment import POLICIES
 from nas.train.losses import DIVERGENCES
 from nas.train.optimiser import OPTIMISERS, SCHEDULES
