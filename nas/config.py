@@ -115,8 +115,14 @@ class Train(Strict, frozen=True):
     accumulate: int = 1  # parts that a batch is computed in, to save memory
     norm_images: int | None = None  # images that norms take their moments over; None: the batch, or the part
     checkpoint_steps: int = 100
+    processes: int = 1  # that share every batch, on Ray; 1: without Ray, on all devices of this machine
+    process_gpus: int = 0  # of each process; 0: CPU, and each takes its share of the node's cores
+    address: str = "local"  # of the Ray cluster that the processes run on; "local" starts one of its own
     calibration_images: int = 512  # training images that batch-norm statistics are measured on, for every subnet
     eval_batch_size: int = 128
+
+
+PLACEMENT = ("processes", "process_gpus", "address")  # keys of Train that change no more than the last bits
 
 
 class Search(Strict, frozen=True):
@@ -411,6 +417,8 @@ _RANGES = {
     "train.augment.mixup": (0.0, None),
     "train.augment.cutmix": (0.0, None),
     "train.checkpoint_steps": (1, None),
+    "train.processes": (1, None),
+    "train.process_gpus": (0, None),
     "train.calibration_images": (2, None),
     "train.eval_batch_size": (1, None),
     "train.optimiser.learning_rate": (0.0, None),

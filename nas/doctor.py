@@ -35,6 +35,7 @@ _PARTS = (
     ("psutil", "psutil", "measuring, search on Ray", ""),
     ("grain", "grain", "training images that stay in files, ArrayRecord", "files"),
     ("pyarrow", "pyarrow", "Parquet", "files"),
+    ("pydantic", "pydantic", "training in several processes (train.processes)", "processes"),
     ("pandas", "pandas", "front.to_frame()", "notebook"),
     ("matplotlib", "matplotlib", "notebooks", "notebook"),
 )

@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 import tomli_w
 
-from nas.config import Experiment
+from nas.config import PLACEMENT, Experiment
 from nas.errors import NasError, RunError
 from nas.files import cannot_write, read_as, write_json, write_text
 
@@ -36,6 +36,7 @@ _DECIDES = {
     "finish": ("finish.",),
 }
 _FREE = ("data.source", "data.threads", "search.executor", "search.workers", "search.address", "search.timeout_seconds")
+_FREE += tuple(f"train.{key}" for key in PLACEMENT)
 
 
 class _Stage(msgspec.Struct):

@@ -25,7 +25,7 @@ FLOORS = [
 HEIGHT = {room: height for height, floor in enumerate(reversed(FLOORS)) for room in floor}
 
 ENTERS = {
-    "ray": ["cluster/__init__.py"],
+    "ray": ["cluster/__init__.py", "train/ray_trainer.py"],
     "orbax": ["train/checkpoint.py"],
     "onnx": ["export/onnx.py"],
     "onnxruntime": ["export/onnxruntime.py"],

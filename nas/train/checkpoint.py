@@ -35,12 +35,18 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def restore(self, step: int, like: Any) -> Any:
-        """The tree saved at `step`, with the structure, shapes and types of `like`.
+        """The tree saved at `step`, with the structure, shapes and types of `like`, and on the devices of its arrays.
 
         Raises:
             CheckpointError: the files are damaged, or are of other shapes.
         """
-        abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), like)
+        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])  # wherever it was saved, on however many
+
+        def wanted(array: Any) -> jax.ShapeDtypeStruct:
+            sharding = getattr(array, "sharding", None)
+            return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=here if sharding is None else sharding)
+
+        abstract = jax.tree.map(wanted, like)
         try:
             return self._manager.restore(step, args=self._ocp.args.StandardRestore(abstract))
         except Exception as e:  # Orbax and TensorStore raise many types

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from numpy.typing import NDArray
 
 from nas.data import Part
@@ -44,6 +45,10 @@ def fit(
     was cut off goes on from its newest checkpoint to the same final state, bit for bit on one machine. `waiting` in
     the metrics is the share of the time since the row before in which the device waited for images.
 
+    Where JAX is connected to several processes, all of them call this, with the same folder and a state whose arrays
+    are the same on all of their devices; each gives `step_function` its rows of the batch, and the first one writes the
+    metrics and tells the progress.
+
     Raises:
         CheckpointError: a damaged checkpoint, or a training that diverged to NaN.
         DataError: an image in a file that cannot be decoded.
@@ -51,7 +56,7 @@ def fit(
     if folder is None:
         return _loop(step_function, state, part, 0, steps, batch_size, seed, log_steps, progress, None, 0, [])
     with Checkpoints(folder / "checkpoints") as checkpoints:
-        start = checkpoints.latest() or 0
+        start = int(multihost_utils.broadcast_one_to_all(np.int32(checkpoints.latest() or 0)))
         if start:
             state = checkpoints.restore(start, state)
         log = _Log(folder / "metrics.jsonl", start)
@@ -78,6 +83,8 @@ class _Log(list):
         super().__init__(rows)
 
     def flush(self) -> None:
+        if jax.process_index():
+            return
         part = self.path.with_suffix(".part")
         part.write_text("".join(json.dumps(row) + "\n" for row in self))
         os.replace(part, self.path)
@@ -87,7 +94,8 @@ def _loop(
     step_function, state, part, start, steps, batch_size, seed, log_steps, progress, checkpoints, checkpoint_steps, log
 ) -> State:
     began = told = time.perf_counter()
-    stream, waited = Waits(batches(part, batch_size, seed=seed, start=start, stop=steps)), 0.0
+    process = jax.process_index(), jax.process_count()
+    stream, waited = Waits(batches(part, batch_size, seed=seed, start=start, stop=steps, process=process)), 0.0
     for step, (images, labels) in enumerate(stream, start):
         state, metrics = step_function(state, step, images, labels)
         stream.watch(metrics)
@@ -103,7 +111,7 @@ def _loop(
             rate, waiting = (done - start) * batch_size / (now - began), (stream.seconds - waited) / (now - told)
             told, waited = now, stream.seconds
             log.append({"step": done, **values, "images_per_second": round(rate, 1), "waiting": round(waiting, 4)})
-            if progress:
+            if progress and process[0] == 0:
                 progress(done, steps, {**values, "images/s": rate, "waiting": waiting})
         if checkpoints is not None and (done % checkpoint_steps == 0 or done == steps):
             log.flush()
