@@ -115,10 +115,17 @@ class Train(Strict, frozen=True):
     accumulate: int = 1  # parts that a batch is computed in, to save memory
     norm_images: int | None = None  # images that norms take their moments over; None: the batch, or the part
     checkpoint_steps: int = 100
+    processes: int = 1  # that share every batch, on Ray; 1: without Ray, on all devices of this machine
+    process_gpus: int = 0  # of each process; 0: CPU, and each takes its share of the node's cores
+    address: str = "local"  # of the Ray cluster that the processes run on; "local" starts one of its own
     calibration_images: int = 512  # training images that batch-norm statistics are measured on, for every subnet
     eval_batch_size: int = 128
     tensorboard: bool = False  # write the metrics as TensorBoard events too, to supernet/events
     profile_steps: int = 0  # trace so many steps by jax.profiler, to supernet/profile
+
+
+# Keys of Train that change no more than the last bits of what comes out.
+NEUTRAL = ("processes", "process_gpus", "address", "tensorboard", "profile_steps")
 
 
 class Search(Strict, frozen=True):
@@ -422,6 +429,8 @@ _RANGES = {
     "train.augment.mixup": (0.0, None),
     "train.augment.cutmix": (0.0, None),
     "train.checkpoint_steps": (1, None),
+    "train.processes": (1, None),
+    "train.process_gpus": (0, None),
     "train.calibration_images": (2, None),
     "train.eval_batch_size": (1, None),
     "train.profile_steps": (0, None),

@@ -36,6 +36,7 @@ _PARTS = (
     ("grain", "grain", "training images that stay in files, ArrayRecord", "files"),
     ("pyarrow", "pyarrow", "Parquet", "files"),
     ("tensorboardX", "tensorboardx", "TensorBoard events of a training (train.tensorboard)", "tensorboard"),
+    ("pydantic", "pydantic", "training in several processes (train.processes)", "processes"),
     ("pandas", "pandas", "front.to_frame()", "notebook"),
     ("matplotlib", "matplotlib", "notebooks", "notebook"),
 )

@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 import tomli_w
 
-from nas.config import Experiment
+from nas.config import NEUTRAL, Experiment
 from nas.errors import NasError, RunError
 from nas.files import cannot_write, read_as, write_json, write_text
 
@@ -36,7 +36,7 @@ _DECIDES = {
     "finish": ("finish.",),
 }
 _FREE = (
-    *("data.source", "data.threads", "train.tensorboard", "train.profile_steps"),
+    *("data.source", "data.threads", *(f"train.{key}" for key in NEUTRAL)),
     *("search.executor", "search.workers", "search.address", "search.timeout_seconds"),
 )
 

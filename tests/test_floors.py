@@ -18,14 +18,14 @@ FLOORS = [
     {"train", "export", "latency", "runfolder", "console"},
     {"supernet", "quantise", "architecture", "fidelity"},
     {"data", "space", "fold", "run"},
-    {"blocks", "kernels", "noise", "catalog", "cost", "agreement"},
+    {"blocks", "kernels", "noise", "catalog", "cost", "agreement", "cluster"},
     {"ops", "config", "files", "native", "memory"},
     {"errors"},
 ]
 HEIGHT = {room: height for height, floor in enumerate(reversed(FLOORS)) for room in floor}
 
 ENTERS = {
-    "ray": ["search/ray_executor.py"],
+    "ray": ["cluster/__init__.py", "train/ray_trainer.py"],
     "orbax": ["train/checkpoint.py"],
     "onnx": ["export/onnx.py"],
     "onnxruntime": ["export/onnxruntime.py"],

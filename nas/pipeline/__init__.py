@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 
 from nas import config
+from nas.cluster import preflight
 from nas.config import Experiment
 from nas.console import Console
 from nas.data import STORAGE
@@ -21,7 +22,7 @@ from nas.pipeline.train import train
 from nas.pipeline.verify import verify
 from nas.runfolder import RunFolder
 from nas.search import EXECUTORS, STRATEGIES
-from nas.search.ray_executor import preflight
+from nas.train import ray_trainer
 from nas.train.augment import POLICIES
 from nas.train.log import require_tensorboard
 from nas.train.losses import DIVERGENCES
@@ -90,6 +91,8 @@ def run_experiment(
         # a stage that is asked for by name and only rewrites its own files is done again
         again = {"export", "verify", "report"} if len(stages) == 1 else set()
         todo = [s for s in stages if s in again or not folder.done(s)]
+        if "train" in todo and experiment.train.processes > 1:
+            ray_trainer.preflight(experiment.train)
         if "search" in todo and experiment.search.executor == "ray":
             preflight(experiment.search.address)  # what makes Ray impossible here is told before hours of training
         if "train" in todo and experiment.train.tensorboard:

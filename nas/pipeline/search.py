@@ -79,7 +79,7 @@ def make_problem(job: Job) -> Problem:
         table.digest,
         limit.ms,
         experiment.seed,
-        msgspec.to_builtins(experiment.train),
+        {k: v for k, v in msgspec.to_builtins(experiment.train).items() if k not in config.NEUTRAL},
         experiment.search.strategy,
         experiment.search.population,
     ]

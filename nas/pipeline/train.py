@@ -4,7 +4,7 @@ import shlex
 from collections.abc import Mapping
 
 from nas.pipeline.job import Job
-from nas.train import train_supernet
+from nas.train import train_on_ray, train_supernet
 
 
 def train(job: Job) -> None:
@@ -15,14 +15,17 @@ def train(job: Job) -> None:
     job.console.start(f"train: supernet of {job.space.name}, {settings.epochs:g} epochs (compiling first)")
     if settings.tensorboard:
         job.console.say(f"  live: tensorboard --logdir {shlex.quote(str(folder))}")
-    train_supernet(
-        job.supernet,
-        job.data,
-        settings,
-        seed=job.experiment.seed,
-        folder=folder,
-        progress=lambda done, total, values: job.console.progress(done, total, _shown(values)),
-    )
+
+    def progress(done: int, total: int, values: dict[str, float]) -> None:
+        job.console.progress(done, total, _shown(values))
+
+    seed = job.experiment.seed
+    if settings.processes == 1:
+        train_supernet(job.supernet, job.data, settings, seed=seed, folder=folder, progress=progress)
+    else:
+        data, space = job.experiment.data, job.experiment.space
+        digests = job.space.digest, job.data.digest
+        train_on_ray(data, space, settings, seed=seed, folder=folder, digests=digests, progress=progress)
     if settings.profile_steps and (folder / "profile").is_dir():
         job.console.say(f"  profile: {folder / 'profile'} (for ui.perfetto.dev, or for TensorBoard with xprof)")
 

@@ -1,4 +1,4 @@
-"""Search: strategies, journal, driver, and the executors that evaluate for it. Ray enters by `ray_executor` only."""
+"""Search: strategies, journal, driver, and the executors that evaluate for it."""
 
 from nas.search.ageing_evolution import ageing_evolution
 from nas.search.driver import search

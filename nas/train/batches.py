@@ -17,35 +17,39 @@ if TYPE_CHECKING:
     import grain
 
 Batch = tuple[NDArray[np.uint8], NDArray[np.int32]]  # images [n, H, W, C], labels [n]
+Process = tuple[int, int]  # (index, count): which of how many processes that share every batch
+
+ALONE: Process = (0, 1)
 
 
 def batches(
-    part: Part, batch_size: int, *, seed: int, start: int, stop: int | None = None
+    part: Part, batch_size: int, *, seed: int, start: int, stop: int | None = None, process: Process = ALONE
 ) -> Iterator[tuple[NDArray[Any], NDArray[Any]]]:
     """(uint8 images, int32 labels) of the steps from `start` up to `stop`; endless without it.
 
     The order depends on (seed, epoch) alone, wherever the images are: the step number is all there is to remember.
     A set smaller than a batch is repeated; otherwise the last, incomplete batch of an epoch is left out. Images in
-    memory are gathered when asked for, those in files are read ahead.
+    memory are gathered when asked for, those in files are read ahead. Of each batch only the rows of `process` are
+    read; those of all processes make the batch, in their order.
 
     Raises:
         DataError: a damaged image; Grain is not installed.
     """
     if isinstance(part.images, LazyImages):
-        ahead = read_ahead(part, batch_size, seed=seed, start=start, stop=stop)
+        ahead = read_ahead(part, batch_size, seed=seed, start=start, stop=stop, process=process)
         try:
             yield from ahead
         finally:
             ahead.close()
         return
-    rows = _rows(len(part), batch_size, seed)
+    rows = _rows(len(part), batch_size, seed, process)
     for step in itertools.count(start) if stop is None else range(start, stop):
         chosen = rows(step)
         yield part.images[chosen], part.labels[chosen]
 
 
 def read_ahead(
-    part: Part, batch_size: int, *, seed: int, start: int = 0, stop: int | None = None
+    part: Part, batch_size: int, *, seed: int, start: int = 0, stop: int | None = None, process: Process = ALONE
 ) -> "grain.DatasetIterator[Batch]":
     """Grain's iterator over the batches of `part`; its state is `{"next_index": step}`.
 
@@ -64,7 +68,7 @@ def read_ahead(
         ) from e
     images = part.images
     assert isinstance(images, LazyImages)
-    rows = _rows(len(part), batch_size, seed)
+    rows = _rows(len(part), batch_size, seed, process)
 
     def batch(step: int) -> Batch:
         chosen = rows(int(step))
@@ -77,8 +81,10 @@ def read_ahead(
     return iterator
 
 
-def _rows(n: int, batch_size: int, seed: int) -> Any:
-    """Function of a step: which of `n` images are its batch."""
+def _rows(n: int, batch_size: int, seed: int, process: Process) -> Any:
+    """Function of a step: which of `n` images are the batch, as far as this process reads it."""
+    mine, processes = process
+    share = batch_size // processes
     per_epoch = max(n // batch_size, 1)
 
     @functools.lru_cache(maxsize=2)  # reading ahead straddles two epochs
@@ -87,7 +93,8 @@ def _rows(n: int, batch_size: int, seed: int) -> Any:
 
     def rows(step: int) -> NDArray[np.int64]:
         epoch, index = divmod(step, per_epoch)
-        return order(epoch)[index * batch_size : (index + 1) * batch_size]
+        first = index * batch_size + mine * share
+        return order(epoch)[first : first + share]
 
     return rows
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from numpy.typing import NDArray
 
 from nas.data import Part
@@ -49,6 +50,10 @@ def fit(
     was cut off goes on from its newest checkpoint to the same final state, bit for bit on one machine. `waiting` in
     the metrics is the share of the time since the row before in which the device waited for images.
 
+    Where JAX is connected to several processes, all of them call this, with the same folder and a state whose arrays
+    are the same on all of their devices; each gives `step_function` its rows of the batch, and the first one writes the
+    metrics and tells the progress.
+
     Args:
         identity: what is trained (the hash of its space, for one); a checkpoint of something else is refused.
         checkpoint_steps: steps from one checkpoint to the next; the last step has one too.
@@ -65,20 +70,23 @@ def fit(
     """
     with contextlib.ExitStack() as opened:
         start, checkpoints, profile = 0, None, None
+        process = jax.process_index(), jax.process_count()
+        first = process[0] == 0
         logs: list[Log | Events] = []
         if folder is not None:
             checkpoints = opened.enter_context(Checkpoints(folder / "checkpoints", identity))
-            start = checkpoints.latest() or 0
+            start = int(multihost_utils.broadcast_one_to_all(np.int32(checkpoints.latest() or 0)))
             if start:
                 state = checkpoints.restore(start, state)
-            logs.append(opened.enter_context(Log(folder / "metrics.jsonl", start)))
-            if tensorboard:
+            if first:
+                logs.append(opened.enter_context(Log(folder / "metrics.jsonl", start)))
+            if first and tensorboard:
                 logs.append(opened.enter_context(Events(folder / "events", start)))
-            if profile_steps:
+            if first and profile_steps:
                 profile = Profile(folder / "profile", profile_steps, start=start, stop=steps)
                 opened.enter_context(profile)
         before, began, waited = start, time.perf_counter(), 0.0
-        stream = Waits(batches(part, batch_size, seed=seed, start=start, stop=steps))
+        stream = Waits(batches(part, batch_size, seed=seed, start=start, stop=steps, process=process))
         for step, (images, labels) in enumerate(stream, start):
             if profile is not None:
                 profile.at(step, state)
@@ -100,7 +108,7 @@ def fit(
                 before, began, waited = done, now, stream.seconds
                 for log in logs:
                     log.append({"step": done, **values, "images_per_second": round(rate, 1), "waiting": waiting})
-                if progress:
+                if progress and first:
                     progress(done, steps, {**values, "images/s": rate, "waiting": waiting})
             if checkpoints is not None and (done % checkpoint_steps == 0 or done == steps):
                 checkpoints.save(done, state)

@@ -6,12 +6,16 @@
 
 The host calls `gradient` for every subnet of the step, so a sampler may name any number of them, and nothing is
 compiled anew. The first subnet teaches the others where the sampler says so.
+
+Images of a batch are spread over all devices, of all processes where JAX is connected to several; the state is the same
+on each. Every process makes the same calls with its own rows of the batch, so all of them must name the same subnets.
 """
 
 import dataclasses
 import functools
 import operator
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -19,12 +23,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import Array
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.typing import ArrayLike
 from numpy.typing import NDArray
 
 from nas import config
 from nas.data import Dataset
 from nas.data.resize import resize
+from nas.errors import ExecutorError
 from nas.supernet import Supernet
 from nas.train import ema, losses, precision
 from nas.train.augment import augment, mix
@@ -38,7 +45,8 @@ Metrics = dict[str, Array]
 class Step:
     """Called as `step(state, number, images, labels)`: one update of the weights, with what `sampler` names.
 
-    Everything random is drawn from (seed, number), so a training that was cut off repeats its steps.
+    Everything random is drawn from (seed, number), so a training that was cut off repeats its steps, and every process
+    draws the same. `images` and `labels` are the rows of this process.
     """
 
     supernet: Supernet
@@ -48,16 +56,23 @@ class Step:
     sampler: Sampler
     seed: int
 
-    def init(self, params: dict[str, Array]) -> State:
-        """The state before the first step, a copy of it on every device."""
-        if self._everywhere is not None:
-            params = jax.device_put(params, self._everywhere)
-        state: State = {"params": params, "optimiser": self.transform.init(params)}
-        if self.settings.ema:
-            state["average"] = jax.tree.map(jnp.copy, params)
-        if self._precision.scaled:
-            state["loss_scale"] = precision.initial_scale()
-        return state
+    def init(self, params: Mapping[str, ArrayLike]) -> State:
+        """The state before the first step, a copy of it on every device.
+
+        `params` must be the same in all processes; where there are several, NumPy arrays.
+        """
+
+        def init(params: Any) -> State:
+            state: State = {"params": params, "optimiser": self.transform.init(params)}
+            if self.settings.ema:
+                state["average"] = jax.tree.map(jnp.copy, params)
+            if self._precision.scaled:
+                state["loss_scale"] = precision.initial_scale()
+            return state
+
+        if self._everywhere is None:
+            return init(jax.tree.map(jnp.asarray, params))
+        return jax.jit(init, out_shardings=self._everywhere)(params)
 
     def __call__(
         self, state: State, number: int, images: NDArray[np.uint8], labels: NDArray[np.int32]
@@ -66,20 +81,17 @@ class Step:
         space = self.supernet.space
         rng = np.random.default_rng([self.seed, number, 1])
         side = int(rng.choice(space.resolutions))
-        if self._by_image is not None:
-            images, labels = jax.device_put((images, labels), self._by_image)
-        x, targets = self._prepare(np.uint32(number), images, labels, size=space.at(side).input[:2])
+        x, targets = self._prepare(np.uint32(number), *self._spread(images, labels), size=space.at(side).input[:2])
         drawn = self.sampler(number, rng, functools.partial(self._score, state["params"], side, x, targets))
+        _require_same_subnets(number, drawn.genotypes)
         branches = space.at(side).branches(drawn.genotypes)
         kinds = [self._kind(g) for g in drawn.genotypes]
         total = self._zeros(state["params"])
         seen: dict[str, list[Array]] = {}
         parts = self.settings.accumulate
-        size = len(labels) // parts
         for part in range(parts):
-            rows = slice(part * size, (part + 1) * size)
-            x_part, targets_part = (x, targets) if parts == 1 else (x[rows], targets[rows])
-            teacher = jnp.zeros((size, space.classes))
+            x_part, targets_part = (x, targets) if parts == 1 else self._part(x, targets, np.int32(part))
+            teacher = self._no_teacher(len(x_part))
             for index, (kind, picked) in enumerate(zip(kinds, branches, strict=True)):
                 learns = np.bool_(index == 0 or not drawn.distil)
                 key = np.array([number, part, index], np.uint32)
@@ -109,13 +121,26 @@ class Step:
 
     @functools.cached_property
     def _by_image(self) -> NamedSharding | None:
-        """How a batch is spread over the local devices; None if there is one."""
-        devices = np.array(jax.local_devices())
+        """How a batch is spread over the devices of all processes; None if there is one."""
+        devices = np.array(jax.devices())
         return NamedSharding(Mesh(devices, ("data",)), PartitionSpec("data")) if len(devices) > 1 else None
 
     @functools.cached_property
     def _everywhere(self) -> NamedSharding | None:
         return None if self._by_image is None else NamedSharding(self._by_image.mesh, PartitionSpec())
+
+    def _spread(self, images: NDArray[np.uint8], labels: NDArray[np.int32]) -> tuple[Any, Any]:
+        """The batch [batch, ...] that the rows of all processes make, in the order of the processes."""
+        if self._by_image is None:
+            return images, labels
+        return tuple(jax.make_array_from_process_local_data(self._by_image, rows) for rows in (images, labels))
+
+    def _no_teacher(self, images: int) -> Array:
+        """Logits [images, classes] for the first subnet of a step, which has no teacher."""
+        if self._by_image is None:
+            return jnp.zeros((images, self.supernet.space.classes))
+        zeros = np.zeros((images, self.supernet.space.classes), np.float32)
+        return jax.make_array_from_callback(zeros.shape, self._by_image, zeros.__getitem__)
 
     @functools.cached_property
     def _precision(self) -> precision.Precision:
@@ -147,11 +172,22 @@ class Step:
             x = (resize(x, size) - mean) / std
             return mix(mix_key, x, jax.nn.one_hot(labels, classes), settings)
 
-        return jax.jit(prepare, static_argnames="size")
+        return jax.jit(prepare, static_argnames="size", out_shardings=self._by_image)
+
+    @functools.cached_property
+    def _part(self) -> Callable[..., tuple[Array, Array]]:
+        """The rows that are computed at a time, spread like the batch."""
+        count = self.settings.accumulate
+
+        def part(x: Array, targets: Array, index: Array) -> tuple[Array, Array]:
+            x, targets = (a.reshape(count, -1, *a.shape[1:])[index] for a in (x, targets))
+            return x, targets
+
+        return jax.jit(part, out_shardings=self._by_image)
 
     @functools.cached_property
     def _zeros(self) -> Callable[[Any], Any]:
-        return jax.jit(lambda params: jax.tree.map(jnp.zeros_like, params))
+        return jax.jit(lambda params: jax.tree.map(jnp.zeros_like, params), out_shardings=self._everywhere)
 
     def _apply(self, params: Any, branches: Array, x: Array, key: Array | None) -> Array:
         """Logits in training mode, in the precision of the settings."""
@@ -173,7 +209,7 @@ class Step:
         def loss_of(params: Any, branches: Array, x: Array, targets: Array) -> Array:
             return losses.cross_entropy(self._apply(params, branches, x, None), targets)
 
-        return jax.jit(loss_of)
+        return jax.jit(loss_of, out_shardings=self._everywhere)
 
     @functools.cached_property
     def _gradient(self) -> Callable[..., tuple[Any, Array, Array, Array]]:
@@ -208,7 +244,8 @@ class Step:
             top1 = (logits.argmax(-1) == targets.argmax(-1)).mean()
             return jax.tree.map(jnp.add, total, mine), jax.lax.stop_gradient(logits), hard, top1
 
-        return jax.jit(gradient, donate_argnums=0)
+        everywhere = self._everywhere
+        return jax.jit(gradient, donate_argnums=0, out_shardings=(everywhere, self._by_image, everywhere, everywhere))
 
     @functools.cached_property
     def _update(self) -> Callable[..., tuple[State, Array]]:
@@ -230,4 +267,22 @@ class Step:
                 gradients = precision.keep_if(finite, gradients, jax.tree.map(jnp.zeros_like, gradients))
             return new, optax.tree.norm(gradients)
 
-        return jax.jit(update, donate_argnums=0)
+        return jax.jit(update, donate_argnums=0, out_shardings=self._everywhere)
+
+
+def _require_same_subnets(number: int, genotypes: NDArray[np.uint8]) -> None:
+    """That all processes drew the same; otherwise they would wait for each other in different branches for ever.
+
+    Raises:
+        ExecutorError: they did not.
+    """
+    if jax.process_count() == 1:
+        return
+    mine = np.uint32(zlib.crc32(np.ascontiguousarray(genotypes).tobytes()))
+    seen = multihost_utils.process_allgather(mine)
+    if len(np.unique(seen)) > 1:
+        raise ExecutorError(
+            f"step {number}: the processes drew different subnets (checksums {seen.tolist()}), whose gradients "
+            f"cannot be added up. A sampler must draw from its step, its generator and its scores alone, and all nodes "
+            f"need the same versions of this package, NumPy and JAX. Correct that, or set train.processes = 1."
+        )

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax import Array
 
 from nas import config
@@ -40,7 +39,7 @@ def train_supernet(
     steps = steps_of(data.train, settings.epochs, settings.batch_size)
     state = fit(
         step,
-        step.init(jax.tree.map(jnp.asarray, supernet.init(seed))),
+        step.init(supernet.init(seed)),
         data.train,
         steps=steps,
         batch_size=settings.batch_size,
@@ -62,12 +61,11 @@ def make_step(supernet: Supernet, data: Dataset, settings: config.Train, *, seed
     Raises:
         ConfigError: unknown names, or sizes that do not divide the batch.
     """
-    devices = jax.local_device_count()
-    if settings.batch_size % (devices * settings.accumulate):
-        raise ConfigError(
-            f"train.batch_size is {settings.batch_size}, which does not divide over {devices} devices in "
-            f"{settings.accumulate} parts each (accumulate). Choose a multiple of {devices * settings.accumulate}."
-        )
+    require_divisible(settings, devices=jax.device_count())
+    return _step(supernet, data, settings, seed=seed)
+
+
+def _step(supernet: Supernet, data: Dataset, settings: config.Train, *, seed: int) -> Step:
     part = settings.batch_size // settings.accumulate
     if settings.norm_images is not None and part % settings.norm_images:
         raise ConfigError(
@@ -90,11 +88,24 @@ def identity(supernet: Supernet, settings: config.Train) -> Identity:
     }
 
 
+def require_divisible(settings: config.Train, *, devices: int) -> None:
+    """That a batch divides over so many devices, of all processes together.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    if settings.batch_size % (devices * settings.accumulate):
+        raise ConfigError(
+            f"train.batch_size is {settings.batch_size}, which does not divide over {devices} devices in "
+            f"{settings.accumulate} parts each (accumulate). Choose a multiple of {devices * settings.accumulate}."
+        )
+
+
 def trained(state: State) -> Mapping[str, Any]:
     """The arrays of a state that are to be evaluated."""
     return state.get("average", state["params"])
 
 
 def state_like(supernet: Supernet, data: Dataset, settings: config.Train, *, seed: int) -> State:
-    """Shapes and types of a training's state, to restore a checkpoint by."""
-    return jax.eval_shape(make_step(supernet, data, settings, seed=seed).init, supernet.init(seed))
+    """Shapes and types of a training's state, to restore a checkpoint by, whatever devices it was trained on."""
+    return jax.eval_shape(_step(supernet, data, settings, seed=seed).init, supernet.init(seed))

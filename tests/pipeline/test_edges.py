@@ -179,6 +179,22 @@ def test_what_only_shows_a_training_may_change_while_it_is_under_way(copy, chang
         assert folder.done("measure")
 
 
+def test_a_training_that_has_begun_may_go_on_in_another_number_of_processes(copy):
+    from nas.pipeline import load_experiment
+
+    (copy / "run" / "supernet").mkdir()
+    changed = load_experiment(copy / "tiny_experiment.toml", overrides=["train.processes=2", "train.address='auto'"])
+    with RunFolder(copy / "run", changed) as folder:
+        assert folder.done("measure")
+
+
+def test_a_batch_that_does_not_divide_over_the_processes_is_told_before_anything_is_measured(capsys, place):
+    code, text = run(capsys, place, "train.processes=3")
+    assert code == 2
+    assert "train.batch_size is 32, which does not divide over 3 devices" in text
+    assert not (place / "run" / "latency").exists()
+
+
 def test_a_folder_that_is_no_run_is_left_alone(capsys, place):
     (place / "run").mkdir()
     (place / "run" / "thesis.tex").write_text("years of work")

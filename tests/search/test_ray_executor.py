@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import psutil
@@ -14,10 +13,10 @@ import pytest
 import search_toy as toy
 from test_driver import go
 
+from nas.cluster import connect
 from nas.errors import ExecutorError
-from nas.search import RayExecutor, ray_executor
+from nas.search import RayExecutor
 from nas.search.executor import Result
-from nas.search.ray_executor import _connect, preflight
 
 
 def with_nas(**more):
@@ -29,7 +28,7 @@ def cluster():
     """A cluster of two CPUs that the executors of this module find, use and leave running."""
     with contextlib.ExitStack() as undo:
         before = {p.pid for p in psutil.Process().children(recursive=True)}
-        yield _connect("local", 2, None, undo)
+        yield connect("local", undo, cpus=2)
         family = [p for p in psutil.Process().children(recursive=True) if p.pid not in before]
     _, alive = psutil.wait_procs(family, timeout=10)
     assert not [p for p in alive if p.status() != psutil.STATUS_ZOMBIE]
@@ -135,71 +134,6 @@ def test_a_cluster_of_its_own_reports_nothing_to_anyone():
     assert {p.environ()["RAY_USAGE_STATS_ENABLED"] for p in servers} == {"0"}
 
 
-STARTS = """
-import contextlib, os, psutil, sys
-if sys.argv[1] == "ray first":
-    import ray
-from nas.errors import ExecutorError
-from nas.search.ray_executor import _connect
-try:
-    with contextlib.ExitStack() as undo:
-        ray = _connect("local", 1, None, undo)
-        servers = [p for p in psutil.Process().children(recursive=True) if p.name() == "gcs_server"]
-        asked = ray._raylet.get_authentication_mode() == ray._raylet.AuthenticationMode.TOKEN
-        print(asked, servers[0].environ()["RAY_AUTH_MODE"],
-              servers[0].environ()["RAY_USAGE_STATS_ENABLED"])
-except ExecutorError as e:
-    print(e)
-"""
-
-
-def starts(*arguments, **environment):
-    """What a process that starts a cluster of its own says, in an environment without Ray's settings."""
-    clean = {k: v for k, v in with_nas().items() if not k.startswith("RAY_")}
-    command = [sys.executable, "-c", STARTS, *arguments]
-    done = subprocess.run(command, env=clean | environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
-
-
-def test_ray_imported_before_and_a_long_temporary_folder_change_nothing(tmp_path):
-    folder = tmp_path / ("folders" * 8)  # as on macOS
-    folder.mkdir()
-    assert starts("ray first", TMPDIR=str(folder)) == "True token 0"
-
-
-@pytest.mark.parametrize("first", ["ray first", "nas first"])
-def test_a_cluster_of_its_own_without_a_token_is_refused(first):
-    assert "RAY_AUTH_MODE is 'disabled'" in starts(first, RAY_AUTH_MODE="disabled")
-
-
-@pytest.fixture
-def alone(monkeypatch):
-    """As if this process were not connected to the cluster of this module."""
-    monkeypatch.setattr(ray_executor, "_connected", lambda: False)
-    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
-    return monkeypatch
-
-
-def test_what_will_keep_a_cluster_from_starting_is_told_before(alone, tmp_path):
-    preflight()
-    alone.setattr(ray_executor.tempfile, "tempdir", str(tmp_path / ("long" * 20)))
-    preflight()  # in /tmp
-    folder = ray_executor._temporary_folder()
-    assert len(os.fsencode(folder)) <= ray_executor._LONGEST_TEMP
-    os.rmdir(folder)
-    alone.setattr(ray_executor, "_SHORT_TEMP", "/nowhere")
-    with pytest.raises(ExecutorError, match="TMPDIR to a path of at most 26 bytes"):
-        preflight()
-    preflight("auto")  # a running cluster has its own place
-    alone.setenv("RAY_AUTH_MODE", "disabled")
-    with pytest.raises(ExecutorError, match="without a token"):
-        preflight()
-    alone.setitem(sys.modules, "ray", None)
-    with pytest.raises(ExecutorError, match="Ray is not installed"):
-        preflight("auto")
-
-
 DRIVER = """
 import sys
 from test_driver import go
@@ -237,6 +171,3 @@ def test_a_killed_driver_leaves_no_process_behind_and_resumes(tmp_path):
 def test_the_room_is_imported_without_ray():
     code = "import sys; sys.modules['ray'] = None; import nas.search; assert nas.search.EXECUTORS['ray']"
     subprocess.run([sys.executable, "-c", code], env=with_nas(), check=True)
-    assert "import ray" not in "".join(
-        p.read_text() for p in Path(sys.modules["nas.search"].__path__[0]).glob("*.py") if p.name != "ray_executor.py"
-    )

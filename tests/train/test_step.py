@@ -166,6 +166,6 @@ def test_eight_devices_make_the_step_of_one(tmp_path):
 
 
 def test_a_batch_that_does_not_divide_over_the_devices_is_told(place, monkeypatch):
-    monkeypatch.setattr(jax, "local_device_count", lambda: 3)
+    monkeypatch.setattr(jax, "device_count", lambda: 3)
     with pytest.raises(ConfigError, match="over 3 devices"):
         make_step(place[1], place[0], BASE, seed=0)

@@ -1,0 +1,194 @@
+"""Ray, started or joined: on this machine, or on a cluster. The way in for everything here that runs on Ray.
+
+What plain Ray leaves open is closed here (measured with Ray 2.60): a cluster of its own listens on the loopback
+interface only, behind a token, reports nothing to anyone, and dies with the driver, however that dies.
+"""
+
+import contextlib
+import importlib
+import importlib.util
+import json
+import os
+import secrets
+import shutil
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from nas.errors import ExecutorError
+
+_LONGEST_TEMP = 39  # bytes of a path: Ray puts Unix sockets 64 below it, whose paths may have 107, on macOS 103
+_SHORT_TEMP = "/tmp"  # where the system's own folder is too long, as on macOS: /var/folders/...
+_WITHOUT = 'do without Ray (`search.executor = "inline"`, `train.processes = 1`)'
+
+
+def preflight(address: str = "local") -> None:
+    """Says what would keep `connect` from starting Ray here, as far as that shows without importing or starting Ray.
+
+    Takes milliseconds, so that a pipeline can ask before it trains.
+
+    Raises:
+        ExecutorError: Ray is not installed, or a cluster of its own (`address` "local") would have no room for its
+            sockets or no token.
+    """
+    if importlib.util.find_spec("ray") is None:
+        raise ExecutorError(_MISSING)
+    if address == "local" and not _connected():
+        mode = os.environ.get("RAY_AUTH_MODE", "token")
+        if mode.lower() != "token":
+            raise ExecutorError(_no_token(f"RAY_AUTH_MODE is {mode!r}"))
+        os.rmdir(_temporary_folder())
+
+
+def connect(address: str, undo: contextlib.ExitStack, *, cpus: int, gpus: int = 0, shared_bytes: int = 0) -> Any:
+    """The ray module, connected; what must be undone at the end goes onto `undo`.
+
+    Args:
+        address: of a running cluster ("auto" finds it), or "local" for one of its own. If the process is connected to a
+            cluster already, that one is used and left running.
+        undo: closed by the caller when the work is done.
+        cpus: that a cluster of its own has; what is asked for is there.
+        gpus: likewise.
+        shared_bytes: of arrays that its processes will share.
+
+    Raises:
+        ExecutorError: Ray is not installed, does not start, or would start unprotected.
+    """
+    own = address == "local" and not _connected()
+    imported = "ray" in sys.modules
+    if own:  # read by Ray, here and in the processes that it starts; what the user has set stays
+        settings = {
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN": secrets.token_hex(32),
+            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # despite its name: listen on loopback only, on any system
+            "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+            "RAY_USAGE_STATS_ENABLED": "0",  # releases of Ray see to that themselves, nightly builds do not
+        }
+        for name, value in settings.items():
+            os.environ.setdefault(name, value)
+    try:
+        import ray
+        import ray.exceptions
+    except ImportError as e:
+        raise ExecutorError(_MISSING) from e
+    if ray.is_initialized():
+        return ray
+    if own:
+        _require_token(read_again=imported)
+    options: dict[str, Any] = {"log_to_driver": False, "configure_logging": False}
+    with contextlib.ExitStack() as started:  # undone at once if the start fails
+        if own:
+            folder = _temporary_folder()
+            started.callback(shutil.rmtree, folder, ignore_errors=True)
+            options |= {
+                "include_dashboard": False,
+                "num_cpus": cpus,
+                "num_gpus": gpus,
+                "object_store_memory": 2 * shared_bytes + 256 * 2**20,
+                "_temp_dir": folder,
+            }
+            internals: Any = ray._private  # pyright: ignore[reportPrivateImportUsage]
+            internals.worker._worker_logs_enabled = False  # or each worker's death is printed on stdout
+            internals.ray_constants.ENABLE_RAY_CLUSTER = False  # loopback, also if ray was imported before
+        started.callback(ray.shutdown)
+        try:
+            with warnings.catch_warnings():
+                # Ray starts its daemons by fork and exec; between the two nothing of JAX's threads is touched.
+                warnings.filterwarnings("ignore", r"os\.fork\(\) was called", RuntimeWarning)
+                ray.init(address=address, **options)
+        except Exception as e:  # of many types, most of them private
+            raise ExecutorError(f"Ray did not start at {address!r}: {e}. Or {_WITHOUT}.") from e
+        if own:
+            started.callback(_guard(folder))
+        undo.push(started.pop_all())
+    return ray
+
+
+def python_path() -> str:
+    """PYTHONPATH with which a worker on this machine, or on one with the same files, imports what this process can."""
+    return os.pathsep.join(p or os.getcwd() for p in sys.path if not p.startswith((sys.prefix, sys.base_prefix)))
+
+
+def _connected() -> bool:
+    """Whether the caller is connected to a cluster already."""
+    ray = sys.modules.get("ray")
+    return ray is not None and ray.is_initialized()
+
+
+def _require_token(*, read_again: bool) -> None:
+    """That a cluster which starts now asks for the token; `read_again` if Ray was imported before that was asked for.
+
+    Raises:
+        ExecutorError: it would not: the user has set another mode, or this version of Ray has no tokens.
+    """
+    import ray
+
+    core: Any = importlib.import_module("ray._raylet")
+    if not hasattr(core, "get_authentication_mode"):
+        raise ExecutorError(_no_token(f"Ray {ray.__version__} has no tokens (`pip install 'ray>=2.52'`)"))
+    if read_again:  # as Ray itself does where it turns tokens on
+        core.Config.initialize("")
+        core.AuthenticationTokenLoader.instance().reset_cache()
+    if core.get_authentication_mode() != core.AuthenticationMode.TOKEN:
+        raise ExecutorError(_no_token(f"RAY_AUTH_MODE is {os.environ['RAY_AUTH_MODE']!r}"))
+
+
+_MISSING = f"Ray is not installed: `pip install 'ray>=2.52'`, or {_WITHOUT}."
+
+
+def _no_token(why: str) -> str:
+    return (
+        f"{why}, and a cluster of its own without a token would run the code of anyone on this machine. Let "
+        f"RAY_AUTH_MODE be `token` or unset, give the address of a cluster that runs, or {_WITHOUT}."
+    )
+
+
+def _temporary_folder() -> str:
+    """A new folder with so short a path that Ray's sockets fit below it.
+
+    Raises:
+        ExecutorError: there is no such place.
+    """
+    with contextlib.suppress(OSError):  # of a system without any folder for temporary files
+        for parent in (tempfile.gettempdir(), _SHORT_TEMP):
+            if len(os.fsencode(os.path.join(parent, "nas-12345678"))) <= _LONGEST_TEMP:
+                return tempfile.mkdtemp(prefix="nas-", dir=parent)
+    raise ExecutorError(
+        f"Ray's sockets need a folder with a short path, and there is none: {tempfile.gettempdir()} is too long, and "
+        f"{_SHORT_TEMP} cannot be used. Set TMPDIR to a path of at most {_LONGEST_TEMP - 13} bytes, or "
+        f"{_WITHOUT}."
+    )
+
+
+def _guard(folder: str) -> Callable[[], None]:
+    """Starts the process that ends this cluster's servers should the driver be killed; returns what dismisses it."""
+    family: dict[int, float] = {}
+    for child in psutil.Process().children():
+        with contextlib.suppress(psutil.Error):  # it has just ended
+            if any(folder in word for word in child.cmdline()):
+                family |= {p.pid: p.create_time() for p in (child, *child.children(recursive=True))}
+    guard = subprocess.Popen(
+        [sys.executable, "-P", str(Path(__file__).with_name("_guard.py"))],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,  # out of reach of Ctrl-C
+        text=True,
+    )
+    pipe = guard.stdin
+    assert pipe is not None
+    pipe.write(json.dumps({"family": list(family.items()), "folder": folder}) + "\n")
+    pipe.flush()
+
+    def dismiss() -> None:
+        guard.kill()
+        guard.wait()
+        pipe.close()
+
+    return dismiss
