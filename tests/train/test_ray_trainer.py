@@ -255,7 +255,7 @@ def test_two_processes_train_like_one_with_two_devices(place, two_cpus, tmp_path
     assert all(ip.rpartition(":")[2].startswith("127.") for ip in listening), listening
     assert sorted(p.name for p in (tmp_path / "two").iterdir()) == ["checkpoints", "metrics.jsonl"]
     assert {p.name for p in (tmp_path / "two" / "checkpoints").iterdir()} - {"trash"} == {"32", "36"}
-    written_by = {p.name for p in (tmp_path / "two" / "checkpoints").glob("36/default/ocdbt.process_*")}
+    written_by = {p.name for p in (tmp_path / "two" / "checkpoints").glob("36/state/ocdbt.process_*")}
     assert written_by == {"ocdbt.process_0", "ocdbt.process_1"}  # each its part of one checkpoint
     same_training(place, tmp_path / "two")
 
