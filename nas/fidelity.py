@@ -220,8 +220,8 @@ def answer(found: Fidelity) -> str:
     more = f"If tau stays as it is, about {needed} will tell" if needed else "More may tell"
     blunt = f" And {images}." if found.told_apart < found.pairs / 2 else ""
     return (
-        f"{len(found.networks)} networks are too few to tell: {figures}; {short}. {more} (fidelity.networks; those that "
-        f"are trained are kept).{blunt}"
+        f"{len(found.networks)} networks are too few to tell: {figures}; {short}. {more} (fidelity.networks; those "
+        f"that are trained are kept).{blunt}"
     )
 
 

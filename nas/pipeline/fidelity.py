@@ -217,6 +217,8 @@ def _result(training: Training) -> Alone | None:
     result = _read(path, Alone)
     if result.genotype != tuple(training.genotype.tolist()):
         raise _unusable(path, "it is of another network")
+    if len(result.right) != -(-result.images // 8):
+        raise _unusable(path, f"{len(result.right)} bytes are not a bit for each of {result.images} images")
     return result
 
 

@@ -78,7 +78,8 @@ def test_a_damaged_result_and_one_of_another_network_are_told(tmp_path):
     each(plan(tmp_path), Trainer(), Console(io.StringIO()))
     path = tmp_path / "02" / "seed_1" / "result.json"
     other = (tmp_path / "01" / "seed_1" / "result.json").read_bytes()
-    for content, why in ((b"{", "cannot be used"), (other, "it is of another network")):
+    short = path.read_bytes().replace(b'"images": 13', b'"images": 130')
+    for content, why in ((b"{", "cannot be used"), (other, "it is of another network"), (short, "2 bytes are not")):
         path.write_bytes(content)
         with pytest.raises(RunError, match=rf"02/seed_1/result.json: .*{why}.*Remove it and run `nas fidelity`"):
             each(plan(tmp_path), Trainer(), Console(io.StringIO()))
