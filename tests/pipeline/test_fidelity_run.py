@@ -93,6 +93,7 @@ def test_the_recipe_is_the_supernets_but_for_what_one_network_has_no_use_for():
     differs = {f for f in config.Train.__struct_fields__ if getattr(alone, f) != getattr(train, f)}
     assert differs == {"sampler", "random_subnets"}
     assert as_alone(train, 2.0).epochs == 2.0
+    assert as_alone(msgspec.structs.replace(train, processes=4, tensorboard=True), None) == alone
 
 
 def test_another_recipe_is_refused_and_the_same_one_goes_on(tmp_path):
