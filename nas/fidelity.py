@@ -192,15 +192,15 @@ def verdict_of(tau: Agreement | None, beyond_macs: Agreement | None, *, networks
 def answer(found: Fidelity) -> str:
     """The verdict in a few sentences, with what to do next."""
     tau, beyond = found.tau["supernet"], found.beyond_macs
-    figures = f"its tau is {tau}" if tau else "it scores all networks alike, or training alone does"
-    figures += f", {beyond} above that of counting MACs" if beyond else ""
+    figures = f"Kendall's tau is {tau}" if tau else "it scores all networks alike, or training alone does"
+    figures += f", that less the tau of counting MACs {beyond}" if beyond else ""
     images = f"{found.images} validation images tell only {found.told_apart} of {found.pairs} pairs of networks apart"
     match found.verdict:
         case "trustworthy":
             return f"The supernet is worth trusting: {figures}. So it is better than chance and better than MACs."
         case "no better than counting MACs":
             return (
-                f"The supernet is no better than counting MACs: {figures}, which is {MARGIN:g} at most. Train it "
+                f"The supernet is no better than counting MACs: {figures}, so at most {MARGIN:g} better. Train it "
                 f"longer (train.epochs) or with another sampler, or rank networks by MACs."
             )
         case "not worth trusting":
@@ -220,8 +220,8 @@ def answer(found: Fidelity) -> str:
     more = f"If tau stays as it is, about {needed} will tell" if needed else "More may tell"
     blunt = f" And {images}." if found.told_apart < found.pairs / 2 else ""
     return (
-        f"{len(found.networks)} networks are too few to tell: {figures}; {short}. {more} (--networks; those that are "
-        f"trained are kept).{blunt}"
+        f"{len(found.networks)} networks are too few to tell: {figures}; {short}. {more} (fidelity.networks; those "
+        f"that are trained are kept).{blunt}"
     )
 
 
@@ -311,12 +311,19 @@ def _told_apart(right: NDArray[np.float64]) -> NDArray[np.bool_]:
 
 
 def _on_other_images(right: NDArray[np.float64], rng: np.random.Generator) -> Agreement | None:
-    """Tau of the order by `right` [n, images] with that on images drawn from them with replacement: mean, interval."""
-    images = right.shape[1]
+    """Tau-b of the order by `right` [n, images] with that on images drawn from them with replacement: mean, interval.
+
+    Optimistic, since the accuracies of `right` differ by chance already.
+    """
+    networks, images = right.shape
     weights = (rng.multinomial(images, np.full(images, 1 / images)) for _ in range(_RESAMPLES))
-    taus = np.array([kendall_tau(right.sum(1), right @ w) for w in weights])
-    known = taus[~np.isnan(taus)]
-    return Agreement(float(known.mean()), *interval(known)) if len(known) else None
+    again = np.stack([right @ w for w in weights])  # [resamples, n]
+    one, other = np.triu_indices(networks, 1)
+    order = np.sign(right.sum(1)[one] - right.sum(1)[other])  # [pairs]
+    orders = np.sign(again[:, one] - again[:, other])  # [resamples, pairs]
+    ordered = (order != 0).sum() * (orders != 0).sum(1)
+    taus = (orders @ order)[ordered > 0] / np.sqrt(ordered[ordered > 0])
+    return Agreement(float(taus.mean()), *interval(taus)) if len(taus) else None
 
 
 def _between_seeds(counts: NDArray[np.int64], seed: int) -> Agreement | None:

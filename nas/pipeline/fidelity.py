@@ -103,7 +103,8 @@ def fidelity(job: Job) -> Fidelity:
 def as_alone(train: config.Train, epochs: float | None) -> config.Train:
     """The settings of the supernet's training for one network alone: nothing to sample, no teacher, all else equal."""
     epochs = train.epochs if epochs is None else epochs
-    return msgspec.structs.replace(train, sampler="single_path", random_subnets=1, epochs=epochs)
+    neutral = {key: getattr(config.Train(), key) for key in config.NEUTRAL}
+    return msgspec.structs.replace(train, sampler="single_path", random_subnets=1, epochs=epochs, **neutral)
 
 
 def claim(folder: Path, recipe: Recipe) -> None:
@@ -217,6 +218,8 @@ def _result(training: Training) -> Alone | None:
     result = _read(path, Alone)
     if result.genotype != tuple(training.genotype.tolist()):
         raise _unusable(path, "it is of another network")
+    if len(result.right) != -(-result.images // 8):
+        raise _unusable(path, f"{len(result.right)} bytes are not a bit for each of {result.images} images")
     return result
 
 

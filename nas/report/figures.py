@@ -122,7 +122,11 @@ def fidelity(found: Fidelity, against: str) -> Figure:
     dots = _dots(xs, alone, texts, marker={"color": COLOURS["front"], "size": 8}, error_y=bars)
     title = "top-1 with the supernet's weights" if of_supernet else "MACs (logarithmic)"
     figure = _figure([dots], title, "top-1, trained alone", percent=True)
-    figure["layout"]["xaxis"] |= {"tickformat": ".1~%"} if of_supernet else _logarithmic(xs)
+    if of_supernet:
+        figure["layout"]["xaxis"]["tickformat"] = ".1~%"
+    else:
+        axis = _logarithmic(xs)
+        figure["layout"]["xaxis"] |= axis | {"ticktext": [words.count(tick) for tick in axis["tickvals"]]}
     return figure
 
 

@@ -78,7 +78,8 @@ def test_a_damaged_result_and_one_of_another_network_are_told(tmp_path):
     each(plan(tmp_path), Trainer(), Console(io.StringIO()))
     path = tmp_path / "02" / "seed_1" / "result.json"
     other = (tmp_path / "01" / "seed_1" / "result.json").read_bytes()
-    for content, why in ((b"{", "cannot be used"), (other, "it is of another network")):
+    short = path.read_bytes().replace(b'"images": 13', b'"images": 130')
+    for content, why in ((b"{", "cannot be used"), (other, "it is of another network"), (short, "2 bytes are not")):
         path.write_bytes(content)
         with pytest.raises(RunError, match=rf"02/seed_1/result.json: .*{why}.*Remove it and run `nas fidelity`"):
             each(plan(tmp_path), Trainer(), Console(io.StringIO()))
@@ -92,6 +93,7 @@ def test_the_recipe_is_the_supernets_but_for_what_one_network_has_no_use_for():
     differs = {f for f in config.Train.__struct_fields__ if getattr(alone, f) != getattr(train, f)}
     assert differs == {"sampler", "random_subnets"}
     assert as_alone(train, 2.0).epochs == 2.0
+    assert as_alone(msgspec.structs.replace(train, processes=4, tensorboard=True), None) == alone
 
 
 def test_another_recipe_is_refused_and_the_same_one_goes_on(tmp_path):
