@@ -211,9 +211,9 @@ def train(place, out, settings=SETTINGS, *, digests=None, progress=None):
 
 
 def rows(folder):
-    """Metrics by step, without the speed."""
+    """Metrics by step, without the times."""
     found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return {row["step"]: {k: v for k, v in row.items() if k != "images_per_second"} for row in found}
+    return {row["step"]: {k: v for k, v in row.items() if k not in ("images_per_second", "waiting")} for row in found}
 
 
 def same_training(place, folder):
