@@ -58,7 +58,7 @@ def cifar(path: Path, config: Data) -> Splits:
             f"{path / layout.names}: {len(names)} class names. It must hold {layout.classes}, one a line: download it "
             "again."
         )
-    images = np.concatenate([part.images for part in train])
+    images = np.concatenate([np.asarray(part.images) for part in train])
     return Splits(Part(images, np.concatenate([part.labels for part in train])), test=test, class_names=names)
 
 

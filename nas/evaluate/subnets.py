@@ -196,7 +196,7 @@ class SubnetEvaluator:
         return {position.name: of(position, self.params, "calibrate") for position in self.supernet.space.positions}
 
     @functools.cached_property
-    def _zeros(self) -> dict[str, dict[str, Array]]:
+    def _zeros(self) -> dict[str, dict[str, Any]]:
         """Statistics of each position before any image."""
         return {position.name: self.supernet.statistics_of(position) for position in self.supernet.space.positions}
 

@@ -141,7 +141,7 @@ def check(job: Job, made: Finished, precision: str) -> Verdict:
     path = made.folder / file_name(precision, job.runtime.suffix)
     _bring_back(path)
     test = job.data.test
-    images = made.architecture.input.normalise(test.images)
+    images = made.architecture.input.normalise(test.images[:])
     if precision == "int8":
         expected = _simulated(made, images, job.experiment.train.eval_batch_size)
     else:

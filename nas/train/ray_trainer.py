@@ -238,7 +238,7 @@ def _meet(rank: int, count: int) -> None:
     """Connects JAX between the processes, through a service of the first one."""
     import jax
     import ray.util
-    from jax._src.lib import _jax as internals
+    from jax._src.lib import _jax as internals  # pyright: ignore[reportPrivateImportUsage]
     from ray.train.collective import broadcast_from_rank_zero
 
     here = ray.util.get_node_ip_address()  # 127.0.0.1 in a cluster of its own

@@ -22,7 +22,7 @@ from nas.supernet import Supernet
 from nas.train import Checkpoints, ray_trainer, train_on_ray
 from nas.train import step as training_step
 from nas.train.batches import batches
-from nas.train.supernet import state_like, trained
+from nas.train.supernet import identity, state_like, trained
 
 SETTINGS = config.Train(
     epochs=9.0,  # 36 steps
@@ -101,7 +101,7 @@ from nas.errors import ExecutorError
 from nas.supernet import Supernet
 from nas.train.batches import batches
 from nas.train.samplers import Draw
-from nas.train.supernet import make_step
+from nas.train.supernet import identity, make_step
 from test_ray_trainer import SETTINGS
 assert (jax.process_count(), jax.device_count()) == (count, 2)
 folder = pathlib.Path(folder)
@@ -225,7 +225,7 @@ def same_training(place, folder):
     like = state_like(Supernet(tiny.space(place)), tiny.data(place), SETTINGS, seed=0)
     weights = []
     for out in (folder, place / "out"):
-        with Checkpoints(out / "checkpoints") as checkpoints:
+        with Checkpoints(out / "checkpoints", identity(Supernet(tiny.space(place)), SETTINGS)) as checkpoints:
             assert checkpoints.latest() == 36
             weights.append(trained(checkpoints.restore(36, like)))
     for name, array in weights[1].items():
