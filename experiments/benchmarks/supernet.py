@@ -16,7 +16,6 @@ while after each loop.
 """
 
 import argparse
-import contextlib
 import dataclasses
 import functools
 import importlib.util
@@ -29,7 +28,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -38,30 +36,22 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # on a GPU: lea
 
 import jax
 import jax.numpy as jnp
-import msgspec
 import numpy as np
-import optax
 import psutil
+from contestants import BATCH, Alone, Case, Ours, Torch
 
 from nas import config, cost, native
-from nas.data import Dataset, Part
 from nas.evaluate import SubnetEvaluator
 from nas.evaluate.batches import calibration_batches, labelled_batches
 from nas.files import write_json
 from nas.measure.machine import busiest, hardware
-from nas.run import run
 from nas.search import nsga2, trial_rng
-from nas.space import Space, load_space
+from nas.space import Space
 from nas.space.load import space_file
-from nas.supernet import Supernet
-from nas.train import losses, optimiser, precision
-from nas.train.loop import steps_of
-from nas.train.samplers.sampler import Draw
-from nas.train.supernet import make_step
+from nas.train.precision import PRECISIONS
 
 SPACE = Path(__file__).with_name("mbconv_32.toml")
 SPACE_32 = "mobilenet_v3_32"
-BATCH, CLASSES, SIDE = 64, 10, 32
 BUSY = 0.2  # CPUs that other processes use, from which on a round counts as disturbed
 TARGETS = {  # at most; of rates, at least
     "step_ratio_alone.smallest": 1.1,
@@ -92,13 +82,22 @@ class Size:
     calibration: int  # images for batch-norm statistics
     validation: int  # images
     searched: Path | str = SPACE_32  # whose candidates a minute are counted
+    resolutions: tuple[int, ...] = (24, 32)  # of the space whose programs are counted
     depths: bool = True  # compile a space of depth 8 too
     subnets: int = 200  # trained and evaluated while programs are counted
 
 
 FULL = Size(rounds=25, steps=4, candidates=32, generations=5, calibration=2048, validation=5000)
 QUICK = Size(
-    rounds=7, steps=2, candidates=24, generations=2, calibration=256, validation=512, searched=SPACE, depths=False
+    rounds=7,
+    steps=2,
+    candidates=24,
+    generations=2,
+    calibration=256,
+    validation=512,
+    searched=SPACE,
+    resolutions=(32,),
+    depths=False,
 )
 
 
@@ -180,162 +179,6 @@ def others(seconds: float = 0.2) -> float:
     """CPUs that other processes use right now, while this one waits."""
     time.sleep(0.05)  # until our own threads have gone to sleep
     return psutil.cpu_percent(interval=seconds) / 100 * (psutil.cpu_count() or 1)
-
-
-# contestants
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """A space with weights, images of noise and settings: what every contestant works on."""
-
-    space: Space
-    settings: config.Train
-    images: int = 5000  # of validation
-
-    @classmethod
-    def of(cls, name: Path | str, *, precision: str = "float32", images: int = 5000) -> "Case":
-        space = load_space(str(name), input_shape=(SIDE, SIDE, 3), classes=CLASSES)
-        return cls(space, config.Train(batch_size=BATCH, precision=precision), images)
-
-    @functools.cached_property
-    def supernet(self) -> Supernet:
-        return Supernet(self.space)
-
-    @functools.cached_property
-    def params(self) -> dict[str, np.ndarray]:
-        return self.supernet.init(0)
-
-    @functools.cached_property
-    def data(self) -> Dataset:
-        rng = np.random.default_rng(0)
-
-        def part(n: int) -> Part:
-            images = rng.integers(0, 256, (n, *self.space.input), dtype=np.uint8)
-            return Part(images, rng.integers(0, CLASSES, n, dtype=np.int32))
-
-        names = tuple(map(str, range(CLASSES)))
-        mean, std = np.full(3, 0.5, np.float32), np.full(3, 0.25, np.float32)
-        return Dataset(part(4096), part(self.images), part(1), names, mean, std, "noise")
-
-    def batch(self) -> tuple[np.ndarray, np.ndarray]:
-        """uint8 images [BATCH, height, width, 3] and labels."""
-        return self.data.train.images[:BATCH], self.data.train.labels[:BATCH]
-
-    def ends(self) -> dict[str, np.ndarray]:
-        """The smallest network, the one of 101 random ones with the middle number of MACs, and the largest."""
-        drawn = self.space.sample(np.random.default_rng(0), 101)
-        macs = self.space.price(drawn, self.space.costs(cost.macs))
-        middle = drawn[np.argsort(macs)[50]]
-        return {"smallest": self.space.smallest(), "random": middle, "largest": self.space.largest()}
-
-    def sandwich(self, rng: np.random.Generator) -> np.ndarray:
-        """Largest, smallest and two random genotypes [4, genes]."""
-        return np.stack([self.space.largest(), self.space.smallest(), *self.space.sample(rng, 2)])
-
-
-class Ours:
-    """Training steps of our supernet; each call says which subnets they train."""
-
-    def __init__(self, case: Case, *, native_kernels: bool = True, **changes: Any):
-        self.case, self.native = case, native_kernels
-        settings = msgspec.structs.replace(case.settings, **changes)
-        step = make_step(case.supernet, case.data, settings, seed=0)
-        self.genotypes = case.sandwich(np.random.default_rng(0))
-        self.step = dataclasses.replace(step, sampler=lambda number, rng, score: Draw(self.genotypes, distil=True))
-        self.state = self.step.init(jax.tree.map(jnp.asarray, case.params))
-        self.number = 0
-
-    def train(self, genotypes: np.ndarray, steps: int) -> float:
-        """Seconds of a step. The kernels are chosen when the first one is traced."""
-        self.genotypes = genotypes
-        images, labels = self.case.batch()
-        written_out = mock.patch.object(native, "available", return_value=False)
-        with contextlib.nullcontext() if self.native else written_out:
-            start = time.perf_counter()
-            for _ in range(steps):
-                self.state, metrics = self.step(self.state, self.number, images, labels)
-                self.number += 1
-            jax.block_until_ready((self.state, metrics))
-            return (time.perf_counter() - start) / steps
-
-
-class Alone:
-    """Training steps of one network that was compiled alone, by the same loss and optimiser."""
-
-    def __init__(self, case: Case, genotype: np.ndarray):
-        self.case, settings, data = case, case.settings, case.data
-        network = case.space.decode(genotype)
-        graph, dtype = network.flat(), precision.named(settings.precision).dtype
-        steps = steps_of(data.train, settings.epochs, settings.batch_size)
-        transform = optimiser.build(settings.optimiser, steps)
-
-        def loss(params: Any, x: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
-            compute = precision.compute_params(params, dtype)
-            logits = run(graph, compute, x.astype(dtype), batch_stats=True)[0].astype(jnp.float32)
-            return losses.cross_entropy(logits, targets), logits
-
-        def step(state: Any, images: jax.Array, labels: jax.Array) -> tuple[Any, dict[str, jax.Array]]:
-            x = (images.astype(jnp.float32) / 255 - data.mean) / data.std
-            graded = jax.value_and_grad(loss, has_aux=True)
-            (value, logits), gradients = graded(state["params"], x, jax.nn.one_hot(labels, CLASSES))
-            updates, state_of_optimiser = transform.update(gradients, state["optimiser"], state["params"])
-            new = {"params": optax.apply_updates(state["params"], updates), "optimiser": state_of_optimiser}
-            top1 = (logits.argmax(-1) == labels).mean()
-            return new, {"loss": value, "top1": top1, "gradient_norm": optax.tree.norm(gradients)}
-
-        self.step = jax.jit(step, donate_argnums=0)
-        params = jax.tree.map(jnp.asarray, case.supernet.slice(case.params, network))
-        self.state = {"params": params, "optimiser": transform.init(params)}
-
-    def train(self, steps: int) -> float:
-        """Seconds of a step."""
-        images, labels = self.case.batch()
-        start = time.perf_counter()
-        for _ in range(steps):
-            self.state, metrics = self.step(self.state, images, labels)
-        jax.block_until_ready((self.state, metrics))
-        return (time.perf_counter() - start) / steps
-
-
-class Torch:
-    """PyTorch's supernets, in both memory formats, in a process of their own."""
-
-    def __init__(self, space: Path, params: Mapping[str, np.ndarray], settings: config.Optimiser):
-        context = multiprocessing.get_context("spawn")
-        self.pipe, theirs = context.Pipe()
-        threads = len(os.sched_getaffinity(0))
-        self.process = context.Process(target=serve_torch, args=(theirs, space, params, settings, threads), daemon=True)
-        self.process.start()
-        theirs.close()
-
-    def __call__(self, form: str, method: str, *arguments: Any) -> Any:
-        """What `method` of the `torch_supernet.Peer` of that format returns."""
-        self.pipe.send((form, method, arguments))
-        return self.pipe.recv()
-
-    def __enter__(self) -> "Torch":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.pipe.close()
-        self.process.join()
-
-
-def serve_torch(
-    pipe: Connection, space: Path, params: Mapping[str, np.ndarray], settings: config.Optimiser, threads: int
-) -> None:
-    """What the process of `Torch` does."""
-    import torch
-    import torch_supernet
-
-    torch.set_num_threads(threads)
-    searched = load_space(str(space), input_shape=(SIDE, SIDE, 3), classes=CLASSES)
-    peers = {form: torch_supernet.Peer(searched, params, settings, form=form) for form in torch_supernet.FORMATS}
-    with contextlib.suppress(EOFError):  # the other end was closed
-        while True:
-            form, method, arguments = pipe.recv()
-            pipe.send(getattr(peers[form], method)(*arguments))
 
 
 # what is measured
@@ -433,23 +276,29 @@ def first_step(space: str, precision: str) -> float:
 
 def recompilations(case: Case, size: Size) -> Figure:
     """Programs that XLA makes while random subnets are trained and evaluated, the first of each resolution aside."""
-    case = dataclasses.replace(case, images=BATCH)  # few images: it is programs that count
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / SPACE.name
+        path.write_text(f"resolution = {list(size.resolutions)}\n" + SPACE.read_text(encoding="utf-8"))
+        case = Case.of(path, precision=case.settings.precision, images=BATCH)  # few: it is programs that count
+    space = case.space
     ours = Ours(case)
     evaluate = SubnetEvaluator(case.supernet, case.params, case.data, calibration_images=BATCH, batch_size=BATCH)
-    drawn = case.space.sample(np.random.default_rng(1), size.subnets)
+    drawn = space.sample(np.random.default_rng(1), size.subnets)
     made = 0
 
     def count(event: str, *_: Any, **__: Any) -> None:
         nonlocal made
         made += event == "/jax/core/compile/backend_compile_duration"
 
-    evaluate(drawn[:2])
-    ours.train(drawn[:1], 1)
     jax.monitoring.register_event_duration_secs_listener(count)
+    for _ in range(8 * len(space.resolutions)):  # a step draws its resolution
+        ours.train(space.without_resolution(drawn[:1]), 1)
+    evaluate(np.stack([drawn[space.resolution_of(drawn) == side][0] for side in space.resolutions]))
+    first, made = made, 0
     for genotype in drawn:
-        ours.train(genotype[None], 1)
+        ours.train(space.without_resolution(genotype[None]), 1)
     evaluate(drawn)
-    return Figure.once(made, subnets=size.subnets)
+    return Figure.once(made, subnets=size.subnets, resolutions=len(space.resolutions), before_them=first)
 
 
 def train_time_vs_torch(case: Case, size: Size, torch: Torch) -> dict[str, Figure]:
@@ -689,7 +538,7 @@ def main() -> None:
     on_cpu = jax.default_backend() == "cpu"
     parser.add_argument("--quick", action="store_true", help="fewer rounds, candidates and images, one compilation")
     parser.add_argument("--only", default=",".join(PARTS), help=f"some of {', '.join(PARTS)}", metavar="NAME,...")
-    parser.add_argument("--precision", nargs="+", choices=sorted(precision.PRECISIONS), metavar="NAME",
+    parser.add_argument("--precision", nargs="+", choices=sorted(PRECISIONS), metavar="NAME",
                         default=["float32"] if on_cpu else ["float32", "bfloat16"])  # fmt: skip
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures that have targets here")
     options = parser.parse_args()

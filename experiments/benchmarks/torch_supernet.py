@@ -33,7 +33,7 @@ ACTIVATIONS = {
     "hard_swish": F.hardswish,
     "swish": F.silu,
 }
-WEIGHTS = {F.conv2d: slice(1, 3), F.linear: slice(1, 3), F.batch_norm: slice(3, 5)}  # where they stand in a call
+WEIGHTED = (F.conv2d, F.linear, torch.batch_norm)  # called as (x, weight, bias, ...)
 
 
 class DynamicConv(nn.Module):
@@ -264,6 +264,6 @@ class Read(TorchFunctionMode):
     elements = 0
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function in WEIGHTS:
-            self.elements += sum(w.numel() for w in args[WEIGHTS[function]] if w is not None)
+        if function in WEIGHTED:
+            self.elements += sum(weight.numel() for weight in args[1:3] if weight is not None)
         return function(*args, **(kwargs or {}))

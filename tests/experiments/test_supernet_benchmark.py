@@ -35,16 +35,23 @@ width = 24
 }
 
 
-def load(name):
-    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", FOLDER / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+@pytest.fixture
+def load(monkeypatch):
+    """Imports a script of the folder by its name, under another: there is a `supernet` among the tests."""
+    monkeypatch.syspath_prepend(FOLDER)
+
+    def load(name):
+        spec = importlib.util.spec_from_file_location(f"benchmark_{name}", FOLDER / f"{name}.py")
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, spec.name, module)  # where dataclasses look it up
+        spec.loader.exec_module(module)
+        return module
+
+    return load
 
 
 @pytest.fixture(params=SPACES)
-def pair(request, tmp_path):
+def pair(request, tmp_path, load):
     """(space, weights that show every mistake, our supernet, PyTorch's)."""
     pytest.importorskip("torch", reason="PyTorch is not installed: pip install 'nas[benchmark]'")
     path = tmp_path / "space.toml"
@@ -96,7 +103,7 @@ def test_pytorch_counts_our_macs_and_parameters(pair):
         assert peer.size(genotype) == (cost.macs(graph), cost.parameters(graph))
 
 
-def test_the_json_has_the_issues_keys_and_says_what_was_not_measured():
+def test_the_json_has_the_issues_keys_and_says_what_was_not_measured(load):
     benchmark = load("supernet")
     figure = benchmark.Figure((3.0, 1.0, 2.0), load=1.5, busy=1, more={"ms": 12.34567})
     out = benchmark.as_json({"memory_ratio": figure, "step_ratio_alone.largest": figure})
@@ -112,6 +119,6 @@ def test_the_json_has_the_issues_keys_and_says_what_was_not_measured():
     assert set(out["train_time_vs_torch"]) == {"xla", "native"}
 
 
-def test_ratios_are_taken_within_a_round():
+def test_ratios_are_taken_within_a_round(load):
     rounds = load("supernet").Rounds({"a": np.array([1.0, 10.0]), "b": np.array([2.0, 20.0])}, load=0.0, busy=0)
     assert rounds.ratio("a", "b").samples == (0.5, 0.5)
