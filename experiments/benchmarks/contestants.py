@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import multiprocessing
+import os
 import time
 from collections.abc import Mapping
 from multiprocessing.connection import Connection
@@ -145,14 +146,15 @@ class Alone:
 
 
 class Torch:
-    """PyTorch's supernets, in both memory formats, in a process of their own."""
+    """PyTorch's supernets, in both memory formats, in a process of their own that allocates as PyTorch comes."""
 
     def __init__(self, space: Path, params: Mapping[str, np.ndarray], settings: config.Optimiser):
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
         threads = psutil.cpu_count() or 1
         self.process = context.Process(target=serve_torch, args=(theirs, space, params, settings, threads), daemon=True)
-        self.process.start()
+        with mock.patch.dict(os.environ, NAS_KEEP_MEMORY="0"):  # see nas.memory
+            self.process.start()
         theirs.close()
 
     def __call__(self, form: str, method: str, *arguments: Any) -> Any:
