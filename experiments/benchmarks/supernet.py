@@ -52,6 +52,7 @@ from nas.train.precision import PRECISIONS
 
 SPACE = Path(__file__).with_name("mbconv_32.toml")
 SPACE_32 = "mobilenet_v3_32"
+CALIBRATION = 2048  # images, of the figure that says so
 BUSY = 0.2  # CPUs that other processes use, from which on a round counts as disturbed
 TARGETS = {  # at most; of rates, at least
     "step_ratio_alone.smallest": 1.1,
@@ -83,7 +84,7 @@ class Size:
     validation: int  # images
     searched: Path | str = SPACE_32  # whose candidates a minute are counted
     resolutions: tuple[int, ...] = (24, 32)  # of the space whose programs are counted
-    depths: bool = True  # compile a space of depth 8 too
+    extras: bool = True  # what has no target too: depth 8, rematerialisation, the share of time between passes
     subnets: int = 200  # trained and evaluated while programs are counted
 
 
@@ -97,7 +98,7 @@ QUICK = Size(
     validation=512,
     searched=SPACE,
     resolutions=(32,),
-    depths=False,
+    extras=False,
 )
 
 
@@ -204,19 +205,18 @@ def step_ratio_alone(case: Case, size: Size) -> dict[str, Figure]:
 
 def memory_ratio(case: Case, size: Size) -> Figure:
     """What a step allocates beyond what it is given, elastic over the largest network alone."""
-    alone, largest = Alone(case, case.space.largest()), case.space.largest()
-    ours, frugal = Ours(case), Ours(case, rematerialise=True)
-    elastic, saved = (allocated(o.step, lambda o=o: o.train(largest[None], 1)) for o in (ours, frugal))
+    largest = case.space.largest()
+    ours, alone = Ours(case), Alone(case, largest)
+    elastic = allocated(ours.step, lambda: ours.train(largest[None], 1))
     below = allocated(alone, lambda: alone.train(1))
-    forms = {"kept": ours, "computed again": frugal}
-    rounds = take_turns({name: lambda _, o=o: o.train(largest[None], 1) for name, o in forms.items()}, 5)
-    return Figure.once(
-        elastic / below,
-        mib_elastic=elastic / 2**20,
-        mib_alone=below / 2**20,
-        rematerialise_memory=saved / elastic,
-        rematerialise_time=rounds.ratio("computed again", "kept").median,
-    )
+    more = {"mib_elastic": elastic / 2**20, "mib_alone": below / 2**20}
+    if size.extras:
+        frugal = Ours(case, rematerialise=True)
+        forms = {"kept": ours, "computed again": frugal}
+        rounds = take_turns({name: lambda _, o=o: o.train(largest[None], 1) for name, o in forms.items()}, 5)
+        more["rematerialise_time"] = rounds.ratio("computed again", "kept").median
+        more["rematerialise_memory"] = allocated(frugal.step, lambda: frugal.train(largest[None], 1)) / elastic
+    return Figure.once(elastic / below, **more)
 
 
 def allocated(holder: Any, step: Callable[[], object]) -> int:
@@ -251,7 +251,7 @@ def compile_seconds(case: Case, size: Size) -> Figure:
         deeper = Path(folder) / "depth_8.toml"
         deeper.write_text(re.sub(r"^depth = .*$", "depth = [2, 3, 4, 5, 6, 7, 8]", text, flags=re.MULTILINE))
         seconds = compile_cold(SPACE_32, precision)
-        if not size.depths:
+        if not size.extras:
             return Figure.once(seconds, space=SPACE_32, depth=4)
         seconds_deeper = compile_cold(str(deeper), precision)
     return Figure.once(
@@ -394,48 +394,47 @@ def eval_rates_vs_torch(case: Case, size: Size, torch: Torch) -> tuple[Figure, F
 
 
 def candidates_a_minute(case: Case, size: Size) -> Figure:
-    """Candidates a minute with 2,048 calibration and 5,000 validation images; the share of time between the passes."""
-    evaluate = evaluator(case, 2048)
+    """Candidates a minute, one by one, with 2,048 images of calibration and 5,000 of validation."""
+    evaluate = evaluator(case, CALIBRATION)
     (generation,) = proposed(case.space, size.candidates, 1)
-    start = time.perf_counter()
-    evaluate(generation[:1])
-    first = time.perf_counter() - start
-    apply = {
-        mode: jax.jit(functools.partial(case.supernet.apply, mode=mode)) for mode in ("calibrate", "infer")
-    }  # of one batch, everything else taken away
+
+    def seconds(genotypes: np.ndarray) -> float:
+        start = time.perf_counter()
+        evaluate(genotypes)
+        return time.perf_counter() - start
+
+    first = seconds(generation[:1])
+    contestants: dict[str, Seconds] = {"whole": lambda number: seconds(generation[number : number + 1])}
+    if size.extras:
+        passes = bare_passes(case, evaluate)
+        contestants["passes"] = lambda number: passes(generation[number])
+        contestants["passes"] = lambda number: passes(generation[number])
+    rounds = take_turns(contestants, min(size.candidates, size.rounds))
+    more = {
+        "space": case.space.name,
+        "a_generation_at_once": 60 * len(generation) / seconds(generation),
+        "seconds_to_compile": first - rounds.ms("whole") / 1e3,
+    }
+    if size.extras:
+        more["share_outside_passes"] = 1 - rounds.ratio("passes", "whole").median
+    return Figure(tuple((60 / rounds.seconds["whole"]).tolist()), rounds.load, rounds.busy, more)
+
+
+def bare_passes(case: Case, evaluate: SubnetEvaluator) -> Callable[[np.ndarray], float]:
+    """Seconds of the forward passes that a genotype is evaluated by, with everything else taken away."""
     x = jnp.zeros((evaluate.batch_size, *case.space.input))
-    everything = dict(case.params) | evaluate.statistics(generation[0])
-    passes = {"calibrate": 2048 // evaluate.batch_size, "infer": -(-len(case.data.val) // evaluate.batch_size)}
-    branches = case.supernet.branches(generation)
+    params = dict(evaluate.params) | evaluate.statistics(case.space.largest())
+    counts = {"calibrate": CALIBRATION // len(x), "infer": -(-evaluate.total // len(x))}
+    apply = {mode: jax.jit(functools.partial(case.supernet.apply, mode=mode)) for mode in counts}
 
-    def forward(number: int) -> float:
+    def passes(genotype: np.ndarray) -> float:
+        branches = case.supernet.branches(genotype)
         start = time.perf_counter()
-        for mode, count in passes.items():
-            for _ in range(count):
-                logits, _ = apply[mode](everything, branches[number], x)
-            jax.block_until_ready(logits)
+        logits = [apply[mode](params, branches, x)[0] for mode, count in counts.items() for _ in range(count)]
+        jax.block_until_ready(logits)
         return time.perf_counter() - start
 
-    def whole(number: int) -> float:
-        start = time.perf_counter()
-        evaluate(generation[number : number + 1])
-        return time.perf_counter() - start
-
-    rounds = take_turns({"whole": whole, "forward": forward}, min(size.candidates, size.rounds))
-    start = time.perf_counter()
-    evaluate(generation)
-    together = time.perf_counter() - start
-    return Figure(
-        tuple((60 / rounds.seconds["whole"]).tolist()),
-        rounds.load,
-        rounds.busy,
-        {
-            "space": case.space.name,
-            "share_outside_forward": 1 - rounds.ratio("forward", "whole").median,
-            "a_generation_at_once": 60 * len(generation) / together,
-            "seconds_to_compile": first - float(np.median(rounds.seconds["whole"])),
-        },
-    )
+    return passes
 
 
 def evaluator(case: Case, calibration: int) -> SubnetEvaluator:
@@ -549,16 +548,19 @@ def main() -> None:
     device = hardware() if on_cpu else jax.devices()[0].device_kind
     print(f"{device}; jax {jax.__version__} on {jax.default_backend()}; C++ kernels: {native.status()}")
     print(f"load average {psutil.getloadavg()[0]:.2f}; others: {busiest() or 'quiet'}\n", flush=True)
-    for name in options.precision:
-        figures: dict[str, Figure] = {}
-        began = time.perf_counter()
-        for key, figure in measure(Case.of(SPACE, precision=name), QUICK if options.quick else FULL, wanted):
-            figures[key] = figure
-            print(f"{time.perf_counter() - began:5.0f} s  {key} {figure.median:.4g}", flush=True)
-        print(f"\n{name}\n\n{report(figures)}\n")
-        if options.json:
-            path = options.json if name == options.precision[0] else options.json.with_suffix(f".{name}.json")
-            write_json(path, as_json(figures))
+    with tempfile.TemporaryDirectory() as cache:
+        if jax.config.jax_compilation_cache_dir is None:  # several figures are of one program
+            jax.config.update("jax_compilation_cache_dir", cache)
+        for name in options.precision:
+            figures: dict[str, Figure] = {}
+            began = time.perf_counter()
+            for key, figure in measure(Case.of(SPACE, precision=name), QUICK if options.quick else FULL, wanted):
+                figures[key] = figure
+                print(f"{time.perf_counter() - began:5.0f} s  {key} {figure.median:.4g}", flush=True)
+            print(f"\n{name}\n\n{report(figures)}\n")
+            if options.json:
+                path = options.json if name == options.precision[0] else options.json.with_suffix(f".{name}.json")
+                write_json(path, as_json(figures))
 
 
 if __name__ == "__main__":

@@ -33,7 +33,6 @@ ACTIVATIONS = {
     "hard_swish": F.hardswish,
     "swish": F.silu,
 }
-WEIGHTED = (F.conv2d, F.linear, torch.batch_norm)  # called as (x, weight, bias, ...)
 
 
 class DynamicConv(nn.Module):
@@ -264,6 +263,9 @@ class Read(TorchFunctionMode):
     elements = 0
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function in WEIGHTED:
+        kwargs = kwargs or {}
+        if function in (F.conv2d, F.linear):
             self.elements += sum(weight.numel() for weight in args[1:3] if weight is not None)
-        return function(*args, **(kwargs or {}))
+        elif function is F.batch_norm:
+            self.elements += kwargs["weight"].numel() + kwargs["bias"].numel()
+        return function(*args, **kwargs)
