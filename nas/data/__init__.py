@@ -161,7 +161,10 @@ def _dataset(splits: Splits, config: Data) -> Dataset:
         train, val, test = (resized(part, config.image_size) for part in (train, val, test))
     assert splits.class_names is not None  # checked() names every class
     train, val, test = _stored(train, config), val.in_memory(), test.in_memory()
-    mean, std = mean_and_std(train.images[:SAMPLE] if isinstance(train.images, LazyImages) else train.images)
+    images = train.images
+    if isinstance(images, LazyImages):
+        images = images.take(np.arange(len(images))[:SAMPLE]).decoded()
+    mean, std = mean_and_std(images)
     return Dataset(train, val, test, splits.class_names, mean, std, config.source)
 
 

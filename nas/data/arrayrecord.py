@@ -47,9 +47,13 @@ def arrayrecord(path: Path, config: Data) -> Splits:
         file, at = ranges.find(row)
         return f"{files[file]}, record {at}"
 
-    def read(row: int) -> bytes:
-        file, at = ranges.find(row)
-        return _image(_records(readers[file], [at], files[file])[0], name(row))
+    def read(rows: Sequence[int]) -> list[bytes]:
+        found = [ranges.find(row) for row in rows]
+        records: dict[int, bytes] = {}
+        for file in {file for file, _ in found}:  # all of a file at once: ten times faster than one by one
+            own = [i for i, (other, _) in enumerate(found) if other == file]
+            records |= zip(own, _records(readers[file], [found[i][1] for i in own], files[file]), strict=True)
+        return [_image(records[i], name(row)) for i, row in enumerate(rows)]
 
     made = cached(
         f"{stamp(files, VERSION)}.npz", lambda target: _index(target, files, readers, counts, threads=config.threads)
@@ -88,9 +92,12 @@ def _records(reader: Any, rows: Sequence[int], file: Path) -> list[bytes]:
     try:
         return reader.read(list(rows))
     except Exception as e:  # whatever the C++ side raises
-        where = f"record {rows[0]}" + (f" to {rows[-1]}" if len(rows) > 1 else "")
+        if len(rows) > 1:
+            return [record for row in rows for record in _records(reader, [row], file)]  # to name the one
         why = " ".join(str(e).split())
-        raise DataError(f"{file}, {where}: cannot be read ({why}): damaged. Download or write the file again.") from e
+        raise DataError(
+            f"{file}, record {rows[0]}: cannot be read ({why}): damaged. Download or write the file again."
+        ) from e
 
 
 def _index(target: Path, files: Sequence[Path], readers: Sequence[Any], counts: Sequence[int], *, threads: int) -> None:

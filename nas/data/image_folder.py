@@ -36,7 +36,9 @@ def image_folder(path: Path, config: Data) -> Splits:
     files = [file for pairs in found.values() for file, _ in pairs]
     labels = np.array([label for pairs in found.values() for _, label in pairs])
     sizes = _sizes(files, config.threads)
-    records = Records(files.__getitem__, lambda row: str(files[row]), sizes, fingerprint(path, files))
+    records = Records(
+        lambda rows: (files[row] for row in rows), lambda row: str(files[row]), sizes, fingerprint(path, files)
+    )
     return encoded_splits(records, labels, {what: len(pairs) for what, pairs in found.items()}, config, tuple(names))
 
 

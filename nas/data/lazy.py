@@ -22,13 +22,13 @@ class Records:
     """Encoded images with random access, safe to be read by several threads.
 
     Attributes:
-        read: a record's image, encoded.
+        read: the encoded images of some records; many at once cost less than one by one where files are compressed.
         name: what messages call a record: its file, and where in it.
         sizes: int32 [n, 3], height, width and channels of every record once it is decoded.
         fingerprint: sha256 of the files' names and sizes in bytes, in the order of the records.
     """
 
-    read: Callable[[int], Encoded]
+    read: Callable[[Sequence[int]], Iterable[Encoded]]
     name: Callable[[int], str]
     sizes: NDArray[np.int32]
     fingerprint: str
@@ -66,8 +66,11 @@ class LazyImages:
         """
         rows = self.rows[index]
         out = np.empty((*rows.shape, *self.shape[1:]), np.uint8)
-        for pixels, row in zip(out.reshape(-1, *self.shape[1:]), rows.ravel().tolist(), strict=True):
-            pixels[...] = self._image(row)
+        wanted = rows.ravel().tolist()
+        for pixels, row, encoded in zip(
+            out.reshape(-1, *self.shape[1:]), wanted, self.records.read(wanted), strict=True
+        ):
+            pixels[...] = self._decoded(encoded, row)
         return out
 
     def take(self, indices: NDArray[Any]) -> "LazyImages":
@@ -90,10 +93,10 @@ class LazyImages:
         """Bytes that they would take in memory."""
         return int(np.prod(self.shape))
 
-    def _image(self, row: int) -> NDArray[np.uint8]:
+    def _decoded(self, encoded: Encoded, row: int) -> NDArray[np.uint8]:
         """[H, W, 1] or [H, W, C]."""
         name = self.records.name(row)
-        image = decode(self.records.read(row), name, self.shape[1] if self.resize else None)
+        image = decode(encoded, name, self.shape[1] if self.resize else None)
         if image.shape[:2] != self.shape[1:3] or image.shape[2] not in (1, self.shape[3]):
             raise DataError(
                 f"{name}: {'x'.join(map(str, image.shape))} pixels (height x width x channels) once decoded, but "

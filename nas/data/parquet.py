@@ -171,7 +171,7 @@ def _bytes(column: Any, file: Path, row: int) -> Any:
 
 
 def _mapped(file: Path) -> tuple[Any, np.ndarray, np.ndarray]:
-    """(function that reads an image, labels, sizes) of a file that `_rewrite` wrote; the images stay on disk."""
+    """(function that reads images, labels, sizes) of a file that `_rewrite` wrote; the images stay on disk."""
     import pyarrow as pa
 
     try:
@@ -181,9 +181,9 @@ def _mapped(file: Path) -> tuple[Any, np.ndarray, np.ndarray]:
     chunks = table.column("image").chunks
     ranges = Ranges([len(chunk) for chunk in chunks])
 
-    def read(row: int) -> memoryview:
-        chunk, at = ranges.find(row)
-        return memoryview(chunks[chunk][at].as_buffer())
+    def read(rows: Sequence[int]) -> Iterator[memoryview]:
+        for chunk, at in map(ranges.find, rows):
+            yield memoryview(chunks[chunk][at].as_buffer())
 
     sizes = np.stack([table.column(key).to_numpy() for key in ("height", "width", "channels")], 1)
     labels = table.column("label").to_numpy()

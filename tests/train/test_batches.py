@@ -1,5 +1,6 @@
 """Batches: the same from memory and from files, from any step on, read ahead within bounds."""
 
+import dataclasses
 import time
 
 import filesets
@@ -60,14 +61,16 @@ def test_the_position_is_the_step_and_a_cut_off_iteration_goes_on_from_it(parts)
     assert step == 8
 
 
+def reading(part: Part, read) -> Part:
+    """`part` with `read(rows)` called before its images are read."""
+    images = part.images
+    records = dataclasses.replace(images.records, read=lambda rows: (read(rows), images.records.read(rows))[1])
+    return Part(dataclasses.replace(images, records=records), part.labels)
+
+
 def test_reading_ahead_is_bounded(parts):
-    images, read = parts[0].images, []
-    records = images.records.__class__(
-        lambda row: (read.append(row), images.records.read(row))[1],
-        images.records.name, images.records.sizes, images.records.fingerprint,
-    )  # fmt: skip
-    part = Part(images.__class__(records, images.rows, images.shape, images.resize, threads=2), parts[0].labels)
-    stream = batches(part, 4, seed=0, start=0)
+    read = []
+    stream = batches(reading(parts[0], read.extend), 4, seed=0, start=0)
     next(stream)
     seen = -1
     while len(read) > seen:  # until nothing more is read
@@ -109,14 +112,8 @@ def test_a_wait_counts_unless_the_device_is_busy():
 
 @pytest.mark.parametrize("slow", [True, False])
 def test_the_log_has_the_share_of_time_spent_waiting(parts, slow):
-    images, rows = parts[0].images, []
-
-    def read(row):
-        time.sleep(0.02 * slow)
-        return images.records.read(row)
-
-    records = images.records.__class__(read, images.records.name, images.records.sizes, images.records.fingerprint)
-    part = Part(images.__class__(records, images.rows, images.shape, images.resize, threads=2), parts[0].labels)
+    rows = []
+    part = reading(parts[0], lambda rows: time.sleep(0.02 * len(rows)))
 
     def step(state, number, images, labels):
         time.sleep(0 if slow else 0.05)
