@@ -408,7 +408,6 @@ def candidates_a_minute(case: Case, size: Size) -> Figure:
     if size.extras:
         passes = bare_passes(case, evaluate)
         contestants["passes"] = lambda number: passes(generation[number])
-        contestants["passes"] = lambda number: passes(generation[number])
     rounds = take_turns(contestants, min(size.candidates, size.rounds))
     more = {
         "space": case.space.name,
