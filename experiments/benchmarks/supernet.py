@@ -88,10 +88,10 @@ class Size:
     subnets: int = 200  # trained and evaluated while programs are counted
 
 
-FULL = Size(rounds=25, steps=4, candidates=32, generations=5, calibration=2048, validation=5000)
+FULL = Size(rounds=25, steps=2, candidates=32, generations=3, calibration=2048, validation=5000)
 QUICK = Size(
     rounds=7,
-    steps=2,
+    steps=1,
     candidates=24,
     generations=2,
     calibration=256,
@@ -99,6 +99,7 @@ QUICK = Size(
     searched=SPACE,
     resolutions=(32,),
     extras=False,
+    subnets=100,
 )
 
 
@@ -176,7 +177,7 @@ def take_turns(contestants: Mapping[str, Seconds], rounds: int) -> Rounds:
     return Rounds({name: np.array(values) for name, values in seconds.items()}, psutil.getloadavg()[0], busy)
 
 
-def others(seconds: float = 0.2) -> float:
+def others(seconds: float = 0.1) -> float:
     """CPUs that other processes use right now, while this one waits."""
     time.sleep(0.05)  # until our own threads have gone to sleep
     return psutil.cpu_percent(interval=seconds) / 100 * (psutil.cpu_count() or 1)
@@ -190,7 +191,7 @@ def step_ratio_alone(case: Case, size: Size) -> dict[str, Figure]:
     ours, out = Ours(case), {}
     for name, genotype in case.ends().items():
         alone = Alone(case, genotype)
-        steps = size.steps * (4 if name == "smallest" else 1)
+        steps = size.steps * (6 if name == "smallest" else 2)
         rounds = take_turns(
             {
                 "elastic": lambda _, g=genotype, n=steps: ours.train(g[None], n),
@@ -366,7 +367,7 @@ def eval_rates_vs_torch(case: Case, size: Size, torch: Torch) -> tuple[Figure, F
             "channels_last": lambda number: theirs(each[number]),
             "default": lambda number: theirs(each[number], "default"),
         },
-        min(len(each), 3 * size.rounds),
+        size.rounds,
     )
     together = take_turns(
         {
@@ -408,8 +409,7 @@ def candidates_a_minute(case: Case, size: Size) -> Figure:
     if size.extras:
         passes = bare_passes(case, evaluate)
         contestants["passes"] = lambda number: passes(generation[number])
-        contestants["passes"] = lambda number: passes(generation[number])
-    rounds = take_turns(contestants, min(size.candidates, size.rounds))
+    rounds = take_turns(contestants, size.rounds // 2)
     more = {
         "space": case.space.name,
         "a_generation_at_once": 60 * len(generation) / seconds(generation),
@@ -551,6 +551,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as cache:
         if jax.config.jax_compilation_cache_dir is None:  # several figures are of one program
             jax.config.update("jax_compilation_cache_dir", cache)
+            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
         for name in options.precision:
             figures: dict[str, Figure] = {}
             began = time.perf_counter()
