@@ -193,14 +193,14 @@ def answer(found: Fidelity) -> str:
     """The verdict in a few sentences, with what to do next."""
     tau, beyond = found.tau["supernet"], found.beyond_macs
     figures = f"Kendall's tau is {tau}" if tau else "it scores all networks alike, or training alone does"
-    figures += f", that less the tau of counting MACs {beyond}" if beyond else ""
+    figures += f", its lead over counting MACs {beyond}" if beyond else ""
     images = f"{found.images} validation images tell only {found.told_apart} of {found.pairs} pairs of networks apart"
     match found.verdict:
         case "trustworthy":
             return f"The supernet is worth trusting: {figures}. So it is better than chance and better than MACs."
         case "no better than counting MACs":
             return (
-                f"The supernet is no better than counting MACs: {figures}, so at most {MARGIN:g} better. Train it "
+                f"The supernet is no better than counting MACs: {figures}, {MARGIN:g} at most. Train it "
                 f"longer (train.epochs) or with another sampler, or rank networks by MACs."
             )
         case "not worth trusting":
