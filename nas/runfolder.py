@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 import tomli_w
 
-from nas.config import NEUTRAL, Experiment
+from nas.config import NEUTRAL, Data, Experiment
 from nas.errors import NasError, RunError
 from nas.files import cannot_write, read_as, write_json, write_text
 
@@ -39,6 +39,8 @@ _FREE = (
     *("data.source", "data.threads", *(f"train.{key}" for key in NEUTRAL)),
     *("search.executor", "search.workers", "search.address", "search.timeout_seconds"),
 )
+
+_DEFAULT = Experiment(name="", space="", data=Data(source=""), objectives=())
 
 
 class _Stage(msgspec.Struct):
@@ -100,6 +102,9 @@ class RunFolder:
             decided = tuple(k for stage in STAGES if self._begun(stage) for k in _DECIDES.get(stage, ()))
             keys = [k for k in {**wanted, **theirs} if k.startswith(decided) and k not in _FREE]
             keys = [k for k in keys if wanted.get(k) != theirs.get(k)]
+            # An older version of nas did not know some keys: they had their defaults.
+            defaults = _flat(tomllib.loads(resolved(_DEFAULT)))
+            keys = [k for k in keys if k in theirs or wanted[k] != defaults.get(k)]
             changed = [f"`{k}` is {wanted.get(k)!r}, was {theirs.get(k)!r}" for k in keys]
             if changed:
                 raise RunError(

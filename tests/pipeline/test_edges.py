@@ -1,5 +1,6 @@
 """Mistakes, made on purpose: each ends with exit code 2 and one clear paragraph, no traceback, and nothing is lost."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -177,6 +178,20 @@ def test_what_only_shows_a_training_may_change_while_it_is_under_way(copy, chang
     (copy / "run" / "supernet").mkdir()
     with RunFolder(copy / "run", load_experiment(copy / "tiny_experiment.toml", overrides=[change])) as folder:
         assert folder.done("measure")
+
+
+def test_a_folder_of_a_version_that_did_not_know_a_key_yet_goes_on_with_its_default(copy):
+    from nas.pipeline import load_experiment
+
+    path = copy / "run" / "config.toml"
+    (copy / "run" / "supernet").mkdir()
+    older = [line for line in path.read_text().splitlines() if not line.startswith("rematerialise")]
+    assert len(older) < len(path.read_text().splitlines())
+    for value, refused in (("true", True), ("false", False)):
+        path.write_text("\n".join(older))
+        experiment = load_experiment(copy / "tiny_experiment.toml", overrides=[f"train.rematerialise={value}"])
+        with pytest.raises(RunError, match="rematerialise") if refused else contextlib.nullcontext():
+            RunFolder(copy / "run", experiment).__enter__().__exit__()
 
 
 def test_a_training_that_has_begun_may_go_on_in_another_number_of_processes(copy):
