@@ -35,14 +35,22 @@ def test_a_line_fits_the_terminal_so_that_it_can_be_rewritten(monkeypatch, clock
 
 def test_the_figures_of_a_supernet_fit_one_line():
     kinds = ("largest", "random", "smallest")
-    values = {f"loss_{k}": 12.3456 for k in kinds} | {f"top1_{k}": 1.0 for k in kinds} | {"images/s": 123456.7}
+    values = (
+        {f"loss_{k}": 12.3456 for k in kinds}
+        | {f"top1_{k}": 1.0 for k in kinds}
+        | {"images/s": 123456.7, "waiting": 1.0}
+    )
     stream = io.StringIO()
     Console(stream, plain_seconds=0).progress(1234567, 7654321, _shown(values | {"gradient_norm": 1.0}))
     line = stream.getvalue().rstrip("\n")
-    assert "images/s 123457  loss/top-1 largest 12.346/100.0%  random 12.346/100.0%  smallest 12.346/100.0%" in line
+    assert (
+        "images/s 123457  waiting 100%  loss/top-1 largest 12.346/100.0%  random 12.346/100.0%  smallest 12.346/100.0%"
+        in line
+    )
     assert len(line) <= 150
-    assert _shown({"loss_random": 1.0, "top1_random": 0.5, "images/s": 9.6}) == {
+    assert _shown({"loss_random": 1.0, "top1_random": 0.5, "images/s": 9.6, "waiting": 0.021}) == {
         "images/s": "10",
+        "waiting": "2%",
         "loss/top-1": "random 1.000/50.0%",
     }
 
