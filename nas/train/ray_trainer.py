@@ -160,17 +160,19 @@ def _explained(ray: Any, error: BaseException, settings: config.Train) -> BaseEx
         if isinstance(cause, NasError):
             return cause
     again = "The same command goes on from the newest checkpoint."
+    look = "look for too little memory, or a node that was lost"
+    # When one dies, the others lose their connection to it, and any of them may be seen first.
     dead = {rank: e for rank, e in causes.items() if isinstance(e, ray.exceptions.RayError)}
     if dead:
         who = " and ".join(map(str, sorted(dead)))
         first = " ".join(str(next(iter(dead.values()))).split())
-        return ExecutorError(
-            f"Training process {who} of {settings.processes} died. {again} Look for too little memory, or a node that "
-            f"was lost. Ray says: {first}"
-        )
+        return ExecutorError(f"Training process {who} of {settings.processes} died: {look}. {again} Ray says: {first}")
     if causes:
         rank, cause = next(iter(causes.items()))
-        return ExecutorError(f"Training process {rank} of {settings.processes} failed: {cause!r}. {again}")
+        return ExecutorError(
+            f"Training process {rank} of {settings.processes} failed: {cause!r}. If it has lost the connection to "
+            f"another process, that one died: {look}. {again}"
+        )
     if "startup timed out" in str(error):
         exist, free = ray.cluster_resources(), ray.available_resources()
         gpus = settings.process_gpus
