@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.typing import ArrayLike, DTypeLike
 
 from nas import memory, native
 
@@ -27,6 +28,11 @@ ONE_PASS_SIZE = 2**20  # elements of the input beyond which re-reading it for ea
 def on_cpu() -> bool:
     """Whether to write convolutions out for XLA on CPU. Asked at trace time; tests replace it to force a form."""
     return jax.default_backend() == "cpu"
+
+
+def fuses(*operands: ArrayLike) -> bool:
+    """Whether convolutions of these take batch norm and activation along (`nas.fusion`)."""
+    return on_cpu() and all(jnp.result_type(a) == jnp.float32 for a in operands) and native.available()
 
 
 def same_padding(size: int, kernel: int, stride: int) -> tuple[int, int]:
@@ -99,6 +105,25 @@ def normalise(x: Array, mean: Array, scale: Array, offset: Array) -> Array:
     return ((x - mean) * scale + offset).astype(x.dtype)
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def recalled_conv(y: Array, x: Array, w: Array, stride: int, groups: int) -> Array:
+    """`y`, which is known to be `conv(x, w)`: has the gradients of that, and computes nothing."""
+    return y
+
+
+@jax.custom_vjp
+def recalled_moments(moments: Array, x: Array) -> tuple[Array, Array]:
+    """`moments` [2, C], which are known to be `batch_moments(x)`: has the gradients of that, and computes nothing."""
+    return moments[0], moments[1]
+
+
+def blank(shape: tuple[int, ...], dtype: DTypeLike) -> Array:
+    """An array that nobody will read; where that is possible it is not written either."""
+    if on_cpu() and dtype == jnp.float32 and native.available():
+        return native.blank(shape)
+    return jnp.zeros(shape, dtype)
+
+
 def shuffle(x: Array, groups: int) -> Array:
     """`x` [..., C] with its channels dealt out as in ShuffleNet: channel i of group g goes to i * groups + g.
 
@@ -121,6 +146,20 @@ def _moments_backward(residuals: tuple[Array, Array], gradients: tuple[Array, Ar
 
 
 batch_moments.defvjp(_moments_forward, _moments_backward)
+
+
+def _recalled_conv_backward(
+    stride: int, groups: int, residuals: tuple[Array, Array], gradient: Array
+) -> tuple[Array, Array, Array]:
+    x, w = residuals
+    return jnp.zeros_like(gradient), *jax.vjp(lambda x, w: conv(x, w, stride=stride, groups=groups), x, w)[1](gradient)
+
+
+recalled_conv.defvjp(lambda y, x, w, stride, groups: (y, (x, w)), _recalled_conv_backward)
+recalled_moments.defvjp(
+    lambda moments, x: ((moments[0], moments[1]), (x, moments[0])),
+    lambda residuals, gradients: (jnp.zeros((2, residuals[0].shape[-1])), *_moments_backward(residuals, gradients)),
+)
 
 
 def _normalise_forward(x: Array, mean: Array, scale: Array, offset: Array) -> tuple[Array, tuple[Array, ...]]:

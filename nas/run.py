@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from nas import config, kernels, noise
+from nas import config, fusion, kernels, noise
 from nas.ops import (
     ATTENTION_EPSILON,
     NORM_EPSILON,
@@ -57,6 +57,7 @@ def run(
     batch_stats: bool = False,
     norm_images: int | None = None,
     noisy: Noisy | None = None,
+    tape: fusion.Tape | None = None,
 ) -> tuple[Array, dict[str, Array]]:
     """What `graph` makes of `x` [n, *graph.input], and the batch-norm statistics it saw.
 
@@ -68,16 +69,34 @@ def run(
         norm_images: take those moments over so many images at a time ("ghost" batch norm, Hoffer et al. 2017,
             arXiv:1705.08741, sec. 4.1); n must be a multiple of it. None: over all n.
         noisy: dropout, drop-path and DropBlock; None: none.
+        tape: keeps the results of convolutions, or knows them from an earlier pass over the same; for `batch_stats`
+            without `norm_images`.
     """
-    values = [x]
+    if norm_images is not None and norm_images >= x.shape[0]:
+        norm_images = None
+    plan = fusion.plan(graph)
+    kernels_of = (array for name, array in params.items() if name.endswith("/kernel"))
+    if norm_images is not None or not kernels.fuses(x, *kernels_of):
+        plan = dataclasses.replace(plan, fused=frozenset(), lazy=frozenset())
+    inner = plan.inner if plan.fused and not batch_stats and len(x) >= fusion.CHAIN_IMAGES else frozenset()
+    convolved = plan.fused if tape is None else plan.normed
+    values: list[Any] = [x]
     moments: dict[str, Array] = {}
     for index, op in enumerate(graph.ops):
         inputs = [values[v] for v in op.inputs]
         if noisy is not None:
             inputs = _dropped(op, inputs, noisy, index)
         if isinstance(op, Norm):
-            y, seen = _norm(op, params, inputs[0], batch_stats, norm_images)
+            y, seen = _norm(op, params, inputs[0], batch_stats, norm_images, lazy=index in plan.lazy)
             moments |= seen
+        elif isinstance(op, Act) and index in plan.lazy:
+            y = dataclasses.replace(inputs[0], activation=op.function)
+        elif isinstance(op, Conv) and index in convolved:
+            kernel, fused = params[f"{op.name}/kernel"], index in plan.fused
+            if index in inner:
+                y = fusion.Convolved(fusion.Link(inputs[0], kernel, op), op.shape, moments=None)
+            else:
+                y = fusion.conv(inputs[0], kernel, op, fused=fused, measures=batch_stats, tape=tape)
         else:
             y = compute(op, params, inputs)
         values.append(y)
@@ -158,12 +177,21 @@ def linear_attention(qkv: Array, dim: int) -> Array:
 
 
 def _norm(
-    op: Norm, params: Arrays, x: Array, batch_stats: bool, norm_images: int | None
-) -> tuple[Array, dict[str, Array]]:
+    op: Norm,
+    params: Arrays,
+    x: Array | fusion.Convolved,
+    batch_stats: bool,
+    norm_images: int | None,
+    *,
+    lazy: bool,
+) -> tuple[Array | fusion.Normed, dict[str, Array]]:
     seen = {}
     if not batch_stats:
         mean, var = params[f"{op.name}/mean"], params[f"{op.name}/var"]
-    elif norm_images is None or norm_images >= x.shape[0]:
+    elif isinstance(x, fusion.Convolved):
+        mean, var = x.moments
+        seen = {f"{op.name}/mean": mean, f"{op.name}/var": var}
+    elif norm_images is None:
         mean, var = kernels.batch_moments(x)
         seen = {f"{op.name}/mean": mean, f"{op.name}/var": var}
     else:
@@ -174,5 +202,8 @@ def _norm(
         mean, var = (jnp.repeat(a, norm_images, axis=0).reshape(each) for a in (means, variances))
         scale = params[f"{op.name}/scale"] * lax.rsqrt(var + NORM_EPSILON)
         return (x * scale + (params[f"{op.name}/offset"] - mean * scale)).astype(x.dtype), seen
-    scale = params[f"{op.name}/scale"] * lax.rsqrt(var + NORM_EPSILON)
-    return kernels.normalise(x, mean, scale, params[f"{op.name}/offset"]), seen
+    scale, offset = params[f"{op.name}/scale"] * lax.rsqrt(var + NORM_EPSILON), params[f"{op.name}/offset"]
+    if lazy:
+        values = x.values if isinstance(x, fusion.Convolved) else x.reshape(len(x), -1)
+        return fusion.Normed(values, op.shape, mean, scale, offset), seen
+    return kernels.normalise(x.array if isinstance(x, fusion.Convolved) else x, mean, scale, offset), seen

@@ -18,6 +18,7 @@ FLOORS = [
     {"train", "export", "latency", "runfolder", "console"},
     {"supernet", "quantise", "architecture", "fidelity"},
     {"data", "space", "fold", "run"},
+    {"fusion"},
     {"blocks", "kernels", "noise", "catalog", "cost", "agreement", "cluster"},
     {"ops", "config", "files", "native", "memory"},
     {"errors"},

@@ -174,7 +174,7 @@ class Peer:
 
     def __init__(self, space: Space, params: Mapping[str, np.ndarray], settings: config.Optimiser, *, form: str):
         self.space, self.form, self.clip_norm = space, FORMATS[form], settings.clip_norm
-        self.net = DynamicSupernet(space).to(memory_format=self.form)
+        self.net, self.params = DynamicSupernet(space).to(memory_format=self.form), params
         self.net.load(params)
         named = dict(self.net.named_parameters())
         kernels = {name for name in named if name.endswith(("kernel", "weight"))}
@@ -215,7 +215,8 @@ class Peer:
         return time.perf_counter() - start
 
     def keep(self, calibration: np.ndarray, images: np.ndarray, labels: np.ndarray) -> None:
-        """What `evaluate` works on, in batches as `nas.evaluate.batches` makes them."""
+        """What `evaluate` works on, in batches as `nas.evaluate.batches` makes them; takes up the first weights."""
+        self.net.load(self.params)
         self.calibration, self.tests = (
             [batch.contiguous(memory_format=self.form) for batch in self.images(batches)]
             for batches in (calibration, images)

@@ -1,18 +1,20 @@
-"""Depthwise convolutions and the sums of batch norm in C++ for JAX on CPU, where nas was installed with a compiler.
+"""Convolutions with batch norm in C++ for JAX on CPU, where nas was installed with a compiler.
 
 Installing compiles kernels.cc (hatch_build.py; a few seconds). Without a compiler the package installs all the same:
 `available()` is then False, and `nas.kernels` writes the same sums out for XLA. NAS_NATIVE=0 in the environment keeps
 the library from being built, or from being used; `status()` says what is the case.
 
-The functions here run under jit, grad (reverse mode, any number of times), vmap (one after the other), scan and switch.
+The functions here run under jit, grad (reverse mode; the depthwise ones and `channel_sums` any number of times, the
+others once), vmap (one after the other), scan and switch.
 Where images are sharded over devices (a mesh with automatic axes, or `shard_map` with check_vma=False), each device
 computes its own, and weight gradients are summed over them.
 """
 
 import ctypes
+import dataclasses
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache, partial
 from typing import Any
 
@@ -27,12 +29,20 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from nas.errors import DeviceError
 from nas.native import build
 
-_FORWARD, _INPUT_GRADIENT, _WEIGHT_GRADIENT, _CHANNEL_SUMS = _HANDLERS = (
+_FORWARD, _INPUT_GRADIENT, _WEIGHT_GRADIENT, _CHANNEL_SUMS, _FUSED_FORWARD, _FUSED_BACKWARD, _BOTTLENECK, _BLANK = (
+    _HANDLERS
+) = (
     "nas_depthwise_forward",
     "nas_depthwise_input_gradient",
     "nas_depthwise_weight_gradient",
     "nas_channel_sums",
+    "nas_fused_forward",
+    "nas_fused_backward",
+    "nas_bottleneck",
+    "nas_blank",
 )
+
+ACTIVATIONS = ("none", "relu", "relu6", "hard_swish", "swish")  # what a fused convolution knows, by its number
 
 
 def available() -> bool:
@@ -124,6 +134,109 @@ input_gradient.defvjp(_with_operands(input_gradient), _input_backward)
 weight_gradient.defvjp(_with_operands(weight_gradient), _weight_backward)
 
 
+@dataclasses.dataclass(frozen=True)
+class Fused:
+    """What `fused` computes, beside its arrays."""
+
+    size: tuple[int, int]  # of the images that it reads: height, width
+    stride: int
+    activation: int | None  # of what it reads, number in `ACTIVATIONS`; None: it is read as it is
+    measures: bool  # whether anybody asks for the moments
+    room: int  # values that the result has for each image, at least as many as the convolution makes
+
+    @property
+    def out_size(self) -> tuple[int, int]:
+        """Height and width of the result."""
+        return -(-self.size[0] // self.stride), -(-self.size[1] // self.stride)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(5,))
+def fused(x: Array, w: Array, centre: Array, scale: Array, offset: Array, how: Fused) -> tuple[Array, Array]:
+    """A SAME convolution of act((x - centre) * scale + offset), and the mean and biased variance [2, C'] of its result.
+
+    What lies between two convolutions is thus computed where it is read, and never written to memory; nor does batch
+    norm read the result again. The convolution has one group, or one for each channel. A channel whose mean is large
+    beside its deviation loses no digits: moments of parts are merged (Chan et al. 1983).
+
+    Args:
+        x: [N, >= H * W * C], the values of an image in the order [H, W, C], then room that is not read.
+        w: [kh, kw, 1, C], depthwise; or [kh, kw, C, C'].
+        centre, scale, offset: [C], not read where `how.activation` is None.
+
+    Returns:
+        [N, how.room]: values in the order [H', W', C'], then room that is not written; and [2, C'].
+
+    Raises:
+        DeviceError: the library is not `available()`.
+    """
+    return sequential_vmap(partial(_split_forward, how))(x, w, centre, scale, offset)
+
+
+def _fused_forward(
+    x: Array, w: Array, centre: Array, scale: Array, offset: Array, how: Fused
+) -> tuple[tuple[Array, Array], tuple[Array, ...]]:
+    y, moments = fused(x, w, centre, scale, offset, how)
+    return (y, moments), (y, moments[0], x, w, centre, scale, offset)
+
+
+def fused_backward(how: Fused, residuals: tuple[Array, ...], gradients: tuple[Array, Array]) -> tuple[Array, ...]:
+    """Gradients of the operands of `fused`, of (y, mean, its operands) and the gradients of its results."""
+    y, mean, x, w, centre, scale, offset = residuals
+    gradient, (d_mean, d_var) = gradients
+    count = y.shape[0] * how.out_size[0] * how.out_size[1]
+    operands = gradient, y, d_mean / count, 2 * d_var / count, mean, x, w, centre, scale, offset
+    pulled = [sequential_vmap(partial(_split_backward, how, part))(*operands) for part in _parts(how, x, w)]
+    (dx, _, (d_offset, d_scale)), (_, dw, _) = pulled[0], pulled[-1]
+    return dx, dw, -scale * d_offset, d_scale, d_offset
+
+
+fused.defvjp(_fused_forward, fused_backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(7,))
+def recalled(
+    y: Array, moments: Array, x: Array, w: Array, centre: Array, scale: Array, offset: Array, how: Fused
+) -> tuple[Array, Array]:
+    """`y` and `moments`, known to be what `fused` makes of the rest: has the gradients of that, computes nothing."""
+    return y, moments
+
+
+def _recalled_backward(how: Fused, residuals: tuple[Array, ...], gradients: tuple[Array, Array]) -> tuple[Array, ...]:
+    return *map(jnp.zeros_like, gradients), *fused_backward(how, residuals, gradients)
+
+
+recalled.defvjp(lambda y, moments, *rest: ((y, moments), (y, moments[0], *rest[:-1])), _recalled_backward)
+
+
+Affine = tuple[Array, Array, Array]  # centre, scale, offset, as of `fused`
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def bottleneck(x: Array, affines: tuple[Affine, ...], kernels: tuple[Array, ...], hows: tuple[Fused, ...]) -> Array:
+    """What `fused` makes in turn: 1x1, depthwise and, if there are three, 1x1 again; without their moments.
+
+    Nothing between them leaves the cache of a core. Images are spread over the cores; there should be many.
+    """
+    return sequential_vmap(partial(_split_bottleneck, hows))(x, *_operands(affines, kernels))
+
+
+def _in_turn(x: Array, affines: tuple[Affine, ...], kernels: tuple[Array, ...], hows: tuple[Fused, ...]) -> Array:
+    for affine, kernel, how in zip(affines, kernels, hows, strict=True):
+        x, _ = fused(x, kernel, *affine, how)
+    return x
+
+
+bottleneck.defvjp(
+    lambda x, affines, kernels, hows: (bottleneck(x, affines, kernels, hows), (x, affines, kernels)),
+    lambda hows, operands, gradient: jax.vjp(lambda *a: _in_turn(*a, hows), *operands)[1](gradient),
+)
+
+
+def blank(shape: tuple[int, ...]) -> Array:
+    """A float32 array of any values: it is not written."""
+    return jax.ffi.ffi_call(_BLANK, jax.ShapeDtypeStruct(shape, np.float32))()
+
+
 def _outputs(x: Array, stride: int) -> tuple[int, int]:
     height, width = x.shape[1:3]
     return -(-height // stride), -(-width // stride)
@@ -148,12 +261,69 @@ def _call(handler: str, stride: int | None, shape: tuple[int, ...], *operands: A
     return jax.ffi.ffi_call(handler, jax.ShapeDtypeStruct(shape, np.float32))(*operands, **attributes)
 
 
+def _fused(how: Fused, *operands: Array) -> tuple[Array, Array]:
+    x, w = operands[:2]
+    shapes = (x.shape[0], how.room), (2, w.shape[-1])
+    return _call_fused(_FUSED_FORWARD, how, shapes, *operands)
+
+
+def _parts(how: Fused, x: Array, w: Array) -> tuple[int, ...]:
+    """Which calls give all gradients: for a dense convolution two, so that an unwanted one of images costs nothing."""
+    depthwise, pointwise = w.shape[2] == 1, w.shape[0] * w.shape[1] * how.stride == 1
+    return (0,) if depthwise or pointwise else (1, 2)
+
+
+def _pulled(how: Fused, part: int, *operands: Array) -> tuple[Array, Array, Array]:
+    x, w, centre = operands[5:8]
+    shapes = x.shape, w.shape, (2, *centre.shape)
+    return _call_fused(_FUSED_BACKWARD, how, shapes, *operands, wanted=part)
+
+
+def _call_fused(handler: str, how: Fused, shapes: Sequence[tuple[int, ...]], *operands: Array, **more: int) -> Any:
+    if _problem():
+        raise DeviceError(f"The C++ kernels are {_problem()} Until then use nas.kernels, which does without them.")
+    results = [jax.ShapeDtypeStruct(shape, np.float32) for shape in shapes]
+    numbers = more | {
+        "height": how.size[0],
+        "width": how.size[1],
+        "stride": how.stride,
+        "activation": -1 if how.activation is None else how.activation,
+        "measures": int(how.measures),
+    }
+    return tuple(jax.ffi.ffi_call(handler, results)(*operands, **{name: np.int64(n) for name, n in numbers.items()}))
+
+
+def _operands(affines: tuple[Affine, ...], kernels: tuple[Array, ...]) -> list[Array]:
+    nothing = jnp.zeros((1,), jnp.float32)
+    if len(kernels) == 2:
+        affines, kernels = (*affines, (nothing,) * 3), (*kernels, jnp.zeros((1, 1, 1, 1), jnp.float32))
+    return [a for affine, kernel in zip(affines, kernels, strict=True) for a in (*affine, kernel)]
+
+
+def _through(hows: tuple[Fused, ...], x: Array, *operands: Array) -> Array:
+    if _problem():
+        raise DeviceError(f"The C++ kernels are {_problem()} Until then use nas.kernels, which does without them.")
+    activations = [-1 if how.activation is None else how.activation for how in hows]
+    result = jax.ShapeDtypeStruct((x.shape[0], hows[-1].room), np.float32)
+    return jax.ffi.ffi_call(_BOTTLENECK, result)(
+        x,
+        *operands,
+        height=np.int64(hows[1].size[0]),
+        width=np.int64(hows[1].size[1]),
+        stride=np.int64(hows[1].stride),
+        activations=np.array([*activations, -2][:3], np.int64),
+    )
+
+
 # XLA cannot see into a foreign call: without the rules below it would gather all images on every device. They say that
 # images and channels can be split, and how: the strings to JAX's partitioner (Shardy), the functions to XLA's.
 
 _split_convolve = custom_partitioning(_convolve, static_argnums=(0, 1, 2))
 _split_sum = custom_partitioning(_sum, static_argnums=(0, 1))
 _split_channels = custom_partitioning(_sum_channels)
+_split_forward = custom_partitioning(_fused, static_argnums=(0,))
+_split_backward = custom_partitioning(_pulled, static_argnums=(0, 1))
+_split_bottleneck = custom_partitioning(_through, static_argnums=(0,))
 
 
 def _images(handler: str, stride: int, size: tuple[int, int], images: Array, weights: Array) -> Array:
@@ -222,6 +392,71 @@ _split_channels.def_partition(
     sharding_rule="n h w c, n h w c, c, c -> k c",
     reduction_factors=("n",),
     need_replication_factors=("h", "w", "k"),
+)
+
+
+# Fused convolutions are split by image only: a 1x1 needs all channels.
+
+
+def _by_image(mesh: Mesh, x: Any) -> tuple[NamedSharding, NamedSharding, Any]:
+    """How images [N, ...] and everything else are split where `x` is, and the axis of the mesh that this is over."""
+    devices = x.sharding.spec[0] if len(x.sharding.spec) else None
+    return NamedSharding(mesh, PartitionSpec(devices)), NamedSharding(mesh, PartitionSpec()), devices
+
+
+def _partition_forward(how: Fused, mesh: Mesh, operands: Any, _: Any) -> tuple:
+    images, whole, devices = _by_image(mesh, operands[0])
+
+    def over_devices(*operands: Array) -> tuple[Array, Array]:
+        y, moments = _fused(how, *operands)
+        if devices is None or not how.measures:
+            return y, moments
+        mean = lax.pmean(moments[0], devices)
+        return y, jnp.stack([mean, lax.pmean(moments[1] + (moments[0] - mean) ** 2, devices)])
+
+    return mesh, over_devices, (images, whole), (images, *[whole] * 4)
+
+
+def _partition_backward(how: Fused, part: int, mesh: Mesh, operands: Any, _: Any) -> tuple:
+    images, whole, devices = _by_image(mesh, operands[0])
+
+    def over_devices(*operands: Array) -> tuple[Array, Array, Array]:
+        dx, dw, sums = _pulled(how, part, *operands)
+        return (dx, dw, sums) if devices is None else (dx, lax.psum(dw, devices), lax.psum(sums, devices))
+
+    shardings = (images, images, whole, whole, whole, images, *[whole] * 4)
+    return mesh, over_devices, (images, whole, whole), shardings
+
+
+def _infer_backward(how: Fused, part: int, mesh: Mesh, operands: Any, _: Any) -> tuple[NamedSharding, ...]:
+    images, whole, _ = _by_image(mesh, operands[0])
+    return images, whole, whole
+
+
+_split_forward.def_partition(
+    _partition_forward,
+    infer_sharding_from_operands=lambda how, mesh, operands, _: _by_image(mesh, operands[0])[:2],
+    sharding_rule="n r, i j u d, c, c, c -> n s, k d",
+    need_replication_factors=tuple("rijudcsk"),
+)
+_split_backward.def_partition(
+    _partition_backward,
+    infer_sharding_from_operands=_infer_backward,
+    sharding_rule="n s, n s, d, d, d, n r, i j u d, c, c, c -> n r, i j u d, k c",
+    need_replication_factors=tuple("sdrijuck"),  # in the order in which they appear
+)
+
+
+_split_bottleneck.def_partition(
+    lambda hows, mesh, operands, _: (
+        mesh,
+        partial(_through, hows),
+        _by_image(mesh, operands[0])[0],
+        (_by_image(mesh, operands[0])[0], *[_by_image(mesh, operands[0])[1]] * 12),
+    ),
+    infer_sharding_from_operands=lambda hows, mesh, operands, _: _by_image(mesh, operands[0])[0],
+    sharding_rule="n r, c, c, c, a b c e, e, e, e, i j u e, f, f, f, k l f d -> n s",
+    need_replication_factors=tuple("rcabeijufklds"),
 )
 
 

@@ -17,6 +17,11 @@ from nas.space import Position, Space
 from nas.supernet.sharing import read, store_shapes
 from nas.supernet.switch import Manner, Mode, Step, elastic
 
+# Layers of one kind up to which each is compiled on its own, so that what it keeps for the backward pass stays where it
+# is; a loop would copy it twice, which takes longer than computing it again. More layers than that are a loop, whose
+# compilation takes as long for 8 as for 4.
+WRITTEN_OUT = 3
+
 Params = Mapping[str, Any]  # arrays of JAX or NumPy
 Layer = Callable[[Array, Mapping[str, Array], Array], tuple[Array, dict[str, Array]]]
 
@@ -107,7 +112,8 @@ class Supernet:
                 raise ValueError("a pass with noise needs a key")
             keys = jax.random.key_data(jax.random.split(key, positions))
         for group in self._stages_at(images.shape[1]):
-            step = elastic(group[0], self._relative(group[0]), manner)
+            tapes = mode == "train" and norm_images is None and not rematerialise and len(group) <= WRITTEN_OUT
+            step = elastic(group[0], self._relative(group[0]), dataclasses.replace(manner, tapes=tapes))
             mine = [self.params_of(p, params, mode) for p in group]
             stacked = jax.tree.map(lambda *a: jnp.stack(a), *mine)
             part = slice(index, index + len(group))
@@ -177,11 +183,14 @@ class Supernet:
 
 def _in_turn(step: Step, x: Array, xs: Any) -> tuple[Array, dict[str, Array]]:
     """`step` over layers of one kind, whose inputs `xs` are stacked; their statistics stacked alike."""
-    if len(xs[0]) > 1:
+    if len(xs[0]) > WRITTEN_OUT:
         return lax.scan(lambda x, one: step(one[0], one[1], one[2], x), x, xs)
-    branch, chance, params = jax.tree.map(lambda a: a[0], xs)
-    y, stats = step(branch, chance, params, x)  # a layer alone may change the shape
-    return y, jax.tree.map(lambda a: a[None], stats)
+    seen = []
+    for number in range(len(xs[0])):
+        branch, chance, params = jax.tree.map(lambda a, n=number: a[n], xs)
+        x, stats = step(branch, chance, params, x)  # a layer alone may change the shape
+        seen.append(stats)
+    return x, jax.tree.map(lambda *a: jnp.stack(a), *seen)
 
 
 def _signature(position: Position) -> tuple[Any, ...]:

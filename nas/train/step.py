@@ -33,7 +33,7 @@ from nas.data import Dataset
 from nas.data.resize import resize
 from nas.errors import ExecutorError
 from nas.supernet import Supernet
-from nas.train import ema, losses, precision
+from nas.train import ema, losses, optimiser, precision
 from nas.train.augment import augment, mix
 from nas.train.samplers import Sampler
 
@@ -86,17 +86,18 @@ class Step:
         _require_same_subnets(number, drawn.genotypes)
         branches = space.at(side).branches(drawn.genotypes)
         kinds = [self._kind(g) for g in drawn.genotypes]
-        total = self._zeros(state["params"])
+        total = self._spare.pop("total", None) or jax.tree.map(jnp.copy, state["params"])
         seen: dict[str, list[Array]] = {}
         parts = self.settings.accumulate
         for part in range(parts):
             x_part, targets_part = (x, targets) if parts == 1 else self._part(x, targets, np.int32(part))
             teacher = self._no_teacher(len(x_part))
             for index, (kind, picked) in enumerate(zip(kinds, branches, strict=True)):
-                learns = np.bool_(index == 0 or not drawn.distil)
+                learns, fresh = np.bool_(index == 0 or not drawn.distil), np.bool_(part == index == 0)
                 key = np.array([number, part, index], np.uint32)
                 total, logits, loss, top1 = self._gradient(
                     total,
+                    fresh,
                     state["params"],
                     state.get("loss_scale"),
                     picked,
@@ -109,7 +110,8 @@ class Step:
                 teacher = logits if index == 0 else teacher
                 seen.setdefault(f"loss_{kind}", []).append(loss)
                 seen.setdefault(f"top1_{kind}", []).append(top1)
-        state, norm = self._update(state, total, np.float32(1 / parts), np.int32(number))
+        state, norm = self._update(state, total, np.int32(number))
+        self._spare["total"] = total
         metrics = {name: functools.reduce(operator.add, values) / len(values) for name, values in seen.items()}
         return state, metrics | {"gradient_norm": norm}
 
@@ -186,8 +188,9 @@ class Step:
         return jax.jit(part, out_shardings=self._by_image)
 
     @functools.cached_property
-    def _zeros(self) -> Callable[[Any], Any]:
-        return jax.jit(lambda params: jax.tree.map(jnp.zeros_like, params), out_shardings=self._everywhere)
+    def _spare(self) -> dict[str, Any]:
+        """The memory of the last step's sum of gradients, for the next one: zeros would have to be written."""
+        return {}
 
     def _apply(self, params: Any, branches: Array, x: Array, key: Array | None) -> Array:
         """Logits in training mode, in the precision of the settings."""
@@ -232,7 +235,7 @@ class Step:
             return (chosen if scale is None else precision.scaled(chosen, scale)), (logits, hard)
 
         def gradient(
-            total: Any, params: Any, scale: Any, branches: Array, numbers: Array,
+            total: Any, fresh: Array, params: Any, scale: Any, branches: Array, numbers: Array,
             x: Array, targets: Array, teacher: Array, learns: Array,
         ) -> tuple[Any, Array, Array, Array]:  # fmt: skip
             key = jax.random.key(self.seed)
@@ -242,21 +245,22 @@ class Step:
                 params, scale, branches, key, x, targets, teacher, learns
             )
             top1 = (logits.argmax(-1) == targets.argmax(-1)).mean()
-            return jax.tree.map(jnp.add, total, mine), jax.lax.stop_gradient(logits), hard, top1
+            total = jax.tree.map(lambda t, g: jnp.where(fresh, 0, t) + g, total, mine)
+            return total, jax.lax.stop_gradient(logits), hard, top1
 
         everywhere = self._everywhere
         return jax.jit(gradient, donate_argnums=0, out_shardings=(everywhere, self._by_image, everywhere, everywhere))
 
     @functools.cached_property
     def _update(self) -> Callable[..., tuple[State, Array]]:
-        decay = self.settings.ema
+        decay, parts = self.settings.ema, self.settings.accumulate
 
-        def update(state: State, total: Any, share: Array, number: Array) -> tuple[State, Array]:
-            gradients = jax.tree.map(lambda g: g * share, total)
+        def update(state: State, total: Any, number: Array) -> tuple[State, Array]:
+            gradients = total if parts == 1 else jax.tree.map(lambda g: g / parts, total)
             if "loss_scale" in state:
                 gradients = precision.unscale(gradients, state["loss_scale"])
-            updates, optimiser = self.transform.update(gradients, state["optimiser"], state["params"])
-            new = {"params": optax.apply_updates(state["params"], updates), "optimiser": optimiser}
+            updates, of_optimiser = self.transform.update(gradients, state["optimiser"], state["params"])
+            new = {"params": optax.apply_updates(state["params"], updates), "optimiser": of_optimiser}
             if "average" in state:
                 new["average"] = ema.update(state["average"], new["params"], decay, number)
             if "loss_scale" in state:
@@ -265,7 +269,7 @@ class Step:
                 new = precision.keep_if(finite, new, old)
                 new["loss_scale"] = precision.adjust(state["loss_scale"], finite)
                 gradients = precision.keep_if(finite, gradients, jax.tree.map(jnp.zeros_like, gradients))
-            return new, optax.tree.norm(gradients)
+            return new, optimiser.global_norm(gradients)
 
         return jax.jit(update, donate_argnums=0, out_shardings=self._everywhere)
 
