@@ -63,9 +63,9 @@ class Tape:
 class Convolved:
     """What a convolution made: values [n, room], which begin with `shape`, and their moments [2, channels]."""
 
-    values: "Array | Link"
+    values: Any  # an array; or a `Link`, if the convolution was left to a later one
     shape: Shape
-    moments: Array
+    moments: Any = None  # an array, unless nobody asked
 
     @property
     def array(self) -> Array:
@@ -77,7 +77,7 @@ class Convolved:
 class Normed:
     """(values - mean) * scale + offset, then the activation, if any: not computed yet."""
 
-    values: "Array | Link"  # as in `Convolved`
+    values: Any  # as in `Convolved`
     shape: Shape
     mean: Array
     scale: Array
@@ -89,8 +89,8 @@ class Normed:
 class Link:
     """A convolution that is not computed yet: a later one takes it along."""
 
-    x: Array | Normed
-    kernel: Array
+    x: Any  # an array or `Normed`
+    kernel: Any
     op: Conv
 
 
@@ -99,52 +99,57 @@ def plan(graph: Graph) -> Plan:
     """What of `graph` can be computed together."""
     readers = graph.consumers()
 
-    def only_reader(index: int) -> int | None:
+    def reader(index: int) -> int:
+        """The only op that reads op `index`; -1 if there are more of them, or none."""
         found = readers[index + 1]
-        return found[0] if len(found) == 1 else None
+        return found[0] if len(found) == 1 else -1
 
-    def is_normed(index: int, op: object) -> bool:
-        reader = only_reader(index)
-        return isinstance(op, Conv) and not op.bias and reader is not None and isinstance(graph.ops[reader], Norm)
+    def reads(index: int, kind: type) -> bool:
+        return index >= 0 and isinstance(graph.ops[index], kind)
 
-    def fusible(op: Conv) -> bool:
-        return op.groups == 1 or op.groups == graph.shape_of(op.inputs[0])[-1] == op.shape[-1]
-
-    def pointwise(index: int) -> bool:
-        op = graph.ops[index]
-        return op.kernel == op.stride == op.groups == 1
-
-    def depthwise(index: int) -> bool:
-        return graph.ops[index].groups > 1
-
-    normed = tuple(index for index, op in enumerate(graph.ops) if is_normed(index, op))
-    fused = frozenset(index for index in normed if fusible(graph.ops[index]))
+    convs = {index: op for index, op in enumerate(graph.ops) if isinstance(op, Conv)}
+    normed = tuple(index for index, op in convs.items() if not op.bias and reads(reader(index), Norm))
+    fused = {
+        index: convs[index]
+        for index in normed
+        if convs[index].groups in (1, graph.shape_of(convs[index].inputs[0])[-1]) and _one_to_one(convs[index])
+    }
     lazy: set[int] = set()
     for index, op in enumerate(graph.ops):
-        if not isinstance(op, Norm) or (reader := only_reader(index)) is None:
+        after = reader(index)
+        if not isinstance(op, Norm) or after < 0:
             continue
-        follower = graph.ops[reader]
-        if reader in fused:
+        act = graph.ops[after]
+        if after in fused:
             lazy.add(index)
-        elif isinstance(follower, Act) and follower.function in native.ACTIVATIONS and only_reader(reader) in fused:
-            lazy |= {index, reader}
+        elif isinstance(act, Act) and act.function in native.ACTIVATIONS and reader(after) in fused:
+            lazy |= {index, after}
 
-    def follower(index: int) -> int | None:
-        """The fused convolution that reads this one through a norm and an activation that are left to it."""
-        reader = only_reader(index)
-        while reader in lazy:
-            reader = only_reader(reader)
-        return reader if reader in fused else None
+    def follower(index: int) -> int:
+        """The fused convolution that reads this one through a norm and an activation that are left to it; or -1."""
+        after = reader(index)
+        while after in lazy:
+            after = reader(after)
+        return after if after in fused else -1
 
-    def joins(index: int) -> bool:
-        after = follower(index)
-        fits = math.prod(graph.ops[index].shape) <= CHAIN_VALUES
-        return fits and pointwise(index) and after is not None and depthwise(after)
+    def pointwise(index: int) -> bool:
+        return index in fused and fused[index].kernel == fused[index].stride == fused[index].groups == 1
 
-    expands = {index for index in fused if joins(index)}
-    middles = {follower(index) for index in expands}
-    projected = {i for i in middles if (after := follower(i)) is not None and pointwise(after)}
-    return Plan(normed, fused, frozenset(lazy), frozenset(expands | projected))
+    def depthwise(index: int) -> bool:
+        return index in fused and fused[index].groups > 1
+
+    def expands(index: int) -> bool:
+        return pointwise(index) and depthwise(follower(index)) and math.prod(fused[index].shape) <= CHAIN_VALUES
+
+    firsts = {index for index in fused if expands(index)}
+    seconds = {follower(index) for index in firsts}
+    inner = firsts | {index for index in seconds if pointwise(follower(index))}
+    return Plan(normed, frozenset(fused), frozenset(lazy), frozenset(inner))
+
+
+def _one_to_one(op: Conv) -> bool:
+    """Of a convolution with groups: whether it has one output for each input."""
+    return op.groups == 1 or op.groups == op.shape[-1]
 
 
 # Bottlenecks are taken together where there are images for all cores, and where one fits into a core's cache.
@@ -152,14 +157,12 @@ CHAIN_IMAGES = 16
 CHAIN_VALUES = 2**17
 
 
-def conv(
-    x: Array | Normed, kernel: Array, op: Conv, *, fused: bool, measures: bool = True, tape: Tape | None = None
-) -> Convolved:
-    """The convolution `op` of `x`: [n, height, width, channels], or what is to be computed on the way.
+def conv(x: Any, kernel: Any, op: Conv, *, fused: bool, measures: bool = True, tape: Tape | None = None) -> Convolved:
+    """The convolution `op` of `x`: [n, height, width, channels], or `Normed`, which is computed on the way.
 
     `measures`: whether its moments are asked for; without, they are 0.
     """
-    slot = None if tape is None else len(tape.kept)
+    slot = 0 if tape is None else len(tape.kept)
     known = None if tape is None or tape.known is None else tape.known[slot]
     room = math.prod(op.shape) if tape is None else tape.rooms[slot]
     if fused:
@@ -173,18 +176,18 @@ def conv(
 
 
 def _fused(
-    x: Array | Normed, kernel: Array, op: Conv, measures: bool, room: int, known: tuple[Array, Array] | None
+    x: Any, kernel: Any, op: Conv, measures: bool, room: int, known: tuple[Array, Array] | None
 ) -> tuple[Array, Array]:
     if isinstance(x, Normed) and isinstance(x.values, Link):
         return _chained(Link(x, kernel, op)), jnp.zeros((2, op.shape[-1]))
-    values, affine, how = _call(Link(x, kernel, op), measures, room)
+    values, affine, how = _call(Link(x, kernel, op), measures=measures, room=room)
     if known is None:
         return native.fused(values, kernel, *affine, how)
     y, moments = known
     return native.recalled(y, moments[:, : op.shape[-1]], values, kernel, *affine, how)
 
 
-def _call(link: Link, measures: bool, room: int) -> tuple[Any, native.Affine, native.Fused]:
+def _call(link: Link, *, measures: bool, room: int) -> tuple[Any, native.Affine, native.Fused]:
     """What `native.fused` is called with beside the kernel: values, or the link that makes them; affine map; how."""
     x = link.x
     if isinstance(x, Normed):
@@ -192,19 +195,20 @@ def _call(link: Link, measures: bool, room: int) -> tuple[Any, native.Affine, na
         affine, number = (x.mean, x.scale, x.offset), native.ACTIVATIONS.index(x.activation or "none")
     else:
         values, shape, number = x.reshape(len(x), -1), x.shape[1:], None
-        affine = (jnp.zeros(shape[-1], jnp.float32),) * 3
-    return values, affine, native.Fused(shape[:2], link.op.stride, number, measures, room)
+        zeros = jnp.zeros(shape[-1], jnp.float32)
+        affine = zeros, zeros, zeros
+    return values, affine, native.Fused((shape[0], shape[1]), link.op.stride, number, measures, room)
 
 
-def _chained(last: Link) -> Array:
+def _chained(last: Any) -> Array:
     """The result of the last convolution of a bottleneck."""
-    affines, kernels_of, hows = [], [], []
-    values: Any = last
+    values, calls = last, []
     while isinstance(values, Link):
         link = values
-        values, affine, how = _call(link, False, math.prod(link.op.shape))
-        affines.insert(0, affine), kernels_of.insert(0, link.kernel), hows.insert(0, how)
-    return native.bottleneck(values, tuple(affines), tuple(kernels_of), tuple(hows))
+        values, affine, how = _call(link, measures=False, room=math.prod(link.op.shape))
+        calls.insert(0, (affine, link.kernel, how))
+    affines, kernels_of, hows = zip(*calls, strict=True)
+    return native.bottleneck(values, affines, kernels_of, hows)
 
 
 def _plain(x: Array, kernel: Array, op: Conv, room: int, known: tuple[Array, Array] | None) -> tuple[Array, Array]:
@@ -214,7 +218,7 @@ def _plain(x: Array, kernel: Array, op: Conv, room: int, known: tuple[Array, Arr
         moments = jnp.stack(kernels.batch_moments(y))
         return jnp.pad(values, [(0, 0), (0, room - values.shape[1])]), moments
     values, moments = known
-    y = kernels.recalled_conv(_image(values, op.shape), x, kernel, op.stride, op.groups)
+    y: Any = kernels.recalled_conv(_image(values, op.shape), x, kernel, op.stride, op.groups)
     moments = jnp.stack(kernels.recalled_moments(moments[:, : op.shape[-1]], y))
     return y.reshape(len(y), -1), moments
 

@@ -83,7 +83,7 @@ def run(
     values: list[Any] = [x]
     moments: dict[str, Array] = {}
     for index, op in enumerate(graph.ops):
-        inputs = [values[v] for v in op.inputs]
+        inputs: list[Any] = [values[v] for v in op.inputs]
         if noisy is not None:
             inputs = _dropped(op, inputs, noisy, index)
         if isinstance(op, Norm):
@@ -94,7 +94,7 @@ def run(
         elif isinstance(op, Conv) and index in convolved:
             kernel, fused = params[f"{op.name}/kernel"], index in plan.fused
             if index in inner:
-                y = fusion.Convolved(fusion.Link(inputs[0], kernel, op), op.shape, moments=None)
+                y = fusion.Convolved(fusion.Link(inputs[0], kernel, op), op.shape)
             else:
                 y = fusion.conv(inputs[0], kernel, op, fused=fused, measures=batch_stats, tape=tape)
         else:

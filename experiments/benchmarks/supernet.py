@@ -77,6 +77,7 @@ class Size:
     """How long the benchmark takes."""
 
     rounds: int  # of training steps
+    evaluations: int  # rounds of the evaluation one by one
     steps: int  # a contestant and round
     candidates: int  # that a search proposes at a time
     generations: int  # of them: rounds of the evaluation by prefix
@@ -88,9 +89,10 @@ class Size:
     subnets: int = 200  # trained and evaluated while programs are counted
 
 
-FULL = Size(rounds=25, steps=2, candidates=32, generations=3, calibration=2048, validation=5000)
+FULL = Size(rounds=25, evaluations=15, steps=2, candidates=32, generations=3, calibration=2048, validation=5000)
 QUICK = Size(
-    rounds=7,
+    rounds=9,
+    evaluations=15,
     steps=1,
     candidates=24,
     generations=2,
@@ -367,7 +369,7 @@ def eval_rates_vs_torch(case: Case, size: Size, torch: Torch) -> tuple[Figure, F
             "channels_last": lambda number: theirs(each[number]),
             "default": lambda number: theirs(each[number], "default"),
         },
-        size.rounds,
+        size.evaluations,
     )
     together = take_turns(
         {

@@ -175,7 +175,8 @@ def fused(x: Array, w: Array, centre: Array, scale: Array, offset: Array, how: F
 def _fused_forward(
     x: Array, w: Array, centre: Array, scale: Array, offset: Array, how: Fused
 ) -> tuple[tuple[Array, Array], tuple[Array, ...]]:
-    y, moments = fused(x, w, centre, scale, offset, how)
+    made: Any = fused(x, w, centre, scale, offset, how)
+    y, moments = made
     return (y, moments), (y, moments[0], x, w, centre, scale, offset)
 
 
@@ -222,13 +223,14 @@ def bottleneck(x: Array, affines: tuple[Affine, ...], kernels: tuple[Array, ...]
 
 def _in_turn(x: Array, affines: tuple[Affine, ...], kernels: tuple[Array, ...], hows: tuple[Fused, ...]) -> Array:
     for affine, kernel, how in zip(affines, kernels, hows, strict=True):
-        x, _ = fused(x, kernel, *affine, how)
+        made: Any = fused(x, kernel, *affine, how)
+        x, _ = made
     return x
 
 
 bottleneck.defvjp(
     lambda x, affines, kernels, hows: (bottleneck(x, affines, kernels, hows), (x, affines, kernels)),
-    lambda hows, operands, gradient: jax.vjp(lambda *a: _in_turn(*a, hows), *operands)[1](gradient),
+    lambda hows, operands, gradient: jax.vjp(lambda x, a, k: _in_turn(x, a, k, hows), *operands)[1](gradient),
 )
 
 
@@ -296,7 +298,7 @@ def _call_fused(handler: str, how: Fused, shapes: Sequence[tuple[int, ...]], *op
 def _operands(affines: tuple[Affine, ...], kernels: tuple[Array, ...]) -> list[Array]:
     nothing = jnp.zeros((1,), jnp.float32)
     if len(kernels) == 2:
-        affines, kernels = (*affines, (nothing,) * 3), (*kernels, jnp.zeros((1, 1, 1, 1), jnp.float32))
+        affines, kernels = (*affines, (nothing, nothing, nothing)), (*kernels, nothing.reshape(1, 1, 1, 1))
     return [a for affine, kernel in zip(affines, kernels, strict=True) for a in (*affine, kernel)]
 
 

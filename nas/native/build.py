@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent
-SOURCE = FOLDER / "kernels.cc"
+SOURCE = FOLDER / "kernels.cc"  # and the headers beside it
 LIBRARY = FOLDER / "kernels.so"
 
 # No -march: the library runs on every machine of its architecture, and chooses wider instructions when it is loaded.
@@ -41,7 +41,8 @@ def compiler() -> list[str] | None:
 
 def source_hash() -> str:
     """What the library is compiled with, so that one of another source is found out when it is loaded."""
-    return hashlib.sha256(SOURCE.read_bytes()).hexdigest()[:16]
+    files = [SOURCE, *sorted(FOLDER.glob("*.h"))]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
 
 
 def headers() -> Path | None:

@@ -57,7 +57,7 @@ def global_norm(tree: Any) -> Array:
 def clip_by_global_norm(largest: float) -> optax.GradientTransformation:
     """Scales gradients whose `global_norm` is beyond `largest` down to it (Pascanu et al. 2013, arXiv:1211.5063)."""
 
-    def update(updates: Any, state: optax.EmptyState, params: Any = None) -> tuple[Any, optax.EmptyState]:
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         norm = global_norm(updates)
         share = jnp.where(norm > largest, largest / norm, 1.0)
         return jax.tree.map(lambda g: g * share.astype(g.dtype), updates), state
