@@ -96,7 +96,7 @@ class Supernet:
             key: of the noise, in mode "train".
             noise: dropout, drop-path (rising linearly over the positions) and DropBlock; None: none.
             norm_images: images that norms take moments over; None: the whole batch.
-            rematerialise: keep only the inputs of stages for the backward pass, not those of blocks.
+            rematerialise: keep only the inputs of stages for the backward pass, not what convolutions made.
 
         Raises:
             SpaceError: the space does not have that resolution.
