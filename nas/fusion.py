@@ -55,7 +55,10 @@ class Tape:
     def slots(self, images: int, dtype: DTypeLike) -> tuple[tuple[Array, Array], ...]:
         """What was kept, and room that nobody needed."""
         rest = zip(self.rooms[len(self.kept) :], self.widths[len(self.kept) :], strict=True)
-        blanks = [(kernels.blank((images, room), dtype), jnp.zeros((2, width))) for room, width in rest]
+        blanks = [
+            (kernels.blank((images, room), dtype), jnp.zeros((2, width), jnp.promote_types(dtype, jnp.float32)))
+            for room, width in rest
+        ]
         return (*self.kept, *blanks)
 
 
@@ -138,12 +141,18 @@ def plan(graph: Graph) -> Plan:
     def depthwise(index: int) -> bool:
         return index in fused and fused[index].groups > 1
 
-    def expands(index: int) -> bool:
-        return pointwise(index) and depthwise(follower(index)) and math.prod(fused[index].shape) <= CHAIN_VALUES
-
-    firsts = {index for index in fused if expands(index)}
-    seconds = {follower(index) for index in firsts}
-    inner = firsts | {index for index in seconds if pointwise(follower(index))}
+    inner: set[int] = set()
+    taken: set[int] = set()  # by bottlenecks, their ends included: one does not begin where another ends
+    for index in sorted(fused):
+        second = follower(index)
+        fits = math.prod(fused[index].shape) <= CHAIN_VALUES
+        if index in taken or not (pointwise(index) and depthwise(second) and fits):
+            continue
+        inner.add(index)
+        taken |= {index, second}
+        if pointwise(third := follower(second)):
+            inner.add(second)
+            taken.add(third)
     return Plan(normed, frozenset(fused), frozenset(lazy), frozenset(inner))
 
 
@@ -179,7 +188,7 @@ def _fused(
     x: Any, kernel: Any, op: Conv, measures: bool, room: int, known: tuple[Array, Array] | None
 ) -> tuple[Array, Array]:
     if isinstance(x, Normed) and isinstance(x.values, Link):
-        return _chained(Link(x, kernel, op)), jnp.zeros((2, op.shape[-1]))
+        return _chained(Link(x, kernel, op)), jnp.zeros((2, op.shape[-1]), jnp.float32)
     values, affine, how = _call(Link(x, kernel, op), measures=measures, room=room)
     if known is None:
         return native.fused(values, kernel, *affine, how)
@@ -192,7 +201,9 @@ def _call(link: Link, *, measures: bool, room: int) -> tuple[Any, native.Affine,
     x = link.x
     if isinstance(x, Normed):
         values, shape = x.values, x.shape
-        affine, number = (x.mean, x.scale, x.offset), native.ACTIVATIONS.index(x.activation or "none")
+        number = native.ACTIVATIONS.index(x.activation or "none")
+        mean, scale, offset = (jnp.asarray(a, jnp.float32) for a in (x.mean, x.scale, x.offset))
+        affine = mean, scale, offset
     else:
         values, shape, number = x.reshape(len(x), -1), x.shape[1:], None
         zeros = jnp.zeros(shape[-1], jnp.float32)

@@ -158,7 +158,7 @@ def _recalled_conv_backward(
 recalled_conv.defvjp(lambda y, x, w, stride, groups: (y, (x, w)), _recalled_conv_backward)
 recalled_moments.defvjp(
     lambda moments, x: ((moments[0], moments[1]), (x, moments[0])),
-    lambda residuals, gradients: (jnp.zeros((2, residuals[0].shape[-1])), *_moments_backward(residuals, gradients)),
+    lambda residuals, gradients: (jnp.zeros_like(jnp.stack(gradients)), *_moments_backward(residuals, gradients)),
 )
 
 

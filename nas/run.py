@@ -76,7 +76,7 @@ def run(
         norm_images = None
     plan = fusion.plan(graph)
     kernels_of = (array for name, array in params.items() if name.endswith("/kernel"))
-    if norm_images is not None or not kernels.fuses(x, *kernels_of):
+    if norm_images is not None or len(x) == 0 or not kernels.fuses(x, *kernels_of):
         plan = dataclasses.replace(plan, fused=frozenset(), lazy=frozenset())
     inner = plan.inner if plan.fused and not batch_stats and len(x) >= fusion.CHAIN_IMAGES else frozenset()
     convolved = plan.fused if tape is None else plan.normed

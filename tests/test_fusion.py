@@ -286,6 +286,20 @@ def graphs() -> list:
     return out
 
 
+def chains() -> list:
+    """Convolutions that more than one bottleneck could claim."""
+    narrow = Recorder((8, 6, 16))
+    x = BLOCKS["mbconv"](narrow.under("first"), narrow.input, width=24, stride=1, expand=3)
+    BLOCKS["mbconv"](narrow.under("second"), x, width=32, stride=1, expand=1)
+    separable = Recorder((8, 6, 16))
+    y = separable.input
+    for number in range(4):
+        y = separable.conv(y, f"depthwise{number}", y.channels, kernel=3, groups=y.channels)
+        y = separable.act(separable.norm(y, f"depthwise_norm{number}"), "relu")
+        y = separable.norm(separable.conv(y, f"pointwise{number}", 24), f"norm{number}")
+    return [pytest.param(narrow.graph(), id="narrow"), pytest.param(separable.graph(), id="separable")]
+
+
 def parameters(graph, rng):
     return {
         w.name: rng.uniform(0.5, 1.5, w.shape).astype(np.float32)
@@ -296,7 +310,7 @@ def parameters(graph, rng):
 
 
 @needs_library
-@pytest.mark.parametrize("graph", graphs())
+@pytest.mark.parametrize("graph", graphs() + chains())
 @pytest.mark.parametrize("batch_stats", [True, False], ids=["batch", "known"])
 def test_a_graph_computes_the_same_whether_convolutions_are_fused(graph, batch_stats, monkeypatch):
     rng = np.random.default_rng(0)
@@ -312,6 +326,15 @@ def test_a_graph_computes_the_same_whether_convolutions_are_fused(graph, batch_s
         outcomes.append(jax.value_and_grad(loss, (0, 1), has_aux=True)(params, x))
     for a, b in zip(*map(jax.tree.leaves, outcomes), strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=2e-4 * max(float(jnp.abs(b).max()), 1e-3))
+
+
+@needs_library
+def test_no_images_and_low_statistics_are_as_without():
+    (graph,) = [case.values[0] for case in chains() if case.id == "narrow"]
+    params, (x,) = parameters(graph, np.random.default_rng(0)), draw(1, (17, *graph.input))
+    assert run_graph(graph, params, x[:0])[0].shape == (0, *graph.shape)
+    low = {n: jnp.asarray(a, jnp.bfloat16) if n.endswith(("mean", "offset")) else a for n, a in params.items()}
+    np.testing.assert_allclose(run_graph(graph, low, x)[0], run_graph(graph, params, x)[0], rtol=0, atol=0.1)
 
 
 @pytest.mark.parametrize("fuses", [pytest.param(True, marks=needs_library), False], ids=["fused", "written-out"])

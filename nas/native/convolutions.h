@@ -12,9 +12,11 @@
 
 namespace {
 
-constexpr int64_t kSliceValues = 1 << 17;  // values that a task of it holds at a time: they stay in a core's second cache
-constexpr int64_t kTileValues = 1 << 15;  // values of an operand that a task holds at a time: they stay in a core's cache
-constexpr int64_t kParts = 16;            // partial sums of a weight gradient, each over neighbouring images or pixels
+// Values of an operand that a task holds at a time: they stay in the second cache of a core, a slice of a depthwise
+// convolution as a whole.
+constexpr int64_t kTileValues = 1 << 15;
+constexpr int64_t kSliceValues = 1 << 17;
+constexpr int64_t kParts = 16;             // partial sums of a weight gradient, each over neighbouring images or pixels
 constexpr int64_t kMergeValues = 1 << 12;  // of a weight gradient, in a task that adds its parts
 
 // Memory of this thread for `count` floats, number `which`, until the next call with that number.
@@ -214,8 +216,9 @@ void DepthwiseForward(ffi::ThreadPool& pool, const Layer& layer, const Source& x
                        {y + image * room + begin, 0, channels}, moments == nullptr ? nullptr : sums});
     }
     if (moments == nullptr) return;
-    counts[group] = (last - first) * layer.out_pixels();
-    Centre(shift, sums, counts[group], width, parts.data() + group * 2 * channels + begin, channels);
+    const int64_t count = (last - first) * layer.out_pixels();
+    if (begin == 0) counts[group] = count;
+    Centre(shift, sums, count, width, parts.data() + group * 2 * channels + begin, channels);
   });
   if (moments != nullptr) MergeMoments(parts, counts, channels, moments);
 }

@@ -30,15 +30,15 @@ template <int N>
 using Vector = typename Lanes<N>::type;
 
 template <int N>
-struct IntLanes {
-  typedef int32_t type __attribute__((vector_size(N * sizeof(int32_t))));
+struct BitLanes {
+  typedef uint32_t type __attribute__((vector_size(N * sizeof(uint32_t))));
 };
 template <>
-struct IntLanes<1> {
-  typedef int32_t type;
+struct BitLanes<1> {
+  typedef uint32_t type;
 };
 template <int N>
-using Bits = typename IntLanes<N>::type;
+using Bits = typename BitLanes<N>::type;
 
 template <int N>
 INLINE Vector<N> Load(const float* from) {

@@ -51,7 +51,7 @@ def global_norm(tree: Any) -> Array:
     One product of one vector: XLA on CPU makes three programs of each array's own sum, most of an update's time.
     """
     flat = jnp.concatenate([a.ravel() for a in jax.tree.leaves(tree)])
-    return jnp.sqrt(flat @ flat)
+    return jnp.sqrt(jnp.vdot(flat, flat, precision="highest"))
 
 
 def clip_by_global_norm(largest: float) -> optax.GradientTransformation:
