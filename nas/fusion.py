@@ -2,8 +2,8 @@
 
 On CPU a convolution is hardly dearer than reading what it reads: a pass over memory for the moments, another one to
 normalise and a third to read are most of a network's time. `plan` says which ops of a graph the C++ kernels take
-together (`nas.native.fused`): a depthwise or 1x1 convolution, with the norm and activation before it, and with the
-moments of its result. What lies between two of them is then never written to memory.
+together (`nas.native.fused`): a convolution of one group or of one for each channel, with the norm and activation
+before it, and with the moments of its result. What lies between two of them is then never written to memory.
 """
 
 import dataclasses
@@ -19,6 +19,10 @@ from jax.typing import DTypeLike
 
 from nas import kernels, native
 from nas.ops import Act, Activation, Conv, Graph, Norm, Shape
+
+# Bottlenecks are taken together where there are images for all cores, and where one fits into a core's cache.
+CHAIN_IMAGES = 16
+CHAIN_VALUES = 2**17  # that the first convolution makes of an image
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,11 +116,11 @@ def plan(graph: Graph) -> Plan:
 
     convs = {index: op for index, op in enumerate(graph.ops) if isinstance(op, Conv)}
     normed = tuple(index for index, op in convs.items() if not op.bias and reads(reader(index), Norm))
-    fused = {
-        index: convs[index]
-        for index in normed
-        if convs[index].groups in (1, graph.shape_of(convs[index].inputs[0])[-1]) and _one_to_one(convs[index])
-    }
+
+    def fusible(op: Conv) -> bool:
+        return op.groups == 1 or op.groups == graph.shape_of(op.inputs[0])[-1] == op.shape[-1]
+
+    fused = {index: convs[index] for index in normed if fusible(convs[index])}
     lazy: set[int] = set()
     for index, op in enumerate(graph.ops):
         after = reader(index)
@@ -154,16 +158,6 @@ def plan(graph: Graph) -> Plan:
             inner.add(second)
             taken.add(third)
     return Plan(normed, frozenset(fused), frozenset(lazy), frozenset(inner))
-
-
-def _one_to_one(op: Conv) -> bool:
-    """Of a convolution with groups: whether it has one output for each input."""
-    return op.groups == 1 or op.groups == op.shape[-1]
-
-
-# Bottlenecks are taken together where there are images for all cores, and where one fits into a core's cache.
-CHAIN_IMAGES = 16
-CHAIN_VALUES = 2**17
 
 
 def conv(x: Any, kernel: Any, op: Conv, *, fused: bool, measures: bool = True, tape: Tape | None = None) -> Convolved:

@@ -1,6 +1,6 @@
 """Convolutions with batch norm in C++ for JAX on CPU, where nas was installed with a compiler.
 
-Installing compiles kernels.cc (hatch_build.py; a few seconds). Without a compiler the package installs all the same:
+Installing compiles kernels.cc (hatch_build.py, 15 seconds). Without a compiler the package installs all the same:
 `available()` is then False, and `nas.kernels` writes the same sums out for XLA. NAS_NATIVE=0 in the environment keeps
 the library from being built, or from being used; `status()` says what is the case.
 
@@ -29,9 +29,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from nas.errors import DeviceError
 from nas.native import build
 
-_FORWARD, _INPUT_GRADIENT, _WEIGHT_GRADIENT, _CHANNEL_SUMS, _FUSED_FORWARD, _FUSED_BACKWARD, _BOTTLENECK, _BLANK = (
-    _HANDLERS
-) = (
+_FORWARD, _INPUT_GRADIENT, _WEIGHT_GRADIENT, _CHANNEL_SUMS, *_FUSED = _HANDLERS = (
     "nas_depthwise_forward",
     "nas_depthwise_input_gradient",
     "nas_depthwise_weight_gradient",
@@ -41,6 +39,7 @@ _FORWARD, _INPUT_GRADIENT, _WEIGHT_GRADIENT, _CHANNEL_SUMS, _FUSED_FORWARD, _FUS
     "nas_bottleneck",
     "nas_blank",
 )
+_FUSED_FORWARD, _FUSED_BACKWARD, _BOTTLENECK, _BLANK = _FUSED
 
 ACTIVATIONS = ("none", "relu", "relu6", "hard_swish", "swish")  # what a fused convolution knows, by its number
 
@@ -186,7 +185,7 @@ def fused_backward(how: Fused, residuals: tuple[Array, ...], gradients: tuple[Ar
     gradient, (d_mean, d_var) = gradients
     count = y.shape[0] * how.out_size[0] * how.out_size[1]
     operands = gradient, y, d_mean / count, 2 * d_var / count, mean, x, w, centre, scale, offset
-    pulled = [sequential_vmap(partial(_split_backward, how, part))(*operands) for part in _parts(how, x, w)]
+    pulled = [sequential_vmap(partial(_split_backward, how, part))(*operands) for part in _parts(how, w)]
     (dx, _, (d_offset, d_scale)), (_, dw, _) = pulled[0], pulled[-1]
     return dx, dw, -scale * d_offset, d_scale, d_offset
 
@@ -236,7 +235,7 @@ bottleneck.defvjp(
 
 def blank(shape: tuple[int, ...]) -> Array:
     """A float32 array of any values: it is not written."""
-    return jax.ffi.ffi_call(_BLANK, jax.ShapeDtypeStruct(shape, np.float32))()
+    return _call(_BLANK, shape)
 
 
 def _outputs(x: Array, stride: int) -> tuple[int, int]:
@@ -245,31 +244,54 @@ def _outputs(x: Array, stride: int) -> tuple[int, int]:
 
 
 def _convolve(handler: str, stride: int, size: tuple[int, int], images: Array, weights: Array) -> Array:
-    return _call(handler, stride, (images.shape[0], *size, images.shape[3]), images, weights)
+    return _call(handler, (images.shape[0], *size, images.shape[3]), images, weights, stride=stride)
 
 
 def _sum(stride: int, kernel: tuple[int, int], x: Array, g: Array) -> Array:
-    return _call(_WEIGHT_GRADIENT, stride, (*kernel, 1, x.shape[3]), x, g)
+    return _call(_WEIGHT_GRADIENT, (*kernel, 1, x.shape[3]), x, g, stride=stride)
 
 
 def _sum_channels(*operands: Array) -> Array:
-    return _call(_CHANNEL_SUMS, None, (2, operands[0].shape[3]), *operands)
+    return _call(_CHANNEL_SUMS, (2, operands[0].shape[3]), *operands)
 
 
-def _call(handler: str, stride: int | None, shape: tuple[int, ...], *operands: Array) -> Array:
+def _call(handler: str, shape: tuple[int, ...], *operands: Array, **attributes: int | Sequence[int]) -> Array:
+    (result,) = _call_for_all(handler, [shape], *operands, **attributes)
+    return result
+
+
+def _call_for_all(
+    handler: str, shapes: Sequence[tuple[int, ...]], *operands: Array, **attributes: int | Sequence[int]
+) -> Any:
+    """Results of these shapes, float32; attributes are 64-bit integers."""
     if _problem():
         raise DeviceError(f"The C++ kernels are {_problem()} Until then use nas.kernels, which does without them.")
-    attributes = {} if stride is None else {"stride": np.int64(stride)}
-    return jax.ffi.ffi_call(handler, jax.ShapeDtypeStruct(shape, np.float32))(*operands, **attributes)
+    results = [jax.ShapeDtypeStruct(shape, np.float32) for shape in shapes]
+    numbers = {name: np.asarray(value, np.int64)[()] for name, value in attributes.items()}
+    return tuple(jax.ffi.ffi_call(handler, results)(*operands, **numbers))
+
+
+def _attributes(how: Fused) -> dict[str, int]:
+    return {
+        "height": how.size[0],
+        "width": how.size[1],
+        "stride": how.stride,
+        "activation": _number(how),
+        "measures": int(how.measures),
+    }
+
+
+def _number(how: Fused) -> int:
+    return -1 if how.activation is None else how.activation
 
 
 def _fused(how: Fused, *operands: Array) -> tuple[Array, Array]:
     x, w = operands[:2]
     shapes = (x.shape[0], how.room), (2, w.shape[-1])
-    return _call_fused(_FUSED_FORWARD, how, shapes, *operands)
+    return _call_for_all(_FUSED_FORWARD, shapes, *operands, **_attributes(how))
 
 
-def _parts(how: Fused, x: Array, w: Array) -> tuple[int, ...]:
+def _parts(how: Fused, w: Array) -> tuple[int, ...]:
     """Which calls give all gradients: for a dense convolution two, so that an unwanted one of images costs nothing."""
     depthwise, pointwise = w.shape[2] == 1, w.shape[0] * w.shape[1] * how.stride == 1
     return (0,) if depthwise or pointwise else (1, 2)
@@ -278,21 +300,7 @@ def _parts(how: Fused, x: Array, w: Array) -> tuple[int, ...]:
 def _pulled(how: Fused, part: int, *operands: Array) -> tuple[Array, Array, Array]:
     x, w, centre = operands[5:8]
     shapes = x.shape, w.shape, (2, *centre.shape)
-    return _call_fused(_FUSED_BACKWARD, how, shapes, *operands, wanted=part)
-
-
-def _call_fused(handler: str, how: Fused, shapes: Sequence[tuple[int, ...]], *operands: Array, **more: int) -> Any:
-    if _problem():
-        raise DeviceError(f"The C++ kernels are {_problem()} Until then use nas.kernels, which does without them.")
-    results = [jax.ShapeDtypeStruct(shape, np.float32) for shape in shapes]
-    numbers = more | {
-        "height": how.size[0],
-        "width": how.size[1],
-        "stride": how.stride,
-        "activation": -1 if how.activation is None else how.activation,
-        "measures": int(how.measures),
-    }
-    return tuple(jax.ffi.ffi_call(handler, results)(*operands, **{name: np.int64(n) for name, n in numbers.items()}))
+    return _call_for_all(_FUSED_BACKWARD, shapes, *operands, **_attributes(how), wanted=part)
 
 
 def _operands(affines: tuple[Affine, ...], kernels: tuple[Array, ...]) -> list[Array]:
@@ -303,18 +311,11 @@ def _operands(affines: tuple[Affine, ...], kernels: tuple[Array, ...]) -> list[A
 
 
 def _through(hows: tuple[Fused, ...], x: Array, *operands: Array) -> Array:
-    if _problem():
-        raise DeviceError(f"The C++ kernels are {_problem()} Until then use nas.kernels, which does without them.")
-    activations = [-1 if how.activation is None else how.activation for how in hows]
-    result = jax.ShapeDtypeStruct((x.shape[0], hows[-1].room), np.float32)
-    return jax.ffi.ffi_call(_BOTTLENECK, result)(
-        x,
-        *operands,
-        height=np.int64(hows[1].size[0]),
-        width=np.int64(hows[1].size[1]),
-        stride=np.int64(hows[1].stride),
-        activations=np.array([*activations, -2][:3], np.int64),
-    )
+    height, width = hows[1].size
+    activations = [*map(_number, hows), -2][:3]  # -2: there is no third convolution
+    shape = x.shape[0], hows[-1].room
+    numbers = {"height": height, "width": width, "stride": hows[1].stride, "activations": activations}
+    return _call(_BOTTLENECK, shape, x, *operands, **numbers)
 
 
 # XLA cannot see into a foreign call: without the rules below it would gather all images on every device. They say that

@@ -64,7 +64,8 @@ ffi::Error Check(const Image& image, const Weights& weights, const Outputs& outp
 template <typename Image, typename Weights>
 Layer Depthwise(const Image& image, const Weights& weights, int64_t stride) {
   const auto x = image.dimensions(), w = weights.dimensions();
-  return {x[0], x[1], x[2], x[3], CeilDivide(x[1], stride), CeilDivide(x[2], stride), x[3], w[0], w[1], stride, Layer::kDepthwise};
+  return {x[0], x[1], x[2], x[3], CeilDivide(x[1], stride), CeilDivide(x[2], stride), x[3], w[0], w[1], stride,
+          Layer::kDepthwise};
 }
 
 constexpr Affine kAsItIs{nullptr, nullptr, nullptr, -1};
@@ -125,7 +126,7 @@ ffi::Error FusedForward(ffi::ThreadPool pool, Values x, Tensor w, Channels centr
                     {centre.typed_data(), scale.typed_data(), offset.typed_data(), activation}};
   constexpr decltype(&DenseForward) kForward[] = {DepthwiseForward, PointwiseForward, DenseForward};
   kForward[layer->kind](pool, *layer, from, w.typed_data(), y->typed_data(), y->dimensions()[1],
-          measures ? moments->typed_data() : nullptr);
+                        measures ? moments->typed_data() : nullptr);
   if (!measures) std::fill_n(moments->typed_data(), moments->element_count(), 0.0f);
   return ffi::Error::Success();
 }
@@ -140,9 +141,10 @@ ffi::Error FusedBackward(ffi::ThreadPool pool, Values gradient, Values y, Channe
   if (layer.has_error()) return layer.error();
   const Source from{x.typed_data(), x.dimensions()[1],
                     {centre.typed_data(), scale.typed_data(), offset.typed_data(), activation}};
-  Gradients gradients{gradient.typed_data(), y.typed_data(),    y.dimensions()[1],
-                            measures ? constant.typed_data() : nullptr, slope.typed_data(), mean.typed_data(),
-                            dx->typed_data(),      dw->typed_data(),  sums->typed_data()};
+  Gradients gradients{gradient.typed_data(), y.typed_data(),     y.dimensions()[1],
+                      constant.typed_data(), slope.typed_data(), mean.typed_data(),
+                      dx->typed_data(),      dw->typed_data(),   sums->typed_data()};
+  if (!measures) gradients.constant = nullptr;
   if (wanted == kOperand) gradients.weights = nullptr;
   if (wanted == kWeights) gradients.dx = gradients.sums = nullptr;
   constexpr decltype(&DenseBackward) kBackward[] = {DepthwiseBackward, PointwiseBackward, DenseBackward};

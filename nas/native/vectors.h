@@ -18,27 +18,19 @@
 
 namespace {
 
-template <int N>
+// N values together; one by itself is a scalar.
+template <typename T, int N>
 struct Lanes {
-  typedef float type __attribute__((vector_size(N * sizeof(float))));
+  typedef T type __attribute__((vector_size(N * sizeof(T))));
 };
-template <>
-struct Lanes<1> {
-  typedef float type;
-};
-template <int N>
-using Vector = typename Lanes<N>::type;
-
-template <int N>
-struct BitLanes {
-  typedef uint32_t type __attribute__((vector_size(N * sizeof(uint32_t))));
-};
-template <>
-struct BitLanes<1> {
-  typedef uint32_t type;
+template <typename T>
+struct Lanes<T, 1> {
+  typedef T type;
 };
 template <int N>
-using Bits = typename BitLanes<N>::type;
+using Vector = typename Lanes<float, N>::type;
+template <int N>
+using Bits = typename Lanes<uint32_t, N>::type;
 
 template <int N>
 INLINE Vector<N> Load(const float* from) {
