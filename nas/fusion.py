@@ -33,6 +33,7 @@ class Plan:
     fused: frozenset[int] = frozenset()  # those of them that C++ takes together with what is before them
     lazy: frozenset[int] = frozenset()  # norms and activations that are left to the fused convolution that reads them
     inner: frozenset[int] = frozenset()  # fused convolutions that are left to a later one: those of a bottleneck
+    expansions: frozenset[int] = frozenset()  # the first of each bottleneck
 
 
 @dataclasses.dataclass
@@ -145,6 +146,7 @@ def plan(graph: Graph) -> Plan:
     def depthwise(index: int) -> bool:
         return index in fused and fused[index].groups > 1
 
+    expansions: set[int] = set()
     inner: set[int] = set()
     taken: set[int] = set()  # by bottlenecks, their ends included: one does not begin where another ends
     for index in sorted(fused):
@@ -152,12 +154,12 @@ def plan(graph: Graph) -> Plan:
         fits = math.prod(fused[index].shape) <= CHAIN_VALUES
         if index in taken or not (pointwise(index) and depthwise(second) and fits):
             continue
-        inner.add(index)
+        expansions.add(index)
         taken |= {index, second}
         if pointwise(third := follower(second)):
             inner.add(second)
             taken.add(third)
-    return Plan(normed, frozenset(fused), frozenset(lazy), frozenset(inner))
+    return Plan(normed, frozenset(fused), frozenset(lazy), frozenset(inner | expansions), frozenset(expansions))
 
 
 def conv(x: Any, kernel: Any, op: Conv, *, fused: bool, measures: bool = True, tape: Tape | None = None) -> Convolved:
@@ -178,11 +180,20 @@ def conv(x: Any, kernel: Any, op: Conv, *, fused: bool, measures: bool = True, t
     return Convolved(values, op.shape, moments)
 
 
+def link(x: Any, kernel: Any, op: Conv, *, measures: bool) -> Convolved:
+    """The convolution `op` of `x` (as of `conv`) left to a later one; its moments do not need it."""
+    here = Link(x, kernel, op)
+    if not measures:
+        return Convolved(here, op.shape)
+    values, affine, how = _call(here, measures=True, room=math.prod(op.shape))
+    return Convolved(here, op.shape, native.pointwise_moments(values, kernel, *affine, how))
+
+
 def _fused(
     x: Any, kernel: Any, op: Conv, measures: bool, room: int, known: tuple[Array, Array] | None
 ) -> tuple[Array, Array]:
     if isinstance(x, Normed) and isinstance(x.values, Link):
-        return _chained(Link(x, kernel, op)), jnp.zeros((2, op.shape[-1]), jnp.float32)
+        return _chained(Link(x, kernel, op), measures)
     values, affine, how = _call(Link(x, kernel, op), measures=measures, room=room)
     if known is None:
         return native.fused(values, kernel, *affine, how)
@@ -205,13 +216,13 @@ def _call(link: Link, *, measures: bool, room: int) -> tuple[Any, native.Affine,
     return values, affine, native.Fused((shape[0], shape[1]), link.op.stride, number, measures, room)
 
 
-def _chained(last: Any) -> Array:
-    """The result of the last convolution of a bottleneck."""
+def _chained(last: Link, measures: bool) -> tuple[Array, Array]:
+    """The result of the last convolution of a bottleneck, and its moments."""
     values, calls = last, []
     while isinstance(values, Link):
-        link = values
-        values, affine, how = _call(link, measures=False, room=math.prod(link.op.shape))
-        calls.insert(0, (affine, link.kernel, how))
+        each = values
+        values, affine, how = _call(each, measures=measures and each is last, room=math.prod(each.op.shape))
+        calls.insert(0, (affine, each.kernel, how))
     affines, kernels_of, hows = zip(*calls, strict=True)
     return native.bottleneck(values, affines, kernels_of, hows)
 

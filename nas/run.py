@@ -58,6 +58,7 @@ def run(
     norm_images: int | None = None,
     noisy: Noisy | None = None,
     tape: fusion.Tape | None = None,
+    gradients: bool = True,
 ) -> tuple[Array, dict[str, Array]]:
     """What `graph` makes of `x` [n, *graph.input], and the batch-norm statistics it saw.
 
@@ -71,6 +72,8 @@ def run(
         noisy: dropout, drop-path and DropBlock; None: none.
         tape: keeps the results of convolutions, or knows them from an earlier pass over the same; for `batch_stats`
             without `norm_images`.
+        gradients: whether any will be asked for. Without, `batch_stats` needs less of what convolutions make, and keeps
+            nothing; with, gradients are taken of the same function.
     """
     if norm_images is not None and norm_images >= x.shape[0]:
         norm_images = None
@@ -78,7 +81,9 @@ def run(
     kernels_of = (array for name, array in params.items() if name.endswith("/kernel"))
     if norm_images is not None or len(x) == 0 or not kernels.fuses(x, *kernels_of):
         plan = dataclasses.replace(plan, fused=frozenset(), lazy=frozenset())
-    inner = plan.inner if plan.fused and not batch_stats and len(x) >= fusion.CHAIN_IMAGES else frozenset()
+    inner = frozenset() if len(x) < fusion.CHAIN_IMAGES or not plan.fused else plan.inner
+    if batch_stats:  # the moments of a 1x1 convolution do not need it
+        inner = frozenset() if gradients else inner & plan.expansions
     convolved = plan.fused if tape is None else plan.normed
     values: list[Any] = [x]
     moments: dict[str, Array] = {}
@@ -94,7 +99,7 @@ def run(
         elif isinstance(op, Conv) and index in convolved:
             kernel, fused = params[f"{op.name}/kernel"], index in plan.fused
             if index in inner:
-                y = fusion.Convolved(fusion.Link(inputs[0], kernel, op), op.shape)
+                y = fusion.link(inputs[0], kernel, op, measures=batch_stats)
             else:
                 y = fusion.conv(inputs[0], kernel, op, fused=fused, measures=batch_stats, tape=tape)
         else:

@@ -164,16 +164,62 @@ def test_a_bottleneck_equals_its_convolutions_in_turn(links, stride, activation)
     arguments = x, tuple(affines[:links]), tuple(kernels_of[:links])
     hows = (first, second, third)[:links]
 
-    def in_turn(x, affines, kernels_of):
-        for affine, kernel, how in zip(affines, kernels_of, hows, strict=True):
-            x, _ = native.fused(x, kernel, *affine, how)
-        return x
-
-    y, pull = jax.vjp(in_turn, *arguments)
+    y, pull = jax.vjp(lambda *a: in_turn(*a, hows), *arguments)
     ours, our_pull = jax.vjp(lambda *a: native.bottleneck(*a, hows), *arguments)
-    np.testing.assert_array_equal(ours, y)
+    np.testing.assert_array_equal(ours[0], y[0])
     for a, b in zip(jax.tree.leaves(our_pull(y)), jax.tree.leaves(pull(y)), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+def in_turn(x, affines, kernels_of, hows):
+    moments = None
+    for affine, kernel, how in zip(affines, kernels_of, hows, strict=True):
+        x, moments = native.fused(x, kernel, *affine, how)
+    return x, moments
+
+
+@needs_library
+@pytest.mark.parametrize("images", [1, 19])
+def test_a_bottleneck_of_two_measures_its_result(images):
+    x, *kernels_of = draw(0, (images, 6 * 5 * 12), (1, 1, 12, 37), (3, 3, 1, 37))
+    arguments = x, tuple(tuple(draw(c, (c,), (c,), (c,))) for c in (12, 37)), tuple(kernels_of)
+    first = how_of((images, 6, 5, 12, 37, 1, 1, 0), None, measures=False)
+    hows = first, how_of((images, 6, 5, 37, None, 3, 2, 0), "relu", measures=True)
+    y, pull = jax.vjp(lambda *a: in_turn(*a, hows), *arguments)
+    ours, our_pull = jax.vjp(lambda *a: native.bottleneck(*a, hows), *arguments)
+    np.testing.assert_array_equal(ours[0], y[0])
+    assert_close([ours[1]], [y[1]])
+    for a, b in zip(jax.tree.leaves(our_pull(y)), jax.tree.leaves(pull(y)), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@needs_library
+@pytest.mark.parametrize("activation", [None, "hard_swish"])
+@pytest.mark.parametrize("room", [0, 7])
+@pytest.mark.parametrize("images", [1, 130])
+@pytest.mark.parametrize("mean", [0, 100])
+def test_moments_of_a_pointwise_convolution_need_no_convolution(mean, images, room, activation):
+    geometry = (images, 6, 5, 12, 37, 1, 1, 0)
+    x, w, *affine = operands(geometry)
+    x = np.pad(np.asarray(x[:, : 6 * 5 * 12]) + np.float32(mean), [(0, 0), (0, room)], constant_values=np.nan)
+    w = np.concatenate([w[..., :36], np.zeros((1, 1, 12, 1), np.float32)], -1)  # one channel is constant
+    how = how_of(geometry, activation)
+    wide = [np.asarray(a, np.float64) for a in (x[:, : 6 * 5 * 12].reshape(-1, 12), w[0, 0], *affine)]
+    read = wide[0]
+    if activation:
+        normed = (read - wide[2]) * wide[3] + wide[4]
+        read = normed * np.clip(normed + 3, 0, 6) / 6
+    made = read @ wide[1]
+    ours = native.pointwise_moments(x, w, *affine, how)
+    np.testing.assert_allclose(ours[0], made.mean(0), rtol=1e-5, atol=1e-4)
+    np.testing.assert_allclose(ours[1], made.var(0), rtol=2e-5, atol=1e-6)
+    assert ours[1, 36] == 0
+    pulls = [
+        jax.vjp(lambda x, w, f=f: f(x, w, *affine, how), x, w)[1](ours)
+        for f in (native.pointwise_moments, lambda *a: native.fused(*a)[1])
+    ]
+    np.testing.assert_array_equal(*(dx[:, : 6 * 5 * 12] for dx, _ in pulls))
+    np.testing.assert_array_equal(*(dw for _, dw in pulls))
 
 
 THREADS = """
@@ -191,6 +237,8 @@ for geometry in GEOMETRIES:
     dx, *rest = pull((np.cos(y), np.sin(moments)))
     for array in (y[:, :size], moments, dx[:, :used], *rest):
         digest.update(np.asarray(array).tobytes())
+    if geometry[4] and geometry[5] == geometry[6] == 1:
+        digest.update(np.asarray(native.pointwise_moments(*operands(geometry), how)).tobytes())
 print(digest.hexdigest())
 """
 
@@ -214,6 +262,8 @@ for geometry in GEOMETRIES[:1] + GEOMETRIES[5:7] + GEOMETRIES[12:13]:
         (y, moments), pull = jax.vjp(lambda *a: written_out(geometry, activation, *a), *arrays)
         (ours, our_moments), our_pull = jax.vjp(lambda *a: native.fused(*a, how), *arrays)
         assert_close([ours[:, : y.shape[1]], our_moments], [y, moments])
+        if geometry[4] and geometry[5] == geometry[6] == 1:
+            assert_close([native.pointwise_moments(*arrays, how)], [moments])
         pad = np.pad(np.cos(y), [(0, 0), (0, how.room - y.shape[1])])
         assert_close(our_pull((pad, np.sin(moments)))[1:2], pull((np.cos(y), np.sin(moments)))[1:2])
 """
@@ -257,12 +307,16 @@ for geometry in [(8, 6, 5, 12, 20, 1, 1, 4), (8, 6, 5, 12, None, 3, 2, 0), (8, 6
 
 x, w, k = draw(0, (8, 6 * 5 * 4), (1, 1, 4, 12), (3, 3, 1, 12))
 cases = ((8, 6, 5, 4, 12, 1, 1, 0), None), ((8, 6, 5, 12, None, 3, 1, 0), "relu")
-hows = tuple(how_of(*case, measures=False) for case in cases)
 affines = tuple(tuple(draw(c, (c,), (c,), (c,))) for c in (4, 12))
-forward = jax.jit(lambda x: native.bottleneck(x, affines, (w, k), hows))
-program = forward.lower(jax.device_put(x, split)).compile()
-assert "all-gather" not in program.as_text()
-np.testing.assert_array_equal(program(jax.device_put(x, split)), forward(x))
+for measures in (False, True):
+    hows = tuple(how_of(*case, measures=measures) for case in cases)
+    forward = jax.jit(lambda x: (*native.bottleneck(x, affines, (w, k), hows),
+                                 native.pointwise_moments(x, w, *affines[0], hows[0])))
+    program = forward.lower(jax.device_put(x, split)).compile()
+    assert "all-gather" not in program.as_text()
+    ours, expected = program(jax.device_put(x, split)), forward(x)
+    np.testing.assert_array_equal(ours[0], expected[0])
+    assert_close(ours[1:] if measures else ours[2:], expected[1:] if measures else expected[2:])
 print("done")
 """
 
@@ -311,13 +365,15 @@ def parameters(graph, rng):
 
 @needs_library
 @pytest.mark.parametrize("graph", graphs() + chains())
-@pytest.mark.parametrize("batch_stats", [True, False], ids=["batch", "known"])
-def test_a_graph_computes_the_same_whether_convolutions_are_fused(graph, batch_stats, monkeypatch):
+@pytest.mark.parametrize(
+    ("batch_stats", "gradients"), [(True, True), (True, False), (False, True)], ids=["batch", "calibrate", "known"]
+)
+def test_a_graph_computes_the_same_whether_convolutions_are_fused(graph, batch_stats, gradients, monkeypatch):
     rng = np.random.default_rng(0)
     params, (x,) = parameters(graph, rng), draw(1, (fusion.CHAIN_IMAGES + 3, *graph.input))
 
     def loss(params, x):
-        y, moments = run_graph(graph, params, x, batch_stats=batch_stats)
+        y, moments = run_graph(graph, params, x, batch_stats=batch_stats, gradients=gradients)
         return (jnp.sin(y) * jnp.arange(y.shape[-1])).mean(), moments
 
     outcomes = []

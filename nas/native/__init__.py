@@ -36,10 +36,11 @@ _FORWARD, _INPUT_GRADIENT, _WEIGHT_GRADIENT, _CHANNEL_SUMS, *_FUSED = _HANDLERS 
     "nas_channel_sums",
     "nas_fused_forward",
     "nas_fused_backward",
+    "nas_pointwise_moments",
     "nas_bottleneck",
     "nas_blank",
 )
-_FUSED_FORWARD, _FUSED_BACKWARD, _BOTTLENECK, _BLANK = _FUSED
+_FUSED_FORWARD, _FUSED_BACKWARD, _MOMENTS, _BOTTLENECK, _BLANK = _FUSED
 
 ACTIVATIONS = ("none", "relu", "relu6", "hard_swish", "swish")  # what a fused convolution knows, by its number
 
@@ -171,11 +172,16 @@ def fused(x: Array, w: Array, centre: Array, scale: Array, offset: Array, how: F
     return sequential_vmap(partial(_split_forward, how))(x, w, centre, scale, offset)
 
 
+def _pair(*operands: Any) -> tuple[Array, Array]:
+    """`fused`, of which type checkers do not know what it gives."""
+    made: Any = fused(*operands)
+    return made
+
+
 def _fused_forward(
     x: Array, w: Array, centre: Array, scale: Array, offset: Array, how: Fused
 ) -> tuple[tuple[Array, Array], tuple[Array, ...]]:
-    made: Any = fused(x, w, centre, scale, offset, how)
-    y, moments = made
+    y, moments = _pair(x, w, centre, scale, offset, how)
     return (y, moments), (y, moments[0], x, w, centre, scale, offset)
 
 
@@ -211,25 +217,45 @@ recalled.defvjp(lambda y, moments, *rest: ((y, moments), (y, moments[0], *rest[:
 Affine = tuple[Array, Array, Array]  # centre, scale, offset, as of `fused`
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(5,))
+def pointwise_moments(x: Array, w: Array, centre: Array, scale: Array, offset: Array, how: Fused) -> Array:
+    """The moments [2, C'] that `fused` gives, of a 1x1 convolution that is not computed.
+
+    They follow from the covariance of what it reads, in double precision: a channel whose deviation is below 1e-3 of
+    what its inputs could make of it has fewer digits here.
+    """
+    return sequential_vmap(partial(_split_moments, how))(x, w, centre, scale, offset)
+
+
+pointwise_moments.defvjp(
+    lambda *operands: (pointwise_moments(*operands), operands[:-1]),
+    lambda how, operands, gradient: jax.vjp(lambda *a: _pair(*a, how)[1], *operands)[1](gradient),
+)
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
-def bottleneck(x: Array, affines: tuple[Affine, ...], kernels: tuple[Array, ...], hows: tuple[Fused, ...]) -> Array:
-    """What `fused` makes in turn: 1x1, depthwise and, if there are three, 1x1 again; without their moments.
+def bottleneck(
+    x: Array, affines: tuple[Affine, ...], kernels: tuple[Array, ...], hows: tuple[Fused, ...]
+) -> tuple[Array, Array]:
+    """What `fused` makes in turn: 1x1, depthwise and, if there are three, 1x1 again; moments of two convolutions only.
 
     Nothing between them leaves the cache of a core. Images are spread over the cores; there should be many.
     """
     return sequential_vmap(partial(_split_bottleneck, hows))(x, *_operands(affines, kernels))
 
 
-def _in_turn(x: Array, affines: tuple[Affine, ...], kernels: tuple[Array, ...], hows: tuple[Fused, ...]) -> Array:
+def _in_turn(
+    x: Array, affines: tuple[Affine, ...], kernels: tuple[Array, ...], hows: tuple[Fused, ...]
+) -> tuple[Array, Array]:
+    moments = jnp.zeros((2, 0), jnp.float32)
     for affine, kernel, how in zip(affines, kernels, hows, strict=True):
-        made: Any = fused(x, kernel, *affine, how)
-        x, _ = made
-    return x
+        x, moments = _pair(x, kernel, *affine, how)
+    return x, moments
 
 
 bottleneck.defvjp(
     lambda x, affines, kernels, hows: (bottleneck(x, affines, kernels, hows), (x, affines, kernels)),
-    lambda hows, operands, gradient: jax.vjp(lambda x, a, k: _in_turn(x, a, k, hows), *operands)[1](gradient),
+    lambda hows, operands, gradients: jax.vjp(lambda x, a, k: _in_turn(x, a, k, hows), *operands)[1](gradients),
 )
 
 
@@ -310,12 +336,17 @@ def _operands(affines: tuple[Affine, ...], kernels: tuple[Array, ...]) -> list[A
     return [a for affine, kernel in zip(affines, kernels, strict=True) for a in (*affine, kernel)]
 
 
-def _through(hows: tuple[Fused, ...], x: Array, *operands: Array) -> Array:
+def _through(hows: tuple[Fused, ...], x: Array, *operands: Array) -> tuple[Array, Array]:
     height, width = hows[1].size
     activations = [*map(_number, hows), -2][:3]  # -2: there is no third convolution
-    shape = x.shape[0], hows[-1].room
-    numbers = {"height": height, "width": width, "stride": hows[1].stride, "activations": activations}
-    return _call(_BOTTLENECK, shape, x, *operands, **numbers)
+    shapes = (x.shape[0], hows[-1].room), (2, operands[4 * len(hows) - 1].shape[-1])
+    numbers = {"height": height, "width": width, "stride": hows[1].stride, "measures": int(hows[-1].measures)}
+    return _call_for_all(_BOTTLENECK, shapes, x, *operands, **numbers, activations=activations)
+
+
+def _measured(how: Fused, x: Array, w: Array, *affine: Array) -> Array:
+    (height, width), activation = how.size, _number(how)
+    return _call(_MOMENTS, (2, w.shape[-1]), x, w, *affine, height=height, width=width, activation=activation)
 
 
 # XLA cannot see into a foreign call: without the rules below it would gather all images on every device. They say that
@@ -326,6 +357,7 @@ _split_sum = custom_partitioning(_sum, static_argnums=(0, 1))
 _split_channels = custom_partitioning(_sum_channels)
 _split_forward = custom_partitioning(_fused, static_argnums=(0,))
 _split_backward = custom_partitioning(_pulled, static_argnums=(0, 1))
+_split_moments = custom_partitioning(_measured, static_argnums=(0,))
 _split_bottleneck = custom_partitioning(_through, static_argnums=(0,))
 
 
@@ -407,17 +439,40 @@ def _by_image(mesh: Mesh, x: Any) -> tuple[NamedSharding, NamedSharding, Any]:
     return NamedSharding(mesh, PartitionSpec(devices)), NamedSharding(mesh, PartitionSpec()), devices
 
 
+def _over_all(moments: Array, devices: Any) -> Array:
+    """Moments [2, C] of all images, of those of each device."""
+    mean = lax.pmean(moments[0], devices)
+    return jnp.stack([mean, lax.pmean(moments[1] + (moments[0] - mean) ** 2, devices)])
+
+
 def _partition_forward(how: Fused, mesh: Mesh, operands: Any, _: Any) -> tuple:
     images, whole, devices = _by_image(mesh, operands[0])
 
     def over_devices(*operands: Array) -> tuple[Array, Array]:
         y, moments = _fused(how, *operands)
-        if devices is None or not how.measures:
-            return y, moments
-        mean = lax.pmean(moments[0], devices)
-        return y, jnp.stack([mean, lax.pmean(moments[1] + (moments[0] - mean) ** 2, devices)])
+        return y, moments if devices is None or not how.measures else _over_all(moments, devices)
 
     return mesh, over_devices, (images, whole), (images, *[whole] * 4)
+
+
+def _partition_moments(how: Fused, mesh: Mesh, operands: Any, _: Any) -> tuple:
+    images, whole, devices = _by_image(mesh, operands[0])
+
+    def over_devices(*operands: Array) -> Array:
+        moments = _measured(how, *operands)
+        return moments if devices is None else _over_all(moments, devices)
+
+    return mesh, over_devices, whole, (images, *[whole] * 4)
+
+
+def _partition_bottleneck(hows: tuple[Fused, ...], mesh: Mesh, operands: Any, _: Any) -> tuple:
+    images, whole, devices = _by_image(mesh, operands[0])
+
+    def over_devices(*operands: Array) -> tuple[Array, Array]:
+        y, moments = _through(hows, *operands)
+        return y, moments if devices is None or not hows[-1].measures else _over_all(moments, devices)
+
+    return mesh, over_devices, (images, whole), (images, *[whole] * 12)
 
 
 def _partition_backward(how: Fused, part: int, mesh: Mesh, operands: Any, _: Any) -> tuple:
@@ -450,16 +505,18 @@ _split_backward.def_partition(
 )
 
 
+_split_moments.def_partition(
+    _partition_moments,
+    infer_sharding_from_operands=lambda how, mesh, operands, _: _by_image(mesh, operands[0])[1],
+    sharding_rule="n r, i j u d, c, c, c -> k d",
+    reduction_factors=("n",),
+    need_replication_factors=tuple("rijudck"),
+)
 _split_bottleneck.def_partition(
-    lambda hows, mesh, operands, _: (
-        mesh,
-        partial(_through, hows),
-        _by_image(mesh, operands[0])[0],
-        (_by_image(mesh, operands[0])[0], *[_by_image(mesh, operands[0])[1]] * 12),
-    ),
-    infer_sharding_from_operands=lambda hows, mesh, operands, _: _by_image(mesh, operands[0])[0],
-    sharding_rule="n r, c, c, c, a b c e, e, e, e, i j u e, f, f, f, k l f d -> n s",
-    need_replication_factors=tuple("rcabeijufklds"),
+    _partition_bottleneck,
+    infer_sharding_from_operands=lambda hows, mesh, operands, _: _by_image(mesh, operands[0])[:2],
+    sharding_rule="n r, c, c, c, a b c e, e, e, e, i j u e, f, f, f, k l f d -> n s, t m",
+    need_replication_factors=tuple("rcabeijufkldstm"),
 )
 
 

@@ -17,6 +17,7 @@ namespace {
 constexpr int64_t kTileValues = 1 << 15;
 constexpr int64_t kSliceValues = 1 << 17;
 constexpr int64_t kParts = 16;             // partial sums of a weight gradient, each over neighbouring images or pixels
+constexpr int64_t kMomentPixels = 1 << 9;  // whose products are summed before they are added in double precision
 constexpr int64_t kMergeValues = 1 << 12;  // of a weight gradient, in a task that adds its parts
 
 // Memory of this thread for `count` floats, number `which`, until the next call with that number.
@@ -348,6 +349,56 @@ void PointwiseForward(ffi::ThreadPool& pool, const Layer& layer, const Source& x
   if (moments != nullptr) MergeMoments(parts, counts, outputs, moments);
 }
 
+// Mean and biased variance [2, outputs] of a 1x1 convolution, which is not computed: those of w x follow from the mean and
+// the covariance of x. Where there are fewer inputs than outputs that is the smaller product.
+void PointwiseMoments(ffi::ThreadPool& pool, const Layer& layer, const Source& x, const float* weights, float* moments) {
+  const int64_t inputs = layer.inputs, outputs = layer.outputs, size = inputs * inputs;
+  const int64_t pixels = layer.images * layer.in_pixels(), part_pixels = std::max<int64_t>(CeilDivide(pixels, kParts), 1);
+  const int64_t parts = CeilDivide(pixels, part_pixels), tile = std::min(TilePixels(layer), kMomentPixels);
+  std::vector<float> shift(inputs), zeros(inputs), ones(inputs, 1.0f);
+  if (pixels > 0) std::copy_n(ReadRun(x, {layer.in_pixels(), inputs, x.room, 0, 1}), inputs, shift.data());
+  std::vector<double> of_parts(parts * (inputs + size));  // sums of x - shift, and of its products
+  Parallel(pool, parts, [&](int64_t part) {
+    double* of_part = of_parts.data() + part * (inputs + size);
+    const int64_t stop = std::min((part + 1) * part_pixels, pixels);
+    for (int64_t begin = part * part_pixels; begin < stop; begin += tile) {
+      const int64_t end = std::min(begin + tile, stop);
+      const Extent extent{1, end - begin, inputs};
+      const float* from = ReadRun(x, {layer.in_pixels(), inputs, x.room, begin, end});
+      float* centred = Scratch(1, (end - begin) * inputs);
+      float* found = Scratch(2, 2 * inputs + size);
+      std::fill_n(found, 2 * inputs, 0.0f);
+      Chosen().enter({extent, {from, 0, inputs}, shift.data(), ones.data(), zeros.data(), kNone, {centred, 0, inputs}});
+      Chosen().finish({extent, {centred, 0, inputs}, zeros.data(), {centred, 0, inputs}, found});
+      Chosen().multiply({centred, 1, inputs, centred, found + 2 * inputs, inputs, inputs, inputs, end - begin, false});
+      for (int64_t k = 0; k < inputs; ++k) of_part[k] += found[k];
+      for (int64_t k = 0; k < size; ++k) of_part[inputs + k] += found[2 * inputs + k];
+    }
+  });
+  std::vector<double> total(inputs + size), mean(outputs), squares(outputs);
+  for (int64_t part = 0; part < parts; ++part) {
+    for (int64_t k = 0; k < inputs + size; ++k) total[k] += of_parts[part * (inputs + size) + k] / pixels;
+  }
+  std::vector<float> covariance(size), spread(inputs * outputs);  // of x; times the weights
+  for (int64_t k = 0; k < size; ++k) covariance[k] = total[inputs + k] - total[k / inputs] * total[k % inputs];
+  Parallel(pool, CeilDivide(inputs, kLanes), [&](int64_t task) {
+    const int64_t begin = task * kLanes, rows = std::min(kLanes, inputs - begin);
+    Chosen().multiply({covariance.data() + begin * inputs, inputs, 1, weights, spread.data() + begin * outputs, outputs,
+                       rows, outputs, inputs, false});
+  });
+  for (int64_t i = 0; i < inputs; ++i) {
+    for (int64_t o = 0; o < outputs; ++o) {
+      const double weight = weights[i * outputs + o];
+      mean[o] += weight * (shift[i] + total[i]);
+      squares[o] += weight * spread[i * outputs + o];
+    }
+  }
+  for (int64_t o = 0; o < outputs; ++o) {
+    moments[o] = static_cast<float>(mean[o]);
+    moments[outputs + o] = static_cast<float>(std::max(squares[o], 0.0));
+  }
+}
+
 void PointwiseBackward(ffi::ThreadPool& pool, const Layer& layer, const Source& x, const float* weights,
                        const Gradients& g) {
   const int64_t inputs = layer.inputs, outputs = layer.outputs, size = inputs * outputs;
@@ -491,20 +542,26 @@ struct Bottleneck {
   const float *expand_weights, *depthwise_weights, *project_weights;
   int64_t outputs;
 
-  void Run(ffi::ThreadPool& pool, const float* x, float* y) const {
+  // `moments` [2, outputs] unless null: of the depthwise convolution, where that is the last.
+  void Run(ffi::ThreadPool& pool, const float* x, float* y, float* moments) const {
     const int64_t wide = expand.outputs, taps = depthwise.taps(), blocks = CeilDivide(wide, kLanes);
     const Axis rows = Forwards(depthwise.height, depthwise.kernel_height, depthwise.stride);
     const Columns columns = ColumnsForwards(depthwise.width, depthwise.kernel_width, depthwise.stride);
     const int64_t in_size = depthwise.height * columns.width * kLanes, out_pixels = depthwise.out_pixels();
     const int64_t group = std::clamp<int64_t>(kProjectedPixels / std::max<int64_t>(out_pixels, 1), 1, 8);
     const int64_t band = std::clamp<int64_t>(TilePixels(expand) / expand.width, 1, expand.height);
-    std::vector<float> kernel(blocks * taps * kLanes);
+    const int64_t groups = CeilDivide(expand.images, group);
+    std::vector<float> kernel(blocks * taps * kLanes), parts(moments == nullptr ? 0 : groups * 2 * wide);
+    std::vector<int64_t> counts(groups);
     FillKernel(depthwise_weights, taps, wide, 0, blocks, kernel.data());
-    Parallel(pool, CeilDivide(expand.images, group), [&](int64_t task) {
+    Parallel(pool, groups, [&](int64_t task) {
       const int64_t begin = task * group, images = std::min(group, expand.images - begin);
       float* in = Scratch(3, blocks * in_size);
       float* out = Scratch(4, blocks * out_pixels * kLanes);
       float* read = project_weights == nullptr ? nullptr : Scratch(5, images * out_pixels * wide);
+      float* sums = moments == nullptr ? nullptr : Scratch(6, 3 * wide);  // and the shift
+      float* shift = sums == nullptr ? nullptr : sums + 2 * wide;
+      if (sums != nullptr) std::fill_n(sums, 2 * wide, 0.0f);
       ZeroAround(depthwise.height, depthwise.width, wide, 0, blocks, columns.left, columns.width, in);
       for (int64_t image = begin; image < begin + images; ++image) {
         for (int64_t row = 0; row < expand.height; row += band) {
@@ -524,15 +581,21 @@ struct Bottleneck {
         const Extent extent{1, out_pixels, wide};
         const In made{out, 0, kLanes, out_pixels * kLanes};
         if (read == nullptr) {
-          Chosen().finish({extent, made, nullptr, {y + image * out_pixels * wide, 0, wide}, nullptr});
+          for (int64_t c = 0; shift != nullptr && image == begin && c < wide; ++c) shift[c] = out[Lane(c, made.block)];
+          Chosen().finish({extent, made, shift, {y + image * out_pixels * wide, 0, wide}, sums});
         } else {
           Read(extent, made, third, 0, {read + (image - begin) * out_pixels * wide, 0, wide});
         }
+      }
+      if (sums != nullptr) {
+        counts[task] = images * out_pixels;
+        Centre(shift, sums, counts[task], wide, parts.data() + task * 2 * wide, wide);
       }
       if (read == nullptr) return;
       Chosen().multiply({read, wide, 1, project_weights, y + begin * out_pixels * outputs, outputs, images * out_pixels,
                          outputs, wide, false});
     });
+    if (moments != nullptr) MergeMoments(parts, counts, wide, moments);
   }
 };
 

@@ -152,19 +152,34 @@ ffi::Error FusedBackward(ffi::ThreadPool pool, Values gradient, Values y, Channe
   return ffi::Error::Success();
 }
 
+// Of a 1x1 convolution that is not computed.
+ffi::Error Moments(ffi::ThreadPool pool, Values x, Tensor w, Channels centre, Channels scale, Channels offset,
+                   ffi::Result<Sums> moments, int64_t height, int64_t width, int64_t activation) {
+  const int64_t room = height * width * w.dimensions()[3];
+  const auto layer = LayerOf(x, w, scale, x.dimensions()[0], room, height, width, 1);
+  if (layer.has_error()) return layer.error();
+  if (layer->kind != Layer::kPointwise) return ffi::Error::InvalidArgument("moments: not a 1x1 convolution");
+  const Source from{x.typed_data(), x.dimensions()[1],
+                    {centre.typed_data(), scale.typed_data(), offset.typed_data(), activation}};
+  PointwiseMoments(pool, *layer, from, w.typed_data(), moments->typed_data());
+  return ffi::Error::Success();
+}
+
 // `activations` are those before each convolution; the last is < -1 where there is no projection, whose operands are then
-// of any value.
+// of any value. The moments, if anybody asks, are those of the depthwise convolution then.
 ffi::Error RunBottleneck(ffi::ThreadPool pool, Values x, Channels centre, Channels scale, Channels offset, Tensor expand,
                          Channels centre_2, Channels scale_2, Channels offset_2, Tensor depthwise, Channels centre_3,
-                         Channels scale_3, Channels offset_3, Tensor project, ffi::Result<Values> y, int64_t height,
-                         int64_t width, int64_t stride, ffi::Span<const int64_t> activations) {
+                         Channels scale_3, Channels offset_3, Tensor project, ffi::Result<Values> y,
+                         ffi::Result<Sums> moments, int64_t height, int64_t width, int64_t stride, int64_t measures,
+                         ffi::Span<const int64_t> activations) {
   const auto images = x.dimensions(), e = expand.dimensions(), d = depthwise.dimensions(), p = project.dimensions();
   const bool projects = activations[2] >= -1;
   const int64_t out_height = CeilDivide(height, stride), out_width = CeilDivide(width, stride), wide = e[3];
   const int64_t outputs = projects ? p[3] : wide;
   const bool fits = e[0] * e[1] == 1 && d[2] == 1 && d[3] == wide && images[1] == height * width * e[2] &&
                     y->dimensions()[0] == images[0] && y->dimensions()[1] == out_height * out_width * outputs &&
-                    (!projects || (p[0] * p[1] == 1 && p[2] == wide));
+                    static_cast<int64_t>(moments->element_count()) == 2 * outputs &&
+                    (!projects || (p[0] * p[1] == 1 && p[2] == wide && !measures));
   if (!fits) return ffi::Error::InvalidArgument("bottleneck: shapes that do not fit together");
   const Bottleneck bottleneck{
       {images[0], height, width, e[2], height, width, wide, 1, 1, 1, Layer::kPointwise},
@@ -176,7 +191,8 @@ ffi::Error RunBottleneck(ffi::ThreadPool pool, Values x, Channels centre, Channe
       depthwise.typed_data(),
       projects ? project.typed_data() : nullptr,
       outputs};
-  bottleneck.Run(pool, x.typed_data(), y->typed_data());
+  bottleneck.Run(pool, x.typed_data(), y->typed_data(), measures ? moments->typed_data() : nullptr);
+  if (!measures) std::fill_n(moments->typed_data(), moments->element_count(), 0.0f);
   return ffi::Error::Success();
 }
 
@@ -205,12 +221,16 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(nas_fused_backward, FusedBackward,
                                         .Arg<Channels>().Arg<Channels>().Ret<Values>().Ret<Tensor>().Ret<Sums>())
                                   .Attr<int64_t>("wanted"));
 
+XLA_FFI_DEFINE_HANDLER_SYMBOL(nas_pointwise_moments, Moments,
+                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Values>().Arg<Tensor>().Arg<Channels>()
+                                  .Arg<Channels>().Arg<Channels>().Ret<Sums>().Attr<int64_t>("height")
+                                  .Attr<int64_t>("width").Attr<int64_t>("activation"));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
     nas_bottleneck, RunBottleneck,
     ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Values>().Arg<Channels>().Arg<Channels>().Arg<Channels>().Arg<Tensor>()
         .Arg<Channels>().Arg<Channels>().Arg<Channels>().Arg<Tensor>().Arg<Channels>().Arg<Channels>().Arg<Channels>()
-        .Arg<Tensor>().Ret<Values>().Attr<int64_t>("height").Attr<int64_t>("width").Attr<int64_t>("stride")
-        .Attr<ffi::Span<const int64_t>>("activations"));
+        .Arg<Tensor>().Ret<Values>().Ret<Sums>().Attr<int64_t>("height").Attr<int64_t>("width").Attr<int64_t>("stride")
+        .Attr<int64_t>("measures").Attr<ffi::Span<const int64_t>>("activations"));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(nas_blank, Blank, ffi::Ffi::Bind().Ret<ffi::AnyBuffer>());
 
 // What __init__.py asks: the hash of the source that this was compiled from, and the clone that is in use.

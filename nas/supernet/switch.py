@@ -113,6 +113,7 @@ def _branch(position: Position, block: Block | None, stored: Mapping[str, Weight
                 norm_images=manner.norm_images,
                 noisy=noisy,
                 tape=tape,
+                gradients=manner.mode == "train",
             )
             seen = {f"{scope}/{n}": unshare(a, statistics[f"{scope}/{n}"]) for n, a in moments.items() if statistics}
         rest = {n: jnp.zeros(shape, jnp.float32) for n, shape in statistics.items() if n not in seen}
