@@ -18,7 +18,7 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from nas import kernels, native
-from nas.ops import Act, Activation, Conv, Graph, Norm, Shape
+from nas.ops import Act, Activation, Add, Conv, Graph, Norm, Shape
 
 # Bottlenecks are taken together where there are images for all cores, and where one fits into a core's cache.
 CHAIN_IMAGES = 16
@@ -34,6 +34,10 @@ class Plan:
     lazy: frozenset[int] = frozenset()  # norms and activations that are left to the fused convolution that reads them
     inner: frozenset[int] = frozenset()  # fused convolutions that are left to a later one: those of a bottleneck
     expansions: frozenset[int] = frozenset()  # the first of each bottleneck
+    # Where the moments are known beforehand, a fused convolution can also take along what comes after it:
+    last: frozenset[int] = frozenset()  # those that do, as nothing fused comes after
+    closing: frozenset[int] = frozenset()  # the norms, activations and sums that they take along
+    ends: frozenset[int] = frozenset()  # the last op of each such group
 
 
 @dataclasses.dataclass
@@ -159,7 +163,19 @@ def plan(graph: Graph) -> Plan:
         if pointwise(third := follower(second)):
             inner.add(second)
             taken.add(third)
-    return Plan(normed, frozenset(fused), frozenset(lazy), frozenset(inner | expansions), frozenset(expansions))
+
+    last = {index for index in fused if reader(index) not in lazy}
+    closing = {reader(index) for index in last}
+    ends: set[int] = set()
+    for index in sorted(last):
+        norm = reader(index)
+        after = reader(norm)
+        op = graph.ops[after] if after >= 0 else None
+        known = isinstance(op, Act) and op.function in native.ACTIVATIONS
+        free = isinstance(op, Add) and after not in ends  # not taken along by the other term
+        ends.add(after if known or free else norm)
+    sets = fused, lazy, inner | expansions, expansions, last, closing | ends, ends
+    return Plan(normed, *map(frozenset, sets))
 
 
 def conv(x: Any, kernel: Any, op: Conv, *, fused: bool, measures: bool = True, tape: Tape | None = None) -> Convolved:
@@ -207,8 +223,7 @@ def _call(link: Link, *, measures: bool, room: int) -> tuple[Any, native.Affine,
     if isinstance(x, Normed):
         values, shape = x.values, x.shape
         number = native.ACTIVATIONS.index(x.activation or "none")
-        mean, scale, offset = (jnp.asarray(a, jnp.float32) for a in (x.mean, x.scale, x.offset))
-        affine = mean, scale, offset
+        affine = _affine(x)
     else:
         values, shape, number = x.reshape(len(x), -1), x.shape[1:], None
         zeros = jnp.zeros(shape[-1], jnp.float32)
@@ -216,15 +231,36 @@ def _call(link: Link, *, measures: bool, room: int) -> tuple[Any, native.Affine,
     return values, affine, native.Fused((shape[0], shape[1]), link.op.stride, number, measures, room)
 
 
+def _affine(x: Normed) -> native.Affine:
+    mean, scale, offset = (jnp.asarray(a, jnp.float32) for a in (x.mean, x.scale, x.offset))
+    return mean, scale, offset
+
+
 def _chained(last: Link, measures: bool) -> tuple[Array, Array]:
     """The result of the last convolution of a bottleneck, and its moments."""
+    values, affines, kernels_of, hows = _in_turn(last, measures)
+    made: Any = native.chain(values, affines, kernels_of, None, None, native.Links(hows))
+    return made
+
+
+def close(x: Normed, shortcut: Any) -> Array:
+    """The norm, with the convolutions that are left to it: [n, *x.shape]; plus `shortcut`, if there is one."""
+    values, affines, kernels_of, hows = _in_turn(x.values, measures=False)
+    links = native.Links(hows, native.ACTIVATIONS.index(x.activation or "none"))
+    flat = None if shortcut is None else shortcut.reshape(len(shortcut), -1)
+    made: Any = native.chain(values, affines, kernels_of, _affine(x), flat, links)
+    return _image(made[0], x.shape)
+
+
+def _in_turn(last: Link, measures: bool) -> tuple[Array, Any, Any, Any]:
+    """The values that the first of a row of links reads; and of each its affine map, kernel, and how it is computed."""
     values, calls = last, []
     while isinstance(values, Link):
         each = values
         values, affine, how = _call(each, measures=measures and each is last, room=math.prod(each.op.shape))
         calls.insert(0, (affine, each.kernel, how))
     affines, kernels_of, hows = zip(*calls, strict=True)
-    return native.bottleneck(values, affines, kernels_of, hows)
+    return values, affines, kernels_of, hows
 
 
 def _plain(x: Array, kernel: Array, op: Conv, room: int, known: tuple[Array, Array] | None) -> tuple[Array, Array]:

@@ -72,38 +72,49 @@ def run(
         noisy: dropout, drop-path and DropBlock; None: none.
         tape: keeps the results of convolutions, or knows them from an earlier pass over the same; for `batch_stats`
             without `norm_images`.
-        gradients: whether any will be asked for. Without, `batch_stats` needs less of what convolutions make, and keeps
-            nothing; with, gradients are taken of the same function.
+        gradients: whether any will be taken. They may be either way; but without, the moments that `batch_stats` asks
+            for are had from less than what gradients need, so that all would be computed again.
     """
     if norm_images is not None and norm_images >= x.shape[0]:
         norm_images = None
     plan = fusion.plan(graph)
     kernels_of = (array for name, array in params.items() if name.endswith("/kernel"))
     if norm_images is not None or len(x) == 0 or not kernels.fuses(x, *kernels_of):
-        plan = dataclasses.replace(plan, fused=frozenset(), lazy=frozenset())
-    inner = frozenset() if len(x) < fusion.CHAIN_IMAGES or not plan.fused else plan.inner
+        plan = fusion.Plan(plan.normed)
+    left = plan.inner if len(x) >= fusion.CHAIN_IMAGES else frozenset()  # convolutions, to what comes after them
     if batch_stats:  # the moments of a 1x1 convolution do not need it
-        inner = frozenset() if gradients else inner & plan.expansions
+        left = frozenset() if gradients else left & plan.expansions
+    if batch_stats or noisy is not None:
+        plan = dataclasses.replace(plan, closing=frozenset(), ends=frozenset())
+    else:
+        left |= plan.last
     convolved = plan.fused if tape is None else plan.normed
     values: list[Any] = [x]
     moments: dict[str, Array] = {}
+    shortcut: Any = None
     for index, op in enumerate(graph.ops):
         inputs: list[Any] = [values[v] for v in op.inputs]
         if noisy is not None:
             inputs = _dropped(op, inputs, noisy, index)
         if isinstance(op, Norm):
-            y, seen = _norm(op, params, inputs[0], batch_stats, norm_images, lazy=index in plan.lazy)
+            lazy = index in plan.lazy or index in plan.closing
+            y, seen = _norm(op, params, inputs[0], batch_stats, norm_images, lazy=lazy)
             moments |= seen
-        elif isinstance(op, Act) and index in plan.lazy:
+        elif isinstance(op, Act) and (index in plan.lazy or index in plan.closing):
             y = dataclasses.replace(inputs[0], activation=op.function)
         elif isinstance(op, Conv) and index in convolved:
             kernel, fused = params[f"{op.name}/kernel"], index in plan.fused
-            if index in inner:
+            if index in left:
                 y = fusion.link(inputs[0], kernel, op, measures=batch_stats)
             else:
                 y = fusion.conv(inputs[0], kernel, op, fused=fused, measures=batch_stats, tape=tape)
+        elif isinstance(op, Add) and index in plan.closing:
+            y, shortcut = inputs if isinstance(inputs[0], fusion.Normed) else reversed(inputs)
         else:
             y = compute(op, params, inputs)
+        if index in plan.ends and isinstance(y, fusion.Normed):
+            y = fusion.close(y, shortcut)
+            shortcut = None
         values.append(y)
     y = values[-1]
     if noisy is not None and noisy.rates.drop_block and y.ndim == 4:

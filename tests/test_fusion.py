@@ -9,10 +9,10 @@ import pytest
 from jax import lax
 from test_native import CLONE_MISSING, draw, needs_library, run
 
-from nas import fusion, kernels, native
+from nas import config, fusion, kernels, native
 from nas.blocks import BLOCKS
 from nas.ops import Recorder, weights
-from nas.run import ACTIVATIONS
+from nas.run import ACTIVATIONS, Noisy
 from nas.run import run as run_graph
 from nas.space import load_space
 from nas.supernet import Supernet
@@ -151,24 +151,53 @@ def test_a_channel_does_not_depend_on_those_beside_it():
 
 
 @needs_library
+@pytest.mark.parametrize("closing", ["none", "norm", "swish", "shortcut"])
 @pytest.mark.parametrize("activation", ["relu", None])
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("links", [2, 3])
-def test_a_bottleneck_equals_its_convolutions_in_turn(links, stride, activation):
+def test_a_bottleneck_equals_its_convolutions_in_turn(links, stride, activation, closing):
     x, *kernels_of = draw(0, (19, 6 * 5 * 12), (1, 1, 12, 37), (3, 3, 1, 37), (1, 1, 37, 11))
     affines = [tuple(draw(c, (c,), (c,), (c,))) for c in (12, 37, 38)]
     affines[2] = tuple(a[:37] for a in affines[2])
     first = how_of((19, 6, 5, 12, 37, 1, 1, 0), activation, measures=False)
     second = how_of((19, 6, 5, 37, None, 3, stride, 0), "hard_swish", measures=False)
     third = how_of((19, *second.out_size, 37, 11, 1, 1, 0), "relu6", measures=False)
-    arguments = x, tuple(affines[:links]), tuple(kernels_of[:links])
     hows = (first, second, third)[:links]
+    check_chain(x, affines[:links], kernels_of[:links], hows, closing)
 
-    y, pull = jax.vjp(lambda *a: in_turn(*a, hows), *arguments)
-    ours, our_pull = jax.vjp(lambda *a: native.bottleneck(*a, hows), *arguments)
-    np.testing.assert_array_equal(ours[0], y[0])
+
+@needs_library
+@pytest.mark.parametrize("closing", ["norm", "swish", "shortcut"])
+@pytest.mark.parametrize("geometry", [g for g in GEOMETRIES if not g[-1]], ids=str)
+def test_a_convolution_takes_what_comes_after_it_along(geometry, closing):
+    x, w, *affine = operands(geometry)
+    check_chain(x, [tuple(affine)], [w], (how_of(geometry, "relu", measures=False),), closing)
+
+
+def check_chain(x, affines, kernels_of, hows, closing):
+    """`native.chain` with a norm after it, with an activation or a shortcut, against the convolutions in turn."""
+    channels, size = kernels_of[-1].shape[-1], hows[-1].room
+    norm = None if closing == "none" else tuple(draw(1, (channels,), (channels,), (channels,)))
+    (shortcut,) = draw(2, (len(x), size)) if closing == "shortcut" else (None,)
+    activation = None if norm is None else native.ACTIVATIONS.index("swish" if closing == "swish" else "none")
+
+    def written_out(x, affines, kernels_of, norm, shortcut):
+        y, _ = in_turn(x, affines, kernels_of, hows)
+        if norm is not None:
+            centre, scale, offset = norm
+            y = ((y.reshape(len(y), -1, channels) - centre) * scale + offset).reshape(len(y), -1)
+            y = jax.nn.swish(y) if closing == "swish" else y
+        return y if shortcut is None else y + shortcut
+
+    arguments = x, tuple(affines), tuple(kernels_of), norm, shortcut
+    y, pull = jax.vjp(written_out, *arguments)
+    links = native.Links(hows, activation)
+    ours, our_pull = jax.vjp(lambda *a: native.chain(*a, links)[0], *arguments)
+    if norm is None:
+        np.testing.assert_array_equal(ours, y)
+    np.testing.assert_allclose(ours, y, rtol=1e-5, atol=1e-5 * float(jnp.abs(y).max()))
     for a, b in zip(jax.tree.leaves(our_pull(y)), jax.tree.leaves(pull(y)), strict=True):
-        np.testing.assert_array_equal(a, b)
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * max(1.0, float(jnp.abs(b).max())))
 
 
 def in_turn(x, affines, kernels_of, hows):
@@ -186,7 +215,7 @@ def test_a_bottleneck_of_two_measures_its_result(images):
     first = how_of((images, 6, 5, 12, 37, 1, 1, 0), None, measures=False)
     hows = first, how_of((images, 6, 5, 37, None, 3, 2, 0), "relu", measures=True)
     y, pull = jax.vjp(lambda *a: in_turn(*a, hows), *arguments)
-    ours, our_pull = jax.vjp(lambda *a: native.bottleneck(*a, hows), *arguments)
+    ours, our_pull = jax.vjp(lambda *a: native.chain(*a, None, None, native.Links(hows)), *arguments)
     np.testing.assert_array_equal(ours[0], y[0])
     assert_close([ours[1]], [y[1]])
     for a, b in zip(jax.tree.leaves(our_pull(y)), jax.tree.leaves(pull(y)), strict=True):
@@ -305,16 +334,23 @@ for geometry in [(8, 6, 5, 12, 20, 1, 1, 4), (8, 6, 5, 12, None, 3, 2, 0), (8, 6
     assert_close([value, gradients[0][:, :used]], [expected_value, expected[0][:, :used]])
     assert_close(gradients[1:], expected[1:])
 
-x, w, k = draw(0, (8, 6 * 5 * 4), (1, 1, 4, 12), (3, 3, 1, 12))
+x, w, k, shortcut = draw(0, (8, 6 * 5 * 4), (1, 1, 4, 12), (3, 3, 1, 12), (8, 6 * 5 * 12))
 cases = ((8, 6, 5, 4, 12, 1, 1, 0), None), ((8, 6, 5, 12, None, 3, 1, 0), "relu")
 affines = tuple(tuple(draw(c, (c,), (c,), (c,))) for c in (4, 12))
 for measures in (False, True):
     hows = tuple(how_of(*case, measures=measures) for case in cases)
-    forward = jax.jit(lambda x: (*native.bottleneck(x, affines, (w, k), hows),
-                                 native.pointwise_moments(x, w, *affines[0], hows[0])))
-    program = forward.lower(jax.device_put(x, split)).compile()
+    closing = () if measures else (affines[1], shortcut)
+
+    @jax.jit
+    def forward(x, *closing):
+        links = native.Links(hows, 0 if closing else None)
+        made = native.chain(x, affines, (w, k), *(closing or (None, None)), links)
+        return *made, native.pointwise_moments(x, w, *affines[0], hows[0])
+
+    arrays = jax.device_put((x, *closing[1:]), split)
+    program = forward.lower(arrays[0], *closing[:1], *arrays[1:]).compile()
     assert "all-gather" not in program.as_text()
-    ours, expected = program(jax.device_put(x, split)), forward(x)
+    ours, expected = program(arrays[0], *closing[:1], *arrays[1:]), forward(x, *closing)
     np.testing.assert_array_equal(ours[0], expected[0])
     assert_close(ours[1:] if measures else ours[2:], expected[1:] if measures else expected[2:])
 print("done")
@@ -472,3 +508,16 @@ width = 16
     looped, out = gradient(1), gradient(length)
     for a, b in zip(jax.tree.leaves(looped), jax.tree.leaves(out), strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=2e-5 * max(float(np.abs(b).max()), 1e-3))
+
+
+@needs_library
+def test_a_shortcut_may_be_dropped_where_moments_are_known():
+    net = Recorder((8, 6, 16))
+    BLOCKS["mbconv"](net, net.input, width=16, stride=1)
+    params, (x,) = parameters(net.graph(), np.random.default_rng(0)), draw(1, (20, 8, 6, 16))
+    noisy = Noisy(config.Noise(drop_path=0.5), jax.random.key(0), 0.5)
+    y, _ = run_graph(net.graph(), params, x, noisy=noisy)
+    kept = np.asarray(jnp.abs(y - x).max((1, 2, 3)) > 0)
+    assert 0 < kept.sum() < 20
+    whole, _ = run_graph(net.graph(), params, x)
+    np.testing.assert_allclose((y - x)[kept], 2 * (whole - x)[kept], rtol=1e-4, atol=1e-4)

@@ -37,10 +37,10 @@ _FORWARD, _INPUT_GRADIENT, _WEIGHT_GRADIENT, _CHANNEL_SUMS, *_FUSED = _HANDLERS 
     "nas_fused_forward",
     "nas_fused_backward",
     "nas_pointwise_moments",
-    "nas_bottleneck",
+    "nas_chain",
     "nas_blank",
 )
-_FUSED_FORWARD, _FUSED_BACKWARD, _MOMENTS, _BOTTLENECK, _BLANK = _FUSED
+_FUSED_FORWARD, _FUSED_BACKWARD, _MOMENTS, _CHAIN, _BLANK = _FUSED
 
 ACTIVATIONS = ("none", "relu", "relu6", "hard_swish", "swish")  # what a fused convolution knows, by its number
 
@@ -233,29 +233,60 @@ pointwise_moments.defvjp(
 )
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
-def bottleneck(
-    x: Array, affines: tuple[Affine, ...], kernels: tuple[Array, ...], hows: tuple[Fused, ...]
-) -> tuple[Array, Array]:
-    """What `fused` makes in turn: 1x1, depthwise and, if there are three, 1x1 again; moments of two convolutions only.
+@dataclasses.dataclass(frozen=True)
+class Links:
+    """Convolutions in turn: one; or those of a bottleneck, 1x1, depthwise and 1x1, of which the last may be missing."""
 
-    Nothing between them leaves the cache of a core. Images are spread over the cores; there should be many.
+    hows: tuple[Fused, ...]
+    activation: int | None = None  # after them and a norm, number in `ACTIVATIONS`; None: there is no norm after them
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(5,))
+def chain(
+    x: Array,
+    affines: tuple[Affine, ...],
+    kernels: tuple[Array, ...],
+    closing: Affine | None,
+    shortcut: Array | None,
+    links: Links,
+) -> tuple[Array, Array]:
+    """What `fused` makes in turn, then act((y - centre) * scale + offset), then the sum with `shortcut`.
+
+    Nothing between them leaves the cache of a core. Images are spread over the cores; for bottlenecks there should be
+    many. The moments [2, C'] are those of two convolutions with no `closing`, if the second is asked for them; else 0.
+
+    Args:
+        x: [N, H * W * C], as of `fused`; without room, as are the results.
+        affines, kernels: of each convolution.
+        closing: the norm after them; with none, there is no shortcut.
+        shortcut: [N, H' * W' * C'], where there is no activation.
     """
-    return sequential_vmap(partial(_split_bottleneck, hows))(x, *_operands(affines, kernels))
+    return sequential_vmap(partial(_split_chain, links, shortcut is not None))(
+        x, *_operands(affines, kernels, closing), jnp.zeros((len(x), 1), jnp.float32) if shortcut is None else shortcut
+    )
 
 
 def _in_turn(
-    x: Array, affines: tuple[Affine, ...], kernels: tuple[Array, ...], hows: tuple[Fused, ...]
+    links: Links,
+    x: Array,
+    affines: tuple[Affine, ...],
+    kernels: tuple[Array, ...],
+    closing: Affine | None,
+    shortcut: Array | None,
 ) -> tuple[Array, Array]:
     moments = jnp.zeros((2, 0), jnp.float32)
-    for affine, kernel, how in zip(affines, kernels, hows, strict=True):
+    for affine, kernel, how in zip(affines, kernels, links.hows, strict=True):
         x, moments = _pair(x, kernel, *affine, how)
-    return x, moments
+    if closing is not None:  # by a 1x1 convolution that changes nothing
+        channels = len(closing[0])
+        how = Fused(links.hows[-1].out_size, 1, links.activation, False, x.shape[1])
+        x, _ = _pair(x, jnp.eye(channels, dtype=jnp.float32)[None, None], *closing, how)
+    return x if shortcut is None else x + shortcut, moments
 
 
-bottleneck.defvjp(
-    lambda x, affines, kernels, hows: (bottleneck(x, affines, kernels, hows), (x, affines, kernels)),
-    lambda hows, operands, gradients: jax.vjp(lambda x, a, k: _in_turn(x, a, k, hows), *operands)[1](gradients),
+chain.defvjp(
+    lambda *operands: (chain(*operands), operands[:-1]),
+    lambda links, operands, gradients: jax.vjp(partial(_in_turn, links), *operands)[1](gradients),
 )
 
 
@@ -329,19 +360,29 @@ def _pulled(how: Fused, part: int, *operands: Array) -> tuple[Array, Array, Arra
     return _call_for_all(_FUSED_BACKWARD, shapes, *operands, **_attributes(how), wanted=part)
 
 
-def _operands(affines: tuple[Affine, ...], kernels: tuple[Array, ...]) -> list[Array]:
+def _operands(affines: tuple[Affine, ...], kernels: tuple[Array, ...], closing: Affine | None) -> list[Array]:
     nothing = jnp.zeros((1,), jnp.float32)
-    if len(kernels) == 2:
-        affines, kernels = (*affines, (nothing, nothing, nothing)), (*kernels, nothing.reshape(1, 1, 1, 1))
-    return [a for affine, kernel in zip(affines, kernels, strict=True) for a in (*affine, kernel)]
+    missing = 3 - len(kernels)
+    affines = (*affines, *[(nothing, nothing, nothing)] * missing)
+    kernels = (*kernels, *[nothing.reshape(1, 1, 1, 1)] * missing)
+    each = [a for affine, kernel in zip(affines, kernels, strict=True) for a in (*affine, kernel)]
+    return [*each, *(closing or (nothing, nothing, nothing))]
 
 
-def _through(hows: tuple[Fused, ...], x: Array, *operands: Array) -> tuple[Array, Array]:
-    height, width = hows[1].size
-    activations = [*map(_number, hows), -2][:3]  # -2: there is no third convolution
+def _through(links: Links, adds: bool, x: Array, *operands: Array) -> tuple[Array, Array]:
+    hows = links.hows
+    before = [*map(_number, hows), -1, -1][:3]
+    numbers = {
+        "height": hows[0].size[0],
+        "width": hows[0].size[1],
+        "stride": hows[min(1, len(hows) - 1)].stride,
+        "measures": int(hows[-1].measures),
+        "adds": int(adds),
+        "links": len(hows),
+        "activations": [*before, -1 if links.activation is None else links.activation],
+    }
     shapes = (x.shape[0], hows[-1].room), (2, operands[4 * len(hows) - 1].shape[-1])
-    numbers = {"height": height, "width": width, "stride": hows[1].stride, "measures": int(hows[-1].measures)}
-    return _call_for_all(_BOTTLENECK, shapes, x, *operands, **numbers, activations=activations)
+    return _call_for_all(_CHAIN, shapes, x, *operands, **numbers)
 
 
 def _measured(how: Fused, x: Array, w: Array, *affine: Array) -> Array:
@@ -358,7 +399,7 @@ _split_channels = custom_partitioning(_sum_channels)
 _split_forward = custom_partitioning(_fused, static_argnums=(0,))
 _split_backward = custom_partitioning(_pulled, static_argnums=(0, 1))
 _split_moments = custom_partitioning(_measured, static_argnums=(0,))
-_split_bottleneck = custom_partitioning(_through, static_argnums=(0,))
+_split_chain = custom_partitioning(_through, static_argnums=(0, 1))
 
 
 def _images(handler: str, stride: int, size: tuple[int, int], images: Array, weights: Array) -> Array:
@@ -465,14 +506,14 @@ def _partition_moments(how: Fused, mesh: Mesh, operands: Any, _: Any) -> tuple:
     return mesh, over_devices, whole, (images, *[whole] * 4)
 
 
-def _partition_bottleneck(hows: tuple[Fused, ...], mesh: Mesh, operands: Any, _: Any) -> tuple:
+def _partition_chain(links: Links, adds: bool, mesh: Mesh, operands: Any, _: Any) -> tuple:
     images, whole, devices = _by_image(mesh, operands[0])
 
     def over_devices(*operands: Array) -> tuple[Array, Array]:
-        y, moments = _through(hows, *operands)
-        return y, moments if devices is None or not hows[-1].measures else _over_all(moments, devices)
+        y, moments = _through(links, adds, *operands)
+        return y, moments if devices is None or not links.hows[-1].measures else _over_all(moments, devices)
 
-    return mesh, over_devices, (images, whole), (images, *[whole] * 12)
+    return mesh, over_devices, (images, whole), (images, *[whole] * 15, images)
 
 
 def _partition_backward(how: Fused, part: int, mesh: Mesh, operands: Any, _: Any) -> tuple:
@@ -512,11 +553,11 @@ _split_moments.def_partition(
     reduction_factors=("n",),
     need_replication_factors=tuple("rijudck"),
 )
-_split_bottleneck.def_partition(
-    _partition_bottleneck,
-    infer_sharding_from_operands=lambda hows, mesh, operands, _: _by_image(mesh, operands[0])[:2],
-    sharding_rule="n r, c, c, c, a b c e, e, e, e, i j u e, f, f, f, k l f d -> n s, t m",
-    need_replication_factors=tuple("rcabeijufkldstm"),
+_split_chain.def_partition(
+    _partition_chain,
+    infer_sharding_from_operands=lambda links, adds, mesh, operands, _: _by_image(mesh, operands[0])[:2],
+    sharding_rule="n r, c, c, c, a b g e, h, h, h, i j u o, f, f, f, k l p d, q, q, q, n v -> n s, t m",
+    need_replication_factors=tuple("rcabgehijuofklpdqvstm"),
 )
 
 

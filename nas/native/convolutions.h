@@ -55,6 +55,14 @@ struct Source {
   Affine affine;
 };
 
+// What is done to a result before it is written: a norm and an activation, then a sum with a shortcut of the same shape.
+struct Closing {
+  Affine affine{nullptr, nullptr, nullptr, -1};
+  const float* shortcut = nullptr;  // null: none; there is no activation before a sum
+
+  bool nothing() const { return affine.identity(); }
+};
+
 // Gradients. In are those of y and of its moments: constant + slope * (y - mean), unless `constant` is null. Out are
 // those of what is read, null if nobody asks, and of its affine map, [2, inputs]: of offset, of scale.
 struct Gradients {
@@ -138,6 +146,16 @@ void PullBack(const Extent& extent, const In& gradient, const In& x, const Affin
   }
 }
 
+// `made` from channel `channel` on, closed and written `at` floats into a result of pixels `pixel` floats apart.
+void Close(const Extent& extent, const In& made, const Closing& closing, int64_t channel, float* result, int64_t at,
+           int64_t pixel) {
+  const Out to{result + at, 0, pixel};
+  if (closing.shortcut == nullptr) return Read(extent, made, closing.affine, channel, to);
+  const Affine& norm = closing.affine;
+  Chosen().total({extent, {closing.shortcut + at, 0, pixel}, made, norm.offset + channel, norm.scale + channel,
+                  norm.centre + channel, to});
+}
+
 // ----------------------------------------------------------------------------------------------------------- depthwise
 
 // Tasks of a depthwise convolution: over groups of images, and over slices of channels. In scratch memory a slice is
@@ -182,8 +200,8 @@ void FillKernel(const float* weights, int64_t taps, int64_t channels, int64_t be
   }
 }
 
-void DepthwiseForward(ffi::ThreadPool& pool, const Layer& layer, const Source& x, const float* weights, float* y,
-                      int64_t room, float* moments) {
+void DepthwiseForward(ffi::ThreadPool& pool, const Layer& layer, const Source& x, const float* weights,
+                      const Closing& closing, float* y, int64_t room, float* moments) {
   const int64_t channels = layer.inputs, taps = layer.taps();
   const Slices slices(layer, kParts);
   const Axis rows = Forwards(layer.height, layer.kernel_height, layer.stride);
@@ -213,8 +231,11 @@ void DepthwiseForward(ffi::ThreadPool& pool, const Layer& layer, const Source& x
                            mine, layer.out_width});
         if (image == first) std::copy_n(mine, std::min(kLanes, width - block * kLanes), shift + block * kLanes);
       }
-      Chosen().finish({{1, layer.out_pixels(), width}, {out, 0, kLanes, out_size}, shift,
-                       {y + image * room + begin, 0, channels}, moments == nullptr ? nullptr : sums});
+      const Extent extent{1, layer.out_pixels(), width};
+      const In made{out, 0, kLanes, out_size};
+      const int64_t at = image * room + begin;
+      if (!closing.nothing()) Close(extent, made, closing, begin, y, at, channels);
+      else Chosen().finish({extent, made, shift, {y + at, 0, channels}, moments == nullptr ? nullptr : sums});
     }
     if (moments == nullptr) return;
     const int64_t count = (last - first) * layer.out_pixels();
@@ -322,8 +343,8 @@ const float* ReadRun(const Source& x, const Run& run) {
   return to;
 }
 
-void PointwiseForward(ffi::ThreadPool& pool, const Layer& layer, const Source& x, const float* weights, float* y,
-                      int64_t room, float* moments) {
+void PointwiseForward(ffi::ThreadPool& pool, const Layer& layer, const Source& x, const float* weights,
+                      const Closing& closing, float* y, int64_t room, float* moments) {
   const int64_t inputs = layer.inputs, outputs = layer.outputs, pixels = layer.images * layer.in_pixels();
   const int64_t tile = TilePixels(layer), tiles = CeilDivide(pixels, tile);
   std::vector<float> parts(moments == nullptr ? 0 : tiles * 2 * outputs);
@@ -336,8 +357,10 @@ void PointwiseForward(ffi::ThreadPool& pool, const Layer& layer, const Source& x
     Chosen().multiply({from, inputs, 1, weights, to, outputs, end - begin, outputs, inputs, false});
     if (!run.together()) {
       run.For([&](const Extent& extent, int64_t at, int64_t done) {
-        std::copy_n(to + done, extent.pixels * outputs, y + at);
+        Close(extent, {to + done, 0, outputs}, closing, 0, y, at, outputs);
       });
+    } else if (!closing.nothing()) {
+      Close({1, end - begin, outputs}, {to, 0, outputs}, closing, 0, y, run.At(begin), outputs);
     }
     if (moments == nullptr) return;
     counts[task] = end - begin;
@@ -442,8 +465,8 @@ void PointwiseBackward(ffi::ThreadPool& pool, const Layer& layer, const Source& 
 
 // Any other convolution. A row of its outputs is, for each row of the kernel, the product of a matrix whose rows overlap
 // (the pixels that an output meets lie together) and that row's weights.
-void DenseForward(ffi::ThreadPool& pool, const Layer& layer, const Source& x, const float* weights, float* y,
-                  int64_t room, float* moments) {
+void DenseForward(ffi::ThreadPool& pool, const Layer& layer, const Source& x, const float* weights,
+                  const Closing& closing, float* y, int64_t room, float* moments) {
   const int64_t inputs = layer.inputs, outputs = layer.outputs, depth = layer.kernel_width * inputs;
   const Axis rows = Forwards(layer.height, layer.kernel_height, layer.stride);
   const Columns columns = ColumnsForwards(layer.width, layer.kernel_width, layer.stride);
@@ -464,6 +487,9 @@ void DenseForward(ffi::ThreadPool& pool, const Layer& layer, const Source& x, co
                            weights + (down.tap + i) * depth * outputs, mine, outputs, layer.out_width, outputs, depth,
                            i > 0});
       }
+    }
+    if (!closing.nothing()) {
+      Close({1, layer.out_pixels(), outputs}, {to, 0, outputs}, closing, 0, y, image * room, outputs);
     }
     if (moments == nullptr) return;
     float* sums = Scratch(2, 2 * outputs);
@@ -541,6 +567,7 @@ struct Bottleneck {
   Affine first, second, third;
   const float *expand_weights, *depthwise_weights, *project_weights;
   int64_t outputs;
+  Closing closing;
 
   // `moments` [2, outputs] unless null: of the depthwise convolution, where that is the last.
   void Run(ffi::ThreadPool& pool, const float* x, float* y, float* moments) const {
@@ -582,7 +609,9 @@ struct Bottleneck {
         const In made{out, 0, kLanes, out_pixels * kLanes};
         if (read == nullptr) {
           for (int64_t c = 0; shift != nullptr && image == begin && c < wide; ++c) shift[c] = out[Lane(c, made.block)];
-          Chosen().finish({extent, made, shift, {y + image * out_pixels * wide, 0, wide}, sums});
+          const int64_t at = image * out_pixels * wide;
+          if (!closing.nothing()) Close(extent, made, closing, 0, y, at, wide);
+          else Chosen().finish({extent, made, shift, {y + at, 0, wide}, sums});
         } else {
           Read(extent, made, third, 0, {read + (image - begin) * out_pixels * wide, 0, wide});
         }
@@ -592,8 +621,9 @@ struct Bottleneck {
         Centre(shift, sums, counts[task], wide, parts.data() + task * 2 * wide, wide);
       }
       if (read == nullptr) return;
-      Chosen().multiply({read, wide, 1, project_weights, y + begin * out_pixels * outputs, outputs, images * out_pixels,
-                         outputs, wide, false});
+      const int64_t at = begin * out_pixels * outputs, pixels = images * out_pixels;
+      Chosen().multiply({read, wide, 1, project_weights, y + at, outputs, pixels, outputs, wide, false});
+      if (!closing.nothing()) Close({1, pixels, outputs}, {y + at, 0, outputs}, closing, 0, y, at, outputs);
     });
     if (moments != nullptr) MergeMoments(parts, counts, wide, moments);
   }

@@ -73,7 +73,7 @@ constexpr Affine kAsItIs{nullptr, nullptr, nullptr, -1};
 ffi::Error Forward(ffi::ThreadPool pool, Tensor x, Tensor w, Result y, int64_t stride) {
   if (ffi::Error error = Check(x, w, *y, stride); error.failure()) return error;
   const Layer layer = Depthwise(x, w, stride);
-  DepthwiseForward(pool, layer, {x.typed_data(), layer.in_pixels() * layer.inputs, kAsItIs}, w.typed_data(),
+  DepthwiseForward(pool, layer, {x.typed_data(), layer.in_pixels() * layer.inputs, kAsItIs}, w.typed_data(), {},
                    y->typed_data(), layer.out_pixels() * layer.inputs, nullptr);
   return ffi::Error::Success();
 }
@@ -117,6 +117,8 @@ ffi::ErrorOr<Layer> LayerOf(const Values& x, const Tensor& w, const Channels& sc
   return ffi::Unexpected(ffi::Error::InvalidArgument("fused convolution: shapes that do not fit together"));
 }
 
+constexpr decltype(&DenseForward) kForward[] = {DepthwiseForward, PointwiseForward, DenseForward};
+
 ffi::Error FusedForward(ffi::ThreadPool pool, Values x, Tensor w, Channels centre, Channels scale, Channels offset,
                         ffi::Result<Values> y, ffi::Result<Sums> moments, int64_t height, int64_t width,
                         int64_t stride, int64_t activation, int64_t measures) {
@@ -124,8 +126,7 @@ ffi::Error FusedForward(ffi::ThreadPool pool, Values x, Tensor w, Channels centr
   if (layer.has_error()) return layer.error();
   const Source from{x.typed_data(), x.dimensions()[1],
                     {centre.typed_data(), scale.typed_data(), offset.typed_data(), activation}};
-  constexpr decltype(&DenseForward) kForward[] = {DepthwiseForward, PointwiseForward, DenseForward};
-  kForward[layer->kind](pool, *layer, from, w.typed_data(), y->typed_data(), y->dimensions()[1],
+  kForward[layer->kind](pool, *layer, from, w.typed_data(), {}, y->typed_data(), y->dimensions()[1],
                         measures ? moments->typed_data() : nullptr);
   if (!measures) std::fill_n(moments->typed_data(), moments->element_count(), 0.0f);
   return ffi::Error::Success();
@@ -165,32 +166,47 @@ ffi::Error Moments(ffi::ThreadPool pool, Values x, Tensor w, Channels centre, Ch
   return ffi::Error::Success();
 }
 
-// `activations` are those before each convolution; the last is < -1 where there is no projection, whose operands are then
-// of any value. The moments, if anybody asks, are those of the depthwise convolution then.
-ffi::Error RunBottleneck(ffi::ThreadPool pool, Values x, Channels centre, Channels scale, Channels offset, Tensor expand,
-                         Channels centre_2, Channels scale_2, Channels offset_2, Tensor depthwise, Channels centre_3,
-                         Channels scale_3, Channels offset_3, Tensor project, ffi::Result<Values> y,
-                         ffi::Result<Sums> moments, int64_t height, int64_t width, int64_t stride, int64_t measures,
-                         ffi::Span<const int64_t> activations) {
-  const auto images = x.dimensions(), e = expand.dimensions(), d = depthwise.dimensions(), p = project.dimensions();
-  const bool projects = activations[2] >= -1;
-  const int64_t out_height = CeilDivide(height, stride), out_width = CeilDivide(width, stride), wide = e[3];
-  const int64_t outputs = projects ? p[3] : wide;
-  const bool fits = e[0] * e[1] == 1 && d[2] == 1 && d[3] == wide && images[1] == height * width * e[2] &&
-                    y->dimensions()[0] == images[0] && y->dimensions()[1] == out_height * out_width * outputs &&
-                    static_cast<int64_t>(moments->element_count()) == 2 * outputs &&
-                    (!projects || (p[0] * p[1] == 1 && p[2] == wide && !measures));
-  if (!fits) return ffi::Error::InvalidArgument("bottleneck: shapes that do not fit together");
+// One convolution; or two or three, a bottleneck. `activations` are those before each of them, and after the last; operands
+// of convolutions that there are not are of any value. The moments, if anybody asks, are those of two convolutions.
+ffi::Error Chain(ffi::ThreadPool pool, Values x, Channels centre, Channels scale, Channels offset, Tensor kernel,
+                 Channels centre_2, Channels scale_2, Channels offset_2, Tensor depthwise, Channels centre_3,
+                 Channels scale_3, Channels offset_3, Tensor project, Channels centre_4, Channels scale_4,
+                 Channels offset_4, Values shortcut, ffi::Result<Values> y, ffi::Result<Sums> moments, int64_t height,
+                 int64_t width, int64_t stride, int64_t measures, int64_t adds, int64_t links,
+                 ffi::Span<const int64_t> activations) {
+  const auto images = x.dimensions(), e = kernel.dimensions(), d = depthwise.dimensions(), p = project.dimensions();
+  const int64_t pixels = CeilDivide(height, stride) * CeilDivide(width, stride), wide = e[3];
+  const int64_t outputs = links == 3 ? p[3] : wide, size = pixels * outputs;
+  const Closing closing{{centre_4.typed_data(), scale_4.typed_data(), offset_4.typed_data(), activations[3]},
+                        adds ? shortcut.typed_data() : nullptr};
+  const bool closes = static_cast<int64_t>(centre_4.element_count()) == outputs &&
+                      (!adds || (shortcut.dimensions() == y->dimensions() && activations[3] == kNone));
+  bool fits = y->dimensions()[0] == images[0] && y->dimensions()[1] == size && (closing.nothing() ? !adds : closes) &&
+              (!measures || (links == 2 && closing.nothing() && static_cast<int64_t>(moments->element_count()) == 2 * wide));
+  const Affine first{centre.typed_data(), scale.typed_data(), offset.typed_data(), activations[0]};
+  if (links == 1 && fits) {
+    const auto layer = LayerOf(x, kernel, scale, images[0], size, height, width, stride);
+    if (layer.has_error()) return layer.error();
+    kForward[layer->kind](pool, *layer, {x.typed_data(), images[1], first}, kernel.typed_data(), closing,
+                          y->typed_data(), size, nullptr);
+    std::fill_n(moments->typed_data(), moments->element_count(), 0.0f);
+    return ffi::Error::Success();
+  }
+  fits = fits && e[0] * e[1] == 1 && d[2] == 1 && d[3] == wide && images[1] == height * width * e[2] &&
+         (links == 2 || (p[0] * p[1] == 1 && p[2] == wide));
+  if (!fits) return ffi::Error::InvalidArgument("chain of convolutions: shapes that do not fit together");
   const Bottleneck bottleneck{
       {images[0], height, width, e[2], height, width, wide, 1, 1, 1, Layer::kPointwise},
-      {images[0], height, width, wide, out_height, out_width, wide, d[0], d[1], stride, Layer::kDepthwise},
-      {centre.typed_data(), scale.typed_data(), offset.typed_data(), activations[0]},
+      {images[0], height, width, wide, CeilDivide(height, stride), CeilDivide(width, stride), wide, d[0], d[1], stride,
+       Layer::kDepthwise},
+      first,
       {centre_2.typed_data(), scale_2.typed_data(), offset_2.typed_data(), activations[1]},
       {centre_3.typed_data(), scale_3.typed_data(), offset_3.typed_data(), activations[2]},
-      expand.typed_data(),
+      kernel.typed_data(),
       depthwise.typed_data(),
-      projects ? project.typed_data() : nullptr,
-      outputs};
+      links == 3 ? project.typed_data() : nullptr,
+      outputs,
+      closing};
   bottleneck.Run(pool, x.typed_data(), y->typed_data(), measures ? moments->typed_data() : nullptr);
   if (!measures) std::fill_n(moments->typed_data(), moments->element_count(), 0.0f);
   return ffi::Error::Success();
@@ -226,11 +242,12 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(nas_pointwise_moments, Moments,
                                   .Arg<Channels>().Arg<Channels>().Ret<Sums>().Attr<int64_t>("height")
                                   .Attr<int64_t>("width").Attr<int64_t>("activation"));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
-    nas_bottleneck, RunBottleneck,
+    nas_chain, Chain,
     ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Values>().Arg<Channels>().Arg<Channels>().Arg<Channels>().Arg<Tensor>()
         .Arg<Channels>().Arg<Channels>().Arg<Channels>().Arg<Tensor>().Arg<Channels>().Arg<Channels>().Arg<Channels>()
-        .Arg<Tensor>().Ret<Values>().Ret<Sums>().Attr<int64_t>("height").Attr<int64_t>("width").Attr<int64_t>("stride")
-        .Attr<int64_t>("measures").Attr<ffi::Span<const int64_t>>("activations"));
+        .Arg<Tensor>().Arg<Channels>().Arg<Channels>().Arg<Channels>().Arg<Values>().Ret<Values>().Ret<Sums>()
+        .Attr<int64_t>("height").Attr<int64_t>("width").Attr<int64_t>("stride").Attr<int64_t>("measures")
+        .Attr<int64_t>("adds").Attr<int64_t>("links").Attr<ffi::Span<const int64_t>>("activations"));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(nas_blank, Blank, ffi::Ffi::Bind().Ret<ffi::AnyBuffer>());
 
 // What __init__.py asks: the hash of the source that this was compiled from, and the clone that is in use.
