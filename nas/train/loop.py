@@ -48,7 +48,8 @@ def fit(
 
     With a folder, checkpoints go to `folder`/checkpoints and metrics to `folder`/metrics.jsonl, and a training that
     was cut off goes on from its newest checkpoint to the same final state, bit for bit on one machine. `waiting` in
-    the metrics is the share of the time since the row before in which the device waited for images.
+    the metrics is the share of the time since the row before in which the device waited for images; of several
+    processes, that of the one that waited longest, since the others wait for it.
 
     A metric that is not finite is the end of the training, unless the metric `skipped` is 1: that step has changed
     nothing but the scale of the loss, and leaves such metrics out of its row.
@@ -106,7 +107,7 @@ def fit(
                     values["learning_rate"] = float(learning_rate(step))
                 now = time.perf_counter()
                 rate = (done - before) * batch_size / (now - began)
-                waiting = (stream.seconds - waited) / (now - began)
+                waiting = _longest((stream.seconds - waited) / (now - began))
                 before, began, waited = done, now, stream.seconds
                 for log in logs:
                     log.append({"step": done, **values, "images_per_second": round(rate, 1), "waiting": waiting})
@@ -117,6 +118,13 @@ def fit(
         if profile is not None:
             profile.at(steps, state)
     return state
+
+
+def _longest(waiting: float) -> float:
+    """The largest of what all processes call this with."""
+    return (
+        waiting if jax.process_count() == 1 else float(np.max(multihost_utils.process_allgather(np.float32(waiting))))
+    )
 
 
 def _diverged(step: int, values: dict[str, float]) -> CheckpointError:

@@ -283,9 +283,7 @@ def test_phases_that_are_not_given_are_those_that_the_space_has(name, phases, sp
     space = spaces[name]
     mine, wanted = (make("progressive_shrinking", space, **given) for given in ({}, {"phases": phases}))
     for step in range(STEPS):
-        np.testing.assert_array_equal(
-            mine(step, rng(step), noise).genotypes, wanted(step, rng(step), noise).genotypes
-        )
+        np.testing.assert_array_equal(mine(step, rng(step), noise).genotypes, wanted(step, rng(step), noise).genotypes)
 
 
 @pytest.mark.parametrize(
