@@ -93,6 +93,9 @@ class Distillation(Strict, frozen=True):
     clip: float = 5.0  # of "alpha": largest importance weight (p/q)^alpha
 
 
+PHASES = ("kernel", "depth", "expand", "width")  # train.phases by default, as far as the space has them
+
+
 class Train(Strict, frozen=True):
     """Supernet training."""
 
@@ -103,7 +106,7 @@ class Train(Strict, frozen=True):
         2  # besides the largest and smallest (sandwich, attentive), the largest (shrinking), or in all
     )
     candidates: int = 3  # of attentive: drawn for each random subnet
-    phases: tuple[str, ...] = ("kernel", "depth", "expand", "width")  # of progressive_shrinking: what is set free when
+    phases: tuple[str, ...] | None = None  # of progressive_shrinking: what is set free when; None: `PHASES`
     distillation: Distillation = Distillation()
     label_smoothing: float = 0.0
     optimiser: Optimiser = Optimiser()

@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 import tomli_w
 
-from nas.config import NEUTRAL, Data, Experiment
+from nas.config import NEUTRAL, PHASES, Data, Experiment
 from nas.errors import NasError, RunError
 from nas.files import cannot_write, read_as, write_json, write_text
 
@@ -39,6 +39,9 @@ _FREE = (
     *("data.source", "data.threads", *(f"train.{key}" for key in NEUTRAL)),
     *("search.executor", "search.workers", "search.address", "search.timeout_seconds"),
 )
+
+# Defaults that an older version of nas wrote out, where leaving the key out now means the same.
+_WRITTEN_OUT = {"train.phases": list(PHASES)}
 
 _DEFAULT = Experiment(name="", space="", data=Data(source=""), objectives=())
 
@@ -105,6 +108,7 @@ class RunFolder:
             # An older version of nas did not know some keys: they had their defaults.
             defaults = _flat(tomllib.loads(resolved(_DEFAULT)))
             keys = [k for k in keys if k in theirs or wanted[k] != defaults.get(k)]
+            keys = [k for k in keys if k in wanted or theirs[k] != _WRITTEN_OUT.get(k)]
             changed = [f"`{k}` is {wanted.get(k)!r}, was {theirs.get(k)!r}" for k in keys]
             if changed:
                 raise RunError(

@@ -1,13 +1,16 @@
 """Small data sets of encoded images, in the formats that can stay in files. Not a test: other tests import it."""
 
+import dataclasses
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
+
+from nas.data import LazyImages, Part
 
 
 def pictures(n: int, classes: int, shape: tuple[int, ...], seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -104,3 +107,12 @@ def write(name: str, path: Path, images: Sequence[np.ndarray], labels: Sequence[
 
 
 LAZY = ("image_folder", "parquet", "arrayrecord")
+
+
+def reading(part: Part, note: Callable[[list[int]], object]) -> Part:
+    """`part` with `note(records)` called before images are read; those of a batch are read at once."""
+    images = part.images
+    assert isinstance(images, LazyImages)
+    read = images.records.read
+    records = dataclasses.replace(images.records, read=lambda rows: (note(list(rows)), read(rows))[1])
+    return Part(dataclasses.replace(images, records=records), part.labels)

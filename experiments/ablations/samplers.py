@@ -96,11 +96,9 @@ def main() -> None:
 
     data = load_data(config.Data(source=options.data, image_size=options.image_size or None))
     space = load_space(options.space, input_shape=data.image_shape, classes=data.classes)
-    known = tuple(dict.fromkeys(choice.name.rpartition("/")[2] for choice in space.choices))
     base = config.Train(
         epochs=options.epochs,
         random_subnets=options.random_subnets,
-        phases=tuple(phase for phase in config.Train().phases if phase in known) or known,
         optimiser=config.Optimiser(learning_rate=options.learning_rate, weight_decay=5e-4),
         augment=config.Augment(shift=1),
     )

@@ -40,7 +40,7 @@ FORMATS: dict[str, Callable[[Path, Data], Splits]] = {
     "arrayrecord": arrayrecord,
 }
 
-# Decoded training images beyond this stay in their files with storage = "auto". The run and each search worker hold
+# Decoded images of a part beyond this stay in their files with storage = "auto". The run and each search worker hold
 # them, so that 2 GiB become 6 with two workers, what a machine of 16 GiB can spare. A fixed number, not a share of
 # this machine's memory: the same config must give the same data everywhere.
 FILES_ABOVE_BYTES = 2 * 2**30
@@ -160,7 +160,7 @@ def _dataset(splits: Splits, config: Data) -> Dataset:
     if config.image_size is not None:  # last, so that only images in use are resized
         train, val, test = (resized(part, config.image_size) for part in (train, val, test))
     assert splits.class_names is not None  # checked() names every class
-    train, val, test = _stored(train, config), val.in_memory(), test.in_memory()
+    train, val, test = _stored(train, config), _held(val, config), _held(test, config)
     images = train.images
     if isinstance(images, LazyImages):
         images = images.take(np.arange(len(images))[:SAMPLE]).decoded()
@@ -178,7 +178,18 @@ def _stored(train: Part, config: Data) -> Part:
                 "or convert the data."
             )
         return train
-    if config.storage == "memory" or (config.storage == "auto" and train.images.nbytes <= FILES_ABOVE_BYTES):
+    if config.storage != "files" and _fits(train, config):
         return train.in_memory()
     require("grain", "grain", f"{config.source}: training from files (data.storage = {config.storage!r})")
     return train
+
+
+def _held(part: Part, config: Data) -> Part:
+    """A validation or test part, in memory if it fits: it is looked at as a whole, and often."""
+    return part.in_memory() if _fits(part, config) else part
+
+
+def _fits(part: Part, config: Data) -> bool:
+    """Whether a part may be decoded into memory."""
+    images = part.images
+    return not isinstance(images, LazyImages) or config.storage == "memory" or images.nbytes <= FILES_ABOVE_BYTES

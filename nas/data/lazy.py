@@ -15,6 +15,7 @@ from nas.errors import DataError
 
 STORAGE = ("auto", "memory", "files")
 CHUNK = 64  # images that a thread decodes in one go where many are wanted
+MANY = 1024  # images; fewer, such as a batch that is read ahead, are decoded by the thread that asks for them
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,13 +66,8 @@ class LazyImages:
             DataError: one of them is truncated or damaged, or its file has changed.
         """
         rows = self.rows[index]
-        out = np.empty((*rows.shape, *self.shape[1:]), np.uint8)
-        wanted = rows.ravel().tolist()
-        for pixels, row, encoded in zip(
-            out.reshape(-1, *self.shape[1:]), wanted, self.records.read(wanted), strict=True
-        ):
-            pixels[...] = self._decoded(encoded, row)
-        return out
+        images = self._read(rows.ravel().tolist(), together=rows.size >= MANY)
+        return images.reshape(*rows.shape, *self.shape[1:])
 
     def take(self, indices: NDArray[Any]) -> "LazyImages":
         """The images at `indices`, in that order; nothing is decoded."""
@@ -80,18 +76,27 @@ class LazyImages:
 
     def decoded(self) -> NDArray[np.uint8]:
         """All of them, in memory."""
-        out = np.empty(self.shape, np.uint8)
-
-        def fill(start: int) -> None:
-            out[start : start + CHUNK] = self[start : start + CHUNK]
-
-        in_threads(fill, range(0, len(self), CHUNK), self.threads)
-        return out
+        return self._read(self.rows.tolist(), together=True)
 
     @property
     def nbytes(self) -> int:
         """Bytes that they would take in memory."""
         return int(np.prod(self.shape))
+
+    def _read(self, rows: list[int], *, together: bool) -> NDArray[np.uint8]:
+        """The images [n, H, W, C] of records, decoded by one thread or by all of them together."""
+        out = np.empty((len(rows), *self.shape[1:]), np.uint8)
+
+        def fill(part: slice) -> None:
+            wanted = rows[part]
+            for pixels, row, encoded in zip(out[part], wanted, self.records.read(wanted), strict=True):
+                pixels[...] = self._decoded(encoded, row)
+
+        if together:
+            in_threads(fill, [slice(i, i + CHUNK) for i in range(0, len(rows), CHUNK)], self.threads)
+        else:
+            fill(slice(None))
+        return out
 
     def _decoded(self, encoded: Encoded, row: int) -> NDArray[np.uint8]:
         """[H, W, 1] or [H, W, C]."""

@@ -48,7 +48,11 @@ def fit(
 
     With a folder, checkpoints go to `folder`/checkpoints and metrics to `folder`/metrics.jsonl, and a training that
     was cut off goes on from its newest checkpoint to the same final state, bit for bit on one machine. `waiting` in
-    the metrics is the share of the time since the row before in which the device waited for images.
+    the metrics is the share of the time since the row before in which the device waited for images; of several
+    processes, that of the one that waited longest, since the others wait for it.
+
+    A metric that is not finite is the end of the training, unless the metric `skipped` is 1: that step has changed
+    nothing but the scale of the loss, and leaves such metrics out of its row.
 
     Where JAX is connected to several processes, all of them call this, with the same folder and a state whose arrays
     are the same on all of their devices; each gives `step_function` its rows of the batch, and the first one writes the
@@ -95,16 +99,15 @@ def fit(
             done = step + 1
             if done % log_steps == 0 or done == steps:
                 values = {k: float(v) for k, v in jax.device_get(metrics).items()}
-                if not all(np.isfinite(v) for v in values.values()):
-                    raise CheckpointError(
-                        f"the training diverged at step {done}: {values}. Lower the learning rate "
-                        f"(`learning_rate`) or the gradient norm (`clip_norm`) and run again."
-                    )
+                finite = {k: v for k, v in values.items() if np.isfinite(v)}
+                if len(finite) < len(values) and not values.get("skipped"):
+                    raise _diverged(done, values)
+                values = finite
                 if learning_rate is not None:
                     values["learning_rate"] = float(learning_rate(step))
                 now = time.perf_counter()
                 rate = (done - before) * batch_size / (now - began)
-                waiting = (stream.seconds - waited) / (now - began)
+                waiting = _longest((stream.seconds - waited) / (now - began))
                 before, began, waited = done, now, stream.seconds
                 for log in logs:
                     log.append({"step": done, **values, "images_per_second": round(rate, 1), "waiting": waiting})
@@ -115,3 +118,17 @@ def fit(
         if profile is not None:
             profile.at(steps, state)
     return state
+
+
+def _longest(waiting: float) -> float:
+    """The largest of what all processes call this with."""
+    return (
+        waiting if jax.process_count() == 1 else float(np.max(multihost_utils.process_allgather(np.float32(waiting))))
+    )
+
+
+def _diverged(step: int, values: dict[str, float]) -> CheckpointError:
+    advice = "Lower the learning rate (`learning_rate`) or the gradient norm (`clip_norm`)"
+    if "skipped" in values:
+        advice += ", or compute in bfloat16 (`precision`), which has the range that float16 lacks,"
+    return CheckpointError(f"the training diverged at step {step}: {values}. {advice} and run again.")

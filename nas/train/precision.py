@@ -102,6 +102,14 @@ def adjust(state: ScaleState, finite: Array) -> ScaleState:
     }
 
 
+def skipped(state: ScaleState, finite: Array) -> Array:
+    """Whether a step under this scale is passed over and may go well with half of it: bool [].
+
+    An overflow at the smallest scale is none that a smaller one could cure.
+    """
+    return ~finite & (state["scale"] > SMALLEST_SCALE)
+
+
 def keep_if(finite: Array, new: Tree, old: Tree) -> Tree:
     """`new` after a finite step; otherwise `old`, to the bit: a step that overflowed is skipped."""
     return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)

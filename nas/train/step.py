@@ -77,7 +77,10 @@ class Step:
     def __call__(
         self, state: State, number: int, images: NDArray[np.uint8], labels: NDArray[np.int32]
     ) -> tuple[State, Metrics]:
-        """The next state, and losses and top-1 on this batch of the largest, smallest and other subnets."""
+        """The next state, and losses and top-1 on this batch of the largest, smallest and other subnets.
+
+        Where the loss is scaled, `skipped` is 1 if the gradients overflowed and the step is to be tried with less.
+        """
         space = self.supernet.space
         rng = np.random.default_rng([self.seed, number, 1])
         side = int(rng.choice(space.resolutions))
@@ -110,10 +113,9 @@ class Step:
                 teacher = logits if index == 0 else teacher
                 seen.setdefault(f"loss_{kind}", []).append(loss)
                 seen.setdefault(f"top1_{kind}", []).append(top1)
-        state, norm = self._update(state, total, np.int32(number))
+        state, metrics = self._update(state, total, np.int32(number))
         self._spare["total"] = total
-        metrics = {name: _mean(values) for name, values in seen.items()}
-        return state, metrics | {"gradient_norm": norm}
+        return state, {name: _mean(values) for name, values in seen.items()} | metrics
 
     @property
     def compiled(self) -> int:
@@ -259,10 +261,10 @@ class Step:
         return jax.jit(gradient, donate_argnums=0, out_shardings=(everywhere, self._by_image, everywhere, everywhere))
 
     @functools.cached_property
-    def _update(self) -> Callable[..., tuple[State, Array]]:
+    def _update(self) -> Callable[..., tuple[State, Metrics]]:
         decay, parts = self.settings.ema, self.settings.accumulate
 
-        def update(state: State, total: Any, number: Array) -> tuple[State, Array]:
+        def update(state: State, total: Any, number: Array) -> tuple[State, Metrics]:
             gradients = total if parts == 1 else jax.tree.map(lambda g: g / parts, total)
             if "loss_scale" in state:
                 gradients = precision.unscale(gradients, state["loss_scale"])
@@ -270,13 +272,16 @@ class Step:
             new = {"params": optax.apply_updates(state["params"], updates), "optimiser": of_optimiser}
             if "average" in state:
                 new["average"] = ema.update(state["average"], new["params"], decay, number)
+            metrics: Metrics = {}
             if "loss_scale" in state:
                 finite = precision.all_finite(gradients)
+                skipped = precision.skipped(state["loss_scale"], finite)
                 old = {name: state[name] for name in new}
                 new = precision.keep_if(finite, new, old)
                 new["loss_scale"] = precision.adjust(state["loss_scale"], finite)
-                gradients = precision.keep_if(finite, gradients, jax.tree.map(jnp.zeros_like, gradients))
-            return new, optimiser.global_norm(gradients)
+                gradients = precision.keep_if(~skipped, gradients, jax.tree.map(jnp.zeros_like, gradients))
+                metrics["skipped"] = skipped.astype(jnp.float32)
+            return new, metrics | {"gradient_norm": optimiser.global_norm(gradients)}
 
         return jax.jit(update, donate_argnums=0, out_shardings=self._everywhere)
 

@@ -22,6 +22,7 @@ from nas.data.cache import cached
 from nas.data.decode import decode, header
 from nas.data.lazy import Ranges
 from nas.errors import DataError
+from nas.evaluate.batches import labelled_batches
 
 X, Y = pictures(30, 3, (5, 6, 3))
 
@@ -93,6 +94,41 @@ def test_auto_takes_files_beyond_the_limit(source, monkeypatch):
     for limit, lazy in ((bytes_in_memory, False), (bytes_in_memory - 1, True)):
         monkeypatch.setattr(nas.data, "FILES_ABOVE_BYTES", limit)
         assert isinstance(load(source, "auto", image_size=4).train.images, LazyImages) == lazy
+
+
+@pytest.mark.parametrize("storage", ["auto", "files", "memory"])
+def test_validation_and_test_images_beyond_the_limit_stay_in_their_files_too(source, storage, monkeypatch):
+    def loaded():
+        data = load(source, storage, image_size=4, validation=0.5, test=0.2)
+        return data, [isinstance(part.images, LazyImages) for part in (data.train, data.val, data.test)]
+
+    whole, lazy = loaded()
+    assert lazy == [storage == "files", False, False]
+    monkeypatch.setattr(nas.data, "FILES_ABOVE_BYTES", whole.test.images.nbytes)
+    data, lazy = loaded()
+    assert lazy == [storage != "memory", storage != "memory", False]
+    size = {"batch_size": 4, "size": (4, 4)}
+    for mine, wanted in zip(
+        labelled_batches(data, data.val, **size), labelled_batches(whole, whole.val, **size), strict=True
+    ):
+        np.testing.assert_array_equal(mine, wanted)  # what is evaluated
+
+
+def test_many_images_are_decoded_by_all_threads_together(source, monkeypatch):
+    images, seen, decoders = load(source, image_size=4).train.images, [], set()
+
+    def noting(encoded: Any, name: str, side: int | None = None) -> np.ndarray:
+        decoders.add(threading.get_ident())
+        return decode(encoded, name, side)
+
+    monkeypatch.setattr("nas.data.lazy.decode", noting)
+    monkeypatch.setattr("nas.data.lazy.CHUNK", 2)
+    for many in (len(images) + 1, len(images)):
+        monkeypatch.setattr("nas.data.lazy.MANY", many)
+        decoders.clear()
+        seen.append(images[:])
+        assert (decoders == {threading.get_ident()}) == (many > len(images))
+    np.testing.assert_array_equal(*seen)
 
 
 def test_the_digest_follows_files_order_labels_and_size_but_not_the_place(tmp_path):

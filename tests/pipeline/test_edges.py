@@ -194,6 +194,17 @@ def test_a_folder_of_a_version_that_did_not_know_a_key_yet_goes_on_with_its_defa
             RunFolder(copy / "run", experiment).__enter__().__exit__()
 
 
+def test_a_folder_of_a_version_that_wrote_the_phases_out_goes_on_with_phases_left_out(copy):
+    path = copy / "run" / "config.toml"
+    (copy / "run" / "supernet").mkdir()
+    text = path.read_text()
+    assert "phases" not in text
+    for phases, refused in (('["kernel", "depth", "expand", "width"]', False), ('["kernel", "depth"]', True)):
+        path.write_text(text.replace("[train]\n", f"[train]\nphases = {phases}\n"))
+        with pytest.raises(RunError, match="phases") if refused else contextlib.nullcontext():
+            RunFolder(copy / "run", load_experiment(copy / "tiny_experiment.toml")).__enter__().__exit__()
+
+
 def test_a_training_that_has_begun_may_go_on_in_another_number_of_processes(copy):
     from nas.pipeline import load_experiment
 

@@ -1,16 +1,17 @@
 """Batches: the same from memory and from files, from any step on, read ahead within bounds."""
 
-import dataclasses
 import time
 
 import filesets
+import jax
 import numpy as np
 import pytest
 import tiny
+from jax.experimental import multihost_utils
 
 from nas import config
 from nas.config import Data
-from nas.data import Part, load_data
+from nas.data import load_data
 from nas.errors import DataError
 from nas.supernet import Supernet
 from nas.train import fit, train_supernet
@@ -61,16 +62,9 @@ def test_the_position_is_the_step_and_a_cut_off_iteration_goes_on_from_it(parts)
     assert step == 8
 
 
-def reading(part: Part, read) -> Part:
-    """`part` with `read(rows)` called before its images are read."""
-    images = part.images
-    records = dataclasses.replace(images.records, read=lambda rows: (read(rows), images.records.read(rows))[1])
-    return Part(dataclasses.replace(images, records=records), part.labels)
-
-
 def test_reading_ahead_is_bounded(parts):
     read = []
-    stream = batches(reading(parts[0], read.extend), 4, seed=0, start=0)
+    stream = batches(filesets.reading(parts[0], read.extend), 4, seed=0, start=0)
     next(stream)
     seen = -1
     while len(read) > seen:  # until nothing more is read
@@ -113,7 +107,7 @@ def test_a_wait_counts_unless_the_device_is_busy():
 @pytest.mark.parametrize("slow", [True, False])
 def test_the_log_has_the_share_of_time_spent_waiting(parts, slow):
     rows = []
-    part = reading(parts[0], lambda rows: time.sleep(0.02 * len(rows)))
+    part = filesets.reading(parts[0], lambda rows: time.sleep(0.02 * len(rows)))
 
     def step(state, number, images, labels):
         time.sleep(0 if slow else 0.05)
@@ -125,6 +119,22 @@ def test_the_log_has_the_share_of_time_spent_waiting(parts, slow):
     )  # fmt: skip
     assert len(rows) == 2
     assert all(0.6 < row["waiting"] <= 1 if slow else row["waiting"] < 0.2 for row in rows)
+
+
+def test_of_several_processes_the_log_has_the_share_of_the_one_that_waited_longest(parts, monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(multihost_utils, "process_allgather", lambda mine: np.stack([mine, np.float32(0.75)]))
+    rows = []
+
+    def step(state, number, images, labels):
+        time.sleep(0.02)
+        return state, {"loss": np.float32(number)}
+
+    fit(
+        step, {}, parts[1], steps=6, batch_size=2, seed=0, log_steps=3,
+        progress=lambda done, total, values: rows.append(values["waiting"]),
+    )  # fmt: skip
+    assert rows == [0.75, 0.75]
 
 
 @pytest.mark.slow

@@ -141,6 +141,11 @@ def test_the_scale_halves_on_overflow_and_doubles_after_2000_good_steps():
     assert {k: a.dtype for k, a in end.items()} == {k: a.dtype for k, a in precision.initial_scale().items()}
 
 
+def test_a_step_is_skipped_where_it_overflows_and_a_smaller_scale_is_left():
+    for scale, finite, wanted in ((2.0, False, True), (2.0, True, False), (1.0, False, False), (1.0, True, False)):
+        assert bool(precision.skipped(state_of(scale), jnp.bool_(finite))) == wanted
+
+
 def test_a_step_that_overflowed_changes_nothing():
     old = {"a": jnp.arange(3.0), "count": jnp.int32(4)}
     new = {"a": jnp.full(3, jnp.nan), "count": jnp.int32(5)}

@@ -3,12 +3,15 @@
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
+import filesets
 import jax
 import numpy as np
 import psutil
@@ -16,8 +19,9 @@ import pytest
 import tiny
 
 from nas import cluster, config
-from nas.data import Part
-from nas.errors import ConfigError, ExecutorError, RunError
+from nas.data import Part, load_data
+from nas.data.cache import cache_folder
+from nas.errors import ConfigError, DataError, ExecutorError, RunError
 from nas.supernet import Supernet
 from nas.train import Checkpoints, ray_trainer, train_on_ray
 from nas.train import step as training_step
@@ -50,6 +54,33 @@ def test_the_rows_of_all_processes_make_the_batch_in_order(processes):
         assert all(len(mine[1]) == 8 // processes for mine in rows)
         np.testing.assert_array_equal(np.concatenate([mine[0] for mine in rows]), images)
         np.testing.assert_array_equal(np.concatenate([mine[1] for mine in rows]), labels)
+
+
+@pytest.mark.parametrize("name", filesets.LAZY)
+def test_of_images_in_files_every_process_reads_its_own_rows_alone(name, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    source = filesets.write(name, tmp_path, *filesets.pictures(60, 3, (5, 6, 3)))
+    part = load_data(config.Data(source, storage="files", threads=2)).train
+    whole = list(batches(part, 8, seed=1, start=1, stop=8))
+    shares, read = [], []
+    for index in range(2):
+        noted: list[list[int]] = []
+        noting = filesets.reading(part, noted.append)
+        shares.append(list(batches(noting, 8, seed=1, start=1, stop=8, process=(index, 2))))
+        read.append(sorted(noted))
+    for (images, labels), *mine in zip(whole, *shares, strict=True):
+        np.testing.assert_array_equal(np.concatenate([rows[0] for rows in mine]), images)
+        np.testing.assert_array_equal(np.concatenate([rows[1] for rows in mine]), labels)
+    assert read == [sorted(rows) for rows in records_of(part, 8, seed=1, start=1, stop=8)]
+
+
+def records_of(part, batch_size, *, start, stop, seed=0):
+    """For each of two processes, the numbers of the records that are its rows of every batch."""
+    numbered = Part(np.zeros((len(part), 1, 1, 1), np.uint8), np.arange(len(part)))
+    steps = {"seed": seed, "start": start, "stop": stop}
+    whole = [part.images.rows[i].tolist() for _, i in batches(numbered, batch_size, **steps)]
+    half = batch_size // 2
+    return [rows[:half] for rows in whole], [rows[half:] for rows in whole]
 
 
 @pytest.mark.parametrize(
@@ -169,21 +200,22 @@ def test_processes_that_draw_different_subnets_stop_at_once(tmp_path):
 
 ALONE = """
 import sys, pathlib, tiny, jax
+from nas import config
+from nas.data import load_data
 from nas.supernet import Supernet
 from nas.train import train_supernet
 from test_ray_trainer import SETTINGS
 assert jax.local_device_count() == 2
-folder = pathlib.Path(sys.argv[1])
-train_supernet(Supernet(tiny.space(folder)), tiny.data(folder), SETTINGS, seed=0, folder=folder / "out")
+folder, data = pathlib.Path(sys.argv[1]), load_data(config.Data(sys.argv[2], storage="memory"))
+train_supernet(Supernet(tiny.space(folder)), data, SETTINGS, seed=0, folder=folder / "out")
 """
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    """A folder with space and data, and the training of one process on two devices in `out`."""
-    folder = tmp_path_factory.mktemp("alone")
+def trained_alone(folder, source):
+    """`folder` with a space, and in `out` the training of one process on two devices, all images in memory."""
+    tiny.write_space(folder)
     done = subprocess.run(
-        [sys.executable, "-c", ALONE, folder], capture_output=True, text=True,
+        [sys.executable, "-c", ALONE, folder, source], capture_output=True, text=True,
         env={**ENVIRONMENT, "XLA_FLAGS": "--xla_force_host_platform_device_count=2"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
@@ -191,21 +223,47 @@ def place(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def two_cpus():
+def place(tmp_path_factory):
+    """A folder with space and data, and the training of one process on two devices in `out`."""
+    folder = tmp_path_factory.mktemp("alone")
+    return trained_alone(folder, tiny.write_data(folder))
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    """Images and labels in the order that image folders have them in, by class."""
+    with tempfile.TemporaryDirectory() as folder:
+        data = tiny.data(Path(folder))
+    parts = (data.train, data.val, data.test)
+    images, labels = (np.concatenate([getattr(p, what) for p in parts]) for what in ("images", "labels"))
+    order = np.argsort(labels, kind="stable")
+    return images[order], labels[order]
+
+
+@pytest.fixture(scope="module")
+def from_memory(tmp_path_factory, pictures):
+    """`place`, of `pictures`."""
+    folder = tmp_path_factory.mktemp("memory")
+    return trained_alone(folder, filesets.write("image_folder", folder, *pictures))
+
+
+@pytest.fixture(scope="module")
+def two_cpus(tmp_path_factory):
     """A cluster that the trainings of this module find, use and leave running."""
-    with contextlib.ExitStack() as undo:
+    with pytest.MonkeyPatch.context() as patched, contextlib.ExitStack() as undo:
+        patched.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield cluster.connect("local", undo, cpus=2)
 
 
-def train(place, out, settings=SETTINGS, *, digests=None, progress=None):
-    space, data = tiny.space(place), tiny.data(place)
+def train(place, out, settings=SETTINGS, *, data=None, digests=None, progress=None):
+    data = data or config.Data(str(place / "bars.npz"))
     train_on_ray(
-        config.Data(str(place / "bars.npz")),
+        data,
         str(place / "tiny.toml"),
         settings,
         seed=0,
         folder=out,
-        digests=digests or (space.digest, data.digest),
+        digests=digests or (tiny.space(place).digest, load_data(data).digest),
         progress=progress,
     )
 
@@ -287,6 +345,75 @@ def test_a_process_that_dies_is_an_error_and_the_same_call_goes_on(place, two_cp
     same_training(place, tmp_path / "out")
 
 
+def noting(job):
+    """What a process does, with the records that it reads for training noted in a file beside the run's folder."""
+    from nas.train import loop
+
+    def noted(part, *arguments, process, **options):
+        notes = open(Path(job["folder"]).parent / f"read_{process[0]}", "a", buffering=1)  # noqa: SIM115
+        noting = filesets.reading(part, lambda records: notes.write(f"{json.dumps(records)}\n"))
+        return plain(noting, *arguments, process=process, **options)
+
+    plain, loop.batches = loop.batches, noted
+    ray_trainer._train(job)
+
+
+def noted(folder):
+    """What the processes have noted, a list of batches for each; the notes are gone then."""
+    notes = [folder / f"read_{index}" for index in range(2)]
+    found = [sorted(map(json.loads, file.read_text().splitlines())) for file in notes]
+    for file in notes:
+        file.unlink()
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", filesets.LAZY)
+def test_two_processes_train_from_files_like_one_from_memory_and_go_on_where_they_were_killed(
+    name, from_memory, pictures, two_cpus, tmp_path, monkeypatch
+):
+    data = config.Data(filesets.write(name, tmp_path, *pictures), storage="files", threads=2)
+    loaded, out = load_data(data), tmp_path / "out"
+    part, digests = loaded.train, (tiny.space(from_memory).digest, loaded.digest)
+    shutil.rmtree(cache_folder(), ignore_errors=True)  # both processes now want to make what it has of these files
+    monkeypatch.setattr(ray_trainer, "_train", noting)
+
+    def kill_one(done, total, values):
+        for process in processes_of_training()[-1:]:
+            process.kill()
+
+    with pytest.raises(ExecutorError, match="The same command goes on from the newest"):
+        train(from_memory, out, data=data, digests=digests, progress=kill_one)
+    assert name == "image_folder" or len([p for p in cache_folder().iterdir() if p.suffix in (".arrow", ".npz")]) == 1
+    begun = records_of(part, SETTINGS.batch_size, start=0, stop=36)
+    for read, rows in zip(noted(tmp_path), begun, strict=True):
+        assert len(read) >= 10
+        assert all(records in rows for records in read)
+    position = max(int(p.name) for p in (out / "checkpoints").iterdir() if p.name.isdigit())
+    train(from_memory, out, data=data)
+    assert position >= 8
+    left = records_of(part, SETTINGS.batch_size, start=position, stop=36)
+    assert noted(tmp_path) == [sorted(rows) for rows in left]
+    same_training(from_memory, out)
+
+
+@pytest.mark.slow
+def test_an_image_that_one_process_cannot_read_ends_all_and_is_named(from_memory, pictures, two_cpus, tmp_path):
+    data = config.Data(filesets.write("image_folder", tmp_path, *pictures), storage="files", threads=1)
+    images = load_data(data).train.images
+    damaged = images.records.name(images.rows[0])
+    began = []
+
+    def damage(done, total, values):
+        if not began:
+            Path(damaged).write_bytes(b"no image")
+        began.append(time.monotonic())
+
+    with pytest.raises(DataError, match=f"{damaged}: cannot be decoded as an image"):
+        train(from_memory, tmp_path / "out", data=data, progress=damage)
+    assert time.monotonic() - began[-1] < 60
+
+
 @pytest.mark.slow
 def test_no_room_and_other_files_are_errors(place, two_cpus, tmp_path, monkeypatch):
     import msgspec
@@ -301,8 +428,9 @@ def test_no_room_and_other_files_are_errors(place, two_cpus, tmp_path, monkeypat
 
 
 DRIVER = """
-import sys, pathlib
+import signal, sys, pathlib
 from test_ray_trainer import train
+signal.signal(signal.SIGINT, signal.default_int_handler)  # it is ignored where the tests run in the background
 train(pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2]))
 """
 

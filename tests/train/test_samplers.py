@@ -69,9 +69,7 @@ def mixed(spaces):
 
 
 def make(name, space, **settings):
-    known = {c.name.rpartition("/")[2] for c in space.choices}
-    phases = tuple(p for p in ("kernel", "depth", "expand", "width") if p in known) or ("block",)
-    return sampler(config.Train(sampler=name, **{"phases": phases, **settings}), space, steps=STEPS)
+    return sampler(config.Train(sampler=name, **settings), space, steps=STEPS)
 
 
 def rng(step, seed=0):
@@ -270,6 +268,22 @@ def test_values_that_are_no_numbers_come_free_by_their_macs(spaces):
     assert blocks == [{big}, {big, small}, {big, small, "identity"}]
     assert used(space, draw, [STEPS // 2], "act") == {"relu"}  # both cost the same: the largest network keeps its own
     assert used(space, draw, [STEPS - 1], "act") == {"relu", "hard_swish"}
+
+
+@pytest.mark.parametrize(
+    ("name", "phases"),
+    [
+        ("digits_mixed", ("kernel", "depth", "expand")),
+        ("tiny", ("depth", "expand", "width")),
+        ("free", ("kernel", "expand")),
+        ("blocks", ("block", "act")),
+    ],
+)
+def test_phases_that_are_not_given_are_those_that_the_space_has(name, phases, spaces):
+    space = spaces[name]
+    mine, wanted = (make("progressive_shrinking", space, **given) for given in ({}, {"phases": phases}))
+    for step in range(STEPS):
+        np.testing.assert_array_equal(mine(step, rng(step), noise).genotypes, wanted(step, rng(step), noise).genotypes)
 
 
 @pytest.mark.parametrize(

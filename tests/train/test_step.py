@@ -110,7 +110,7 @@ def test_every_sampler_trains_with_the_programs_of_the_first(place):
     step = make_step(supernet, data, BASE, seed=0)
     state = step.init(jax.tree.map(jnp.asarray, supernet.init(0)))
     for name in SAMPLERS:
-        settings = with_(sampler=name, phases=("depth", "expand", "width"))
+        settings = with_(sampler=name)
         object.__setattr__(step, "sampler", sampler(settings, supernet.space, steps=4))
         for number in range(2):
             state, metrics = step(state, number, data.train.images[:16], data.train.labels[:16])

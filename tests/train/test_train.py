@@ -1,5 +1,6 @@
 """Losses, optimisers, augmentation, batches, and the loop: interrupted or not, the end is the same."""
 
+import dataclasses
 import json
 
 import jax
@@ -100,3 +101,30 @@ def test_a_training_that_diverges_says_so():
 
     with pytest.raises(CheckpointError, match="diverged at step 10"):
         fit(step, {}, part, steps=20, batch_size=2, seed=0)
+
+
+def overflowing(folder):
+    """Training images of which one in twelve is bright, so that the network's values are beyond float16."""
+    data = tiny.data(folder)
+    images = np.zeros_like(data.train.images[:48])
+    images[::12] = 255
+    part = Part(images, data.train.labels[:48])
+    return dataclasses.replace(data, train=part, mean=np.zeros(1, np.float32), std=np.full(1, 1e-5, np.float32))
+
+
+def test_a_step_skipped_for_its_loss_scale_is_no_divergence(tmp_path):
+    data, supernet = overflowing(tmp_path), Supernet(tiny.space(tmp_path))
+    settings = config.Train(precision="float16", batch_size=48, epochs=12.0, random_subnets=0)  # a step an epoch
+    params = train_supernet(supernet, data, settings, seed=0, folder=tmp_path / "out")
+    for name, array in supernet.init(0).items():
+        np.testing.assert_array_equal(params[name], array)
+    rows = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert [(row["step"], row["skipped"], row["gradient_norm"]) for row in rows] == [(10, 1, 0), (12, 1, 0)]
+    assert not any(name.startswith("loss_") for row in rows for name in row)
+
+
+def test_overflows_down_to_the_smallest_loss_scale_are_a_divergence(tmp_path):
+    data, supernet = overflowing(tmp_path), Supernet(tiny.space(tmp_path))
+    settings = config.Train(precision="float16", batch_size=48, epochs=40.0, random_subnets=0)
+    with pytest.raises(CheckpointError, match=r"diverged at step 20: .*'skipped': 0\.0.* compute in bfloat16"):
+        train_supernet(supernet, data, settings, seed=0)

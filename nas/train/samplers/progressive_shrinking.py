@@ -1,11 +1,12 @@
 """Progressive shrinking (Once-for-All, Cai et al. 2020, arXiv:1908.09791, sec. 3.3): first large, then ever smaller.
 
 The training has one phase for the largest network alone, and one for each option of `settings.phases`, all of one
-length (the authors give them 180, 125, 150 and 150 epochs). In its phase an option comes free from its largest value
-down, one value more in each equal part of the phase: of three values, the middle one in the first half and the smallest
-in the second, as depth and expansion do in the paper (its kernels come free all at once). Options before it in the list
-are free, options after it are held at their largest value. Options that are not in the list (the kind of block, for
-example) come free as soon as the first phase is over.
+length (the authors give them 180, 125, 150 and 150 epochs). Where they are not given, they are the paper's, as far as
+the space has them, or all options of a space that has none of them. In its phase an option comes free from its largest
+value down, one value more in each equal part of the phase: of three values, the middle one in the first half and the
+smallest in the second, as depth and expansion do in the paper (its kernels come free all at once). Options before it in
+the list are free, options after it are held at their largest value. Options that are not in the list (the kind of
+block, for example) come free as soon as the first phase is over.
 
 The paper distils from a frozen copy of the largest network as it was after its phase. Here the largest network of the
 step itself teaches, as in the sandwich rule, and so goes on training.
@@ -70,9 +71,11 @@ def _from_the_largest(space: Space, largest: Genotypes, gene: int, macs: list[ND
     return sorted(range(len(values)), key=lambda i: (size[i], i == largest[gene]), reverse=True)
 
 
-def _checked(phases: Sequence[str], space: Space) -> tuple[str, ...]:
-    """`phases`, if each is an option that `space` lets one choose."""
+def _checked(phases: Sequence[str] | None, space: Space) -> tuple[str, ...]:
+    """`phases`, if each is an option that `space` lets one choose; the space's own where None is given."""
     known = list(dict.fromkeys(map(option, space.choices)))
+    if phases is None:
+        phases = [name for name in config.PHASES if name in known] or known
     for index, name in enumerate(phases):
         rest = [p for p in dict.fromkeys(phases) if p in known] or known
         remedy = f"Set train.phases = {list(rest)}".replace("'", '"')
