@@ -6,6 +6,7 @@ sums are written as matmuls and shifted slices. Accelerators get `lax`. Each for
 `python experiments/benchmarks/kernels.py` prints run and compile times beside those of `lax`.
 """
 
+import itertools
 import operator
 from collections.abc import Sequence
 from functools import partial, reduce
@@ -21,8 +22,9 @@ from nas import memory, native
 memory.keep_freed()  # here, since whatever computes with JAX imports this first
 
 IM2COL_TAPS = 9  # up to 3x3 one matmul over gathered patches beats lax.conv (1-3x); 5x5 loses 3x and compiles 4x longer
-TOEPLITZ_AREA = 6  # pixels per tap up to which one matrix for each channel beats a sum over taps (k5 at 8x8: 4-9x)
-ONE_PASS_SIZE = 2**20  # elements of the input beyond which re-reading it for each kernel row leaves the cache
+TOEPLITZ_AREA = 1.5  # pixels per tap up to which a matrix for each channel beats a sum over taps (8x8: k7 1.1x, not k5)
+TILE = 16  # outputs; fewer than 16 uses of a slice would let XLA fuse it, with an index that keeps loops from vectors
+TILED_TAPS = 25  # from which such tiles pay in the gradient of a kernel; of 3x3 they would only compile 1.8x longer
 
 
 def on_cpu() -> bool:
@@ -306,18 +308,56 @@ def _reach(phases: list[list[tuple[int, int]]]) -> tuple[int, int]:
 
 
 def _weight_gradient(x: Array, g: Array, kh: int, kw: int, stride: int) -> Array:
-    """Sum over images and outputs of each tap of `x` times `g` [N, H', W', C]: [kh, kw, 1, C].
+    """Sum over images and outputs of each tap of `x` times `g` [N, H', W', C]: [kh, kw, 1, C]."""
+    tiled = kh * kw >= TILED_TAPS and g.shape[1] * g.shape[2] >= 2 * TILE
+    return (_tiled_tap_sums if tiled else _tap_sums)(x, g, kh, kw, stride).reshape(kh, kw, 1, -1)
 
-    XLA turns a plain sum into a library call that first writes out the product, as large as `g`; a reduction of several
-    operands it compiles into one loop that reads `g` once for all of them. The taps of a kernel row share such a loop
-    (49 sums would spill registers), or all of them where `x` is so large that reading it only once matters more.
+
+def _tiled_tap_sums(x: Array, g: Array, kh: int, kw: int, stride: int) -> Array:
+    """`_tap_sums` in tiles of about `TILE` outputs: what each of them adds, to all taps at once, is it times the window
+    of `x` that it sees.
+
+    That sum has the channels in its inner loop, where a reduction has pixels: vectors instead of scalars, 1.4-2.5 times
+    faster from 8x8 outputs on. Below, too little is summed before it is stored.
     """
-    products = [[tap * g for tap in row] for row in _taps(x, kh, kw, stride)]
-    if x.size >= ONE_PASS_SIZE:
-        partials = _sums([p for row in products for p in row], axes=(1, 2))
-    else:
-        partials = [p for row in products for p in _sums(row, axes=(2,))]
-    return jnp.stack([p.sum(tuple(range(p.ndim - 1))) for p in partials]).reshape(kh, kw, 1, -1)
+    (n, _, _, c), (_, height, width, _) = x.shape, g.shape
+    across = -(-width // TILE)
+    columns = -(-width // across)
+    rows = min(-(-TILE // columns), height)
+    down = -(-height // rows)
+    g = _extended(g, (0, 0), down * rows, across * columns)
+    top, left = same_padding(x.shape[1], kh, stride)[0], same_padding(x.shape[2], kw, stride)[0]
+    x = _extended(x, (top, left), (down * rows - 1) * stride + kh, (across * columns - 1) * stride + kw)
+    window = (n, (rows - 1) * stride + kh, (columns - 1) * stride + kw, c)
+
+    def add(tile: Array, sums: Array) -> Array:
+        row, column = lax.div(tile, across) * rows, lax.rem(tile, across) * columns
+        inputs = lax.dynamic_slice(x, (0, row * stride, column * stride, 0), window)
+        outputs = lax.dynamic_slice(g, (0, row, column, 0), (n, rows, columns, c))
+        terms = []
+        for i, j in itertools.product(range(rows), range(columns)):
+            start = (0, i * stride, j * stride, 0)
+            seen = lax.slice(inputs, start, (n, start[1] + kh, start[2] + kw, c))
+            terms.append(seen * lax.slice(outputs, (0, i, j, 0), (n, i + 1, j + 1, c)))
+        return sums + _sum(terms)
+
+    return lax.fori_loop(0, down * across, add, jnp.zeros((n, kh, kw, c), x.dtype)).sum(0)
+
+
+def _extended(x: Array, before: tuple[int, int], height: int, width: int) -> Array:
+    """`x` [N, H, W, C] with so many zeros above and to the left, then cut or filled with zeros to height and width."""
+    (top, left), zero = before, jnp.zeros((), x.dtype)
+    after = height - top - x.shape[1], width - left - x.shape[2]
+    return lax.pad(x, zero, ((0, 0, 0), (top, after[0], 0), (left, after[1], 0), (0, 0, 0)))
+
+
+def _tap_sums(x: Array, g: Array, kh: int, kw: int, stride: int) -> Array:
+    """[kh * kw * C]. XLA turns a plain sum into a library call that first writes out the product, as large as `g`; a
+    reduction of several operands it compiles into one loop that reads `g` once for all of them. The taps of a kernel
+    row share such a loop: 49 sums would spill registers. What is left is one sum, or each would be compiled.
+    """
+    partials = [p for row in _taps(x, kh, kw, stride) for p in _sums([tap * g for tap in row], axes=(2,))]
+    return jnp.concatenate(partials, axis=-1).sum((0, 1))
 
 
 def _sums(operands: Sequence[Array], axes: tuple[int, ...]) -> Sequence[Array]:

@@ -91,12 +91,34 @@ def test_depthwise_takes_any_size_kernel_and_stride(form, height, width, kernel,
     assert_same_convolution(lambda x, w: kernels.depthwise(x, w, stride), x, w, stride, channels)
 
 
-@pytest.mark.parametrize("stride", [1, 2])
-def test_depthwise_of_a_large_batch_equals_lax(stride, monkeypatch):
+@pytest.mark.parametrize(
+    ("size", "kernel", "stride", "dtype"),
+    [
+        ((8, 8), 5, 1, "float32"),  # two whole tiles of outputs
+        ((17, 9), 5, 1, "float32"),  # the last tile sticks out
+        ((7, 37), 7, 1, "float32"),  # tiles beside each other
+        ((19, 18), 5, 2, "float32"),
+        ((23, 11), 5, 3, "bfloat16"),
+        ((33, 1), 5, 1, "float32"),  # one column; most taps see only zeros
+    ],
+)
+def test_depthwise_of_tiles_equals_lax(size, kernel, stride, dtype, monkeypatch):
     monkeypatch.setattr(native, "available", lambda: False)
-    monkeypatch.setattr(kernels, "ONE_PASS_SIZE", 1)
-    x, w = draw(1, (4, 8, 7, 6), (5, 5, 1, 6))
-    assert_same_convolution(lambda x, w: kernels.depthwise(x, w, stride), x, w, stride, 6)
+    x, w = draw(1, (2, *size, 3), (kernel, kernel, 1, 3), dtype=dtype)
+    assert_same_convolution(lambda x, w: kernels.depthwise(x, w, stride), x, w, stride, 3)
+
+
+@pytest.mark.parametrize("size", [4, 9])
+def test_depthwise_has_second_derivatives(size, form):
+    x, w, dx = draw(13, (2, size, size, 2), (5, 5, 1, 2), (2, size, size, 2))
+
+    def second(convolve):
+        loss = lambda x, w: (jnp.sin(convolve(x, w)) * x).sum()  # noqa: E731
+        return jax.grad(lambda x, w: (jax.grad(loss)(x, w) * dx).sum(), (0, 1))
+
+    ours = jax.jit(second(lambda x, w: kernels.depthwise(x, w, 1)), compiler_options=QUICKLY)(x, w)
+    theirs = jax.jit(second(lambda x, w: reference(x, w, 1, 2)), compiler_options=QUICKLY)(x, w)
+    assert_all_close(ours, theirs, 1e-5)
 
 
 @pytest.mark.parametrize(
