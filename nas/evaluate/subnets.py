@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from nas.data import Dataset, Part
 from nas.evaluate.batches import calibration_batches, labelled_batches
+from nas.space import Position
 from nas.supernet import Supernet
 
 CACHE_BYTES = 2 << 30
@@ -120,8 +121,9 @@ class SubnetEvaluator:
         seen: Statistics = [self._zeros[position.name] for _, position in layers]
         share, out = np.float32(1 / len(batches)), []
         for x in batches:
-            for i, (kind, _) in enumerate(layers):
-                x, seen[i] = self._program(side, kind, "calibrate")(row[start + i], params[i], x, seen[i], share)
+            for i, (kind, position) in enumerate(layers):
+                if not _skipped(position, row[start + i]):
+                    x, seen[i] = self._program(side, kind, "calibrate")(row[start + i], params[i], x, seen[i], share)
             out.append(x)
         return out, seen
 
@@ -132,8 +134,9 @@ class SubnetEvaluator:
         layers = self._layers(side)[start : start + len(statistics)]
         params = [self._params[position.name] | s for (_, position), s in zip(layers, statistics, strict=True)]
         for x in batches:
-            for i, (kind, _) in enumerate(layers):
-                x = self._program(side, kind, "infer")(row[start + i], params[i], x)
+            for i, (kind, position) in enumerate(layers):
+                if not _skipped(position, row[start + i]):
+                    x = self._program(side, kind, "infer")(row[start + i], params[i], x)
             yield x
 
     def _fits(self, side: int, stop: int, path: list[tuple[int, _Batches]]) -> bool:
@@ -199,6 +202,11 @@ class SubnetEvaluator:
     def _zeros(self) -> dict[str, dict[str, Any]]:
         """Statistics of each position before any image."""
         return {position.name: self.supernet.statistics_of(position) for position in self.supernet.space.positions}
+
+
+def _skipped(position: Position, branch: int) -> bool:
+    """Whether a branch leaves its input as it is: no program need copy it, nor measure it."""
+    return position.branches[branch] is None and position.input == position.output
 
 
 def _partings(shared: list[int], known: int) -> list[int]:
