@@ -230,7 +230,7 @@ def test_depthwise_keeps_bfloat16_sums_in_float32():
 
 
 def test_depthwise_lets_nan_and_infinity_stay_in_their_channel(form):
-    for size in (5, 12):  # a matrix for each channel, and a sum over taps, where they stay near too
+    for size in (3, 12):  # a matrix for each channel, and a sum over taps, where they stay near too
         x, w = draw(6, (2, size, size, 3), (3, 3, 1, 3))
         out = kernels.depthwise(x.at[0, 2, 2].set(jnp.array([jnp.nan, jnp.inf, 0])), w)
         assert np.isnan(out[0, 1:4, 1:4, 0]).all()
