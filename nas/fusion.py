@@ -232,7 +232,8 @@ def _call(link: Link, *, measures: bool, room: int) -> tuple[Any, native.Affine,
 
 
 def _affine(x: Normed) -> native.Affine:
-    mean, scale, offset = (jnp.asarray(a, jnp.float32) for a in (x.mean, x.scale, x.offset))
+    channels = x.shape[-1:]
+    mean, scale, offset = (jnp.broadcast_to(jnp.asarray(a, jnp.float32), channels) for a in (x.mean, x.scale, x.offset))
     return mean, scale, offset
 
 

@@ -76,7 +76,7 @@ def depthwise(x: Array, w: Array, stride: int = 1) -> Array:
     """SAME convolution of each channel of `x` [N, H, W, C] with its own kernel, `w` [kh, kw, 1, C]: [N, H', W', C].
 
     Any kernel size, stride and image size. Sums are kept in float32 (or wider), whatever the type of `x`.
-    On CPU it differentiates in reverse mode only, any number of times.
+    On CPU it differentiates in reverse mode only, any number of times; below `shard_map` with check_vma=False.
     """
     if not on_cpu():
         return _lax_conv(x, w, stride, x.shape[-1])

@@ -83,7 +83,7 @@ def run(
         plan = fusion.Plan(plan.normed)
     left = plan.inner if len(x) >= fusion.CHAIN_IMAGES else frozenset()  # convolutions, to what comes after them
     if batch_stats:  # the moments of a 1x1 convolution do not need it
-        left = frozenset() if gradients else left & plan.expansions
+        left = frozenset() if gradients or tape is not None else left & plan.expansions
     if batch_stats or noisy is not None:
         plan = dataclasses.replace(plan, closing=frozenset(), ends=frozenset())
     else:

@@ -251,6 +251,50 @@ def test_moments_of_a_pointwise_convolution_need_no_convolution(mean, images, ro
     np.testing.assert_array_equal(*(dw for _, dw in pulls))
 
 
+@needs_library
+def test_operands_that_do_not_fit_are_an_error():
+    def ones(*shape):
+        return np.ones(shape, np.float32)
+
+    x, w, how = ones(2, 80), ones(1, 1, 5, 33), native.Fused((4, 4), 1, 0, False, 16 * 33)
+    full, short = (ones(5),) * 3, (ones(5), ones(5), ones(1))
+    wide, two = (ones(33),) * 3, ((ones(1, 1, 5, 33), ones(3, 3, 1, 33)))
+    for call in (
+        lambda: native.fused(x, w, *short, how),
+        lambda: native.pointwise_moments(x, w, *short, how),
+        lambda: native.chain(x, (full,), (w,), (ones(33), ones(33), ones(1)), None, native.Links((how,), 0)),
+        lambda: native.chain(x, (full, short), two, None, None, native.Links((how, how))),
+        lambda: native.chain(x, (short, wide), two, None, None, native.Links((how, how))),
+        lambda: native.chain(x, (full, wide), two, wide, ones(2, 3), native.Links((how, how), 0)),
+        lambda: native.chain(x, (full, wide), two, wide, ones(2, 528), native.Links((how, how), 1)),
+    ):
+        with pytest.raises(jax.errors.JaxRuntimeError, match="fit together"):
+            jax.block_until_ready(call())
+
+
+@needs_library
+def test_a_norm_of_one_value_for_all_channels():
+    net = Recorder((8, 6, 16))
+    BLOCKS["mbconv"](net, net.input, width=24, stride=1)
+    params, (x,) = parameters(net.graph(), np.random.default_rng(0)), draw(1, (20, 8, 6, 16))
+    one = params | {name: a[:1] for name, a in params.items() if name.endswith("/offset")}
+    many = params | {name: np.full_like(a, a[0]) for name, a in params.items() if name.endswith("/offset")}
+    for kind in ({"batch_stats": True}, {"batch_stats": True, "gradients": False}, {"batch_stats": False}):
+        a, b = (run_graph(net.graph(), p, x, **kind)[0] for p in (one, many))
+        np.testing.assert_array_equal(a, b)
+
+
+@needs_library
+def test_moments_of_a_first_pixel_unlike_the_others():
+    x, w = draw(0, (64, 16 * 6), (1, 1, 6, 8))
+    x = (5 + 1e-3 * np.asarray(x)).astype(np.float32)
+    x[0, :6] = 1
+    zeros = np.zeros(6, np.float32)
+    ours = native.pointwise_moments(x, w, zeros, zeros, zeros, native.Fused((4, 4), 1, None, True, 16 * 8))
+    made = x.reshape(-1, 6).astype(np.float64) @ np.asarray(w, np.float64)[0, 0]
+    np.testing.assert_allclose(ours[1], made.var(0), rtol=1e-2)
+
+
 THREADS = """
 import hashlib, sys
 sys.path.insert(0, "tests")

@@ -253,7 +253,7 @@ def chain(
     """What `fused` makes in turn, then act((y - centre) * scale + offset), then the sum with `shortcut`.
 
     Nothing between them leaves the cache of a core. Images are spread over the cores; for bottlenecks there should be
-    many. The moments [2, C'] are those of two convolutions with no `closing`, if the second is asked for them; else 0.
+    many. Moments [2, C'] are had only of two convolutions with no `closing`, where the second one `measures`; else 0.
 
     Args:
         x: [N, H * W * C], as of `fused`; without room, as are the results.
@@ -266,7 +266,7 @@ def chain(
     )
 
 
-def _in_turn(
+def _one_by_one(
     links: Links,
     x: Array,
     affines: tuple[Affine, ...],
@@ -286,7 +286,7 @@ def _in_turn(
 
 chain.defvjp(
     lambda *operands: (chain(*operands), operands[:-1]),
-    lambda links, operands, gradients: jax.vjp(partial(_in_turn, links), *operands)[1](gradients),
+    lambda links, operands, gradients: jax.vjp(partial(_one_by_one, links), *operands)[1](gradients),
 )
 
 

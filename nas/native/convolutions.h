@@ -146,7 +146,8 @@ void PullBack(const Extent& extent, const In& gradient, const In& x, const Affin
   }
 }
 
-// `made` from channel `channel` on, closed and written `at` floats into a result of pixels `pixel` floats apart.
+// `made` from channel `channel` on, closed and written `at` floats into a result of pixels `pixel` floats apart. With a
+// shortcut that is shortcut + (offset + scale * (made - centre)), which `total` computes for gradients.
 void Close(const Extent& extent, const In& made, const Closing& closing, int64_t channel, float* result, int64_t at,
            int64_t pixel) {
   const Out to{result + at, 0, pixel};
@@ -378,8 +379,12 @@ void PointwiseMoments(ffi::ThreadPool& pool, const Layer& layer, const Source& x
   const int64_t inputs = layer.inputs, outputs = layer.outputs, size = inputs * inputs;
   const int64_t pixels = layer.images * layer.in_pixels(), part_pixels = std::max<int64_t>(CeilDivide(pixels, kParts), 1);
   const int64_t parts = CeilDivide(pixels, part_pixels), tile = std::min(TilePixels(layer), kMomentPixels);
-  std::vector<float> shift(inputs), zeros(inputs), ones(inputs, 1.0f);
-  if (pixels > 0) std::copy_n(ReadRun(x, {layer.in_pixels(), inputs, x.room, 0, 1}), inputs, shift.data());
+  std::vector<float> shift(2 * inputs), zeros(inputs), ones(inputs, 1.0f);
+  if (const int64_t some = std::min(tile, pixels); some > 0) {  // by the mean of the first ones; a single one may be odd
+    const float* from = ReadRun(x, {layer.in_pixels(), inputs, x.room, 0, some});
+    Chosen().reduce({from, from, zeros.data(), zeros.data(), shift.data(), shift.data() + inputs, inputs, 0, some});
+    for (int64_t i = 0; i < inputs; ++i) shift[i] /= static_cast<float>(some);
+  }
   std::vector<double> of_parts(parts * (inputs + size));  // sums of x - shift, and of its products
   Parallel(pool, parts, [&](int64_t part) {
     double* of_part = of_parts.data() + part * (inputs + size);

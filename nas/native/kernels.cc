@@ -98,9 +98,16 @@ ffi::Error WeightGradient(ffi::ThreadPool pool, Tensor x, Tensor g, Result dw, i
   return ffi::Error::Success();
 }
 
+// Whether these are of a map of so many channels.
+bool Fit(int64_t channels, const Channels& centre, const Channels& scale, const Channels& offset) {
+  const auto size = static_cast<size_t>(channels);
+  return centre.element_count() == size && scale.element_count() == size && offset.element_count() == size;
+}
+
 // The layer that operands of these shapes are of; an error where they are of none.
-ffi::ErrorOr<Layer> LayerOf(const Values& x, const Tensor& w, const Channels& scale, int64_t y_images, int64_t y_room,
-                            int64_t height, int64_t width, int64_t stride) {
+ffi::ErrorOr<Layer> LayerOf(const Values& x, const Tensor& w, const Channels& centre, const Channels& scale,
+                            const Channels& offset, int64_t y_images, int64_t y_room, int64_t height, int64_t width,
+                            int64_t stride) {
   const auto kernel = w.dimensions(), images = x.dimensions();
   const int64_t inputs = scale.element_count(), outputs = kernel[3];
   const bool pointwise = kernel[0] * kernel[1] * stride == 1 && kernel[2] == inputs;
@@ -111,7 +118,7 @@ ffi::ErrorOr<Layer> LayerOf(const Values& x, const Tensor& w, const Channels& sc
   const Layer layer{images[0], height, width, inputs, CeilDivide(height, stride), CeilDivide(width, stride), outputs,
                     kernel[0], kernel[1], stride,
                     pointwise ? Layer::kPointwise : depthwise ? Layer::kDepthwise : Layer::kDense};
-  const bool fits = y_images == images[0] && images[1] >= layer.in_pixels() * inputs &&
+  const bool fits = Fit(inputs, centre, scale, offset) && y_images == images[0] && images[1] >= layer.in_pixels() * inputs &&
                     y_room >= layer.out_pixels() * outputs;
   if (fits) return layer;
   return ffi::Unexpected(ffi::Error::InvalidArgument("fused convolution: shapes that do not fit together"));
@@ -122,7 +129,7 @@ constexpr decltype(&DenseForward) kForward[] = {DepthwiseForward, PointwiseForwa
 ffi::Error FusedForward(ffi::ThreadPool pool, Values x, Tensor w, Channels centre, Channels scale, Channels offset,
                         ffi::Result<Values> y, ffi::Result<Sums> moments, int64_t height, int64_t width,
                         int64_t stride, int64_t activation, int64_t measures) {
-  const auto layer = LayerOf(x, w, scale, y->dimensions()[0], y->dimensions()[1], height, width, stride);
+  const auto layer = LayerOf(x, w, centre, scale, offset, y->dimensions()[0], y->dimensions()[1], height, width, stride);
   if (layer.has_error()) return layer.error();
   const Source from{x.typed_data(), x.dimensions()[1],
                     {centre.typed_data(), scale.typed_data(), offset.typed_data(), activation}};
@@ -138,7 +145,7 @@ ffi::Error FusedBackward(ffi::ThreadPool pool, Values gradient, Values y, Channe
                          Channels mean, Values x, Tensor w, Channels centre, Channels scale, Channels offset,
                          ffi::Result<Values> dx, ffi::Result<Tensor> dw, ffi::Result<Sums> sums, int64_t height,
                          int64_t width, int64_t stride, int64_t activation, int64_t measures, int64_t wanted) {
-  const auto layer = LayerOf(x, w, scale, y.dimensions()[0], y.dimensions()[1], height, width, stride);
+  const auto layer = LayerOf(x, w, centre, scale, offset, y.dimensions()[0], y.dimensions()[1], height, width, stride);
   if (layer.has_error()) return layer.error();
   const Source from{x.typed_data(), x.dimensions()[1],
                     {centre.typed_data(), scale.typed_data(), offset.typed_data(), activation}};
@@ -157,7 +164,7 @@ ffi::Error FusedBackward(ffi::ThreadPool pool, Values gradient, Values y, Channe
 ffi::Error Moments(ffi::ThreadPool pool, Values x, Tensor w, Channels centre, Channels scale, Channels offset,
                    ffi::Result<Sums> moments, int64_t height, int64_t width, int64_t activation) {
   const int64_t room = height * width * w.dimensions()[3];
-  const auto layer = LayerOf(x, w, scale, x.dimensions()[0], room, height, width, 1);
+  const auto layer = LayerOf(x, w, centre, scale, offset, x.dimensions()[0], room, height, width, 1);
   if (layer.has_error()) return layer.error();
   if (layer->kind != Layer::kPointwise) return ffi::Error::InvalidArgument("moments: not a 1x1 convolution");
   const Source from{x.typed_data(), x.dimensions()[1],
@@ -175,26 +182,30 @@ ffi::Error Chain(ffi::ThreadPool pool, Values x, Channels centre, Channels scale
                  int64_t width, int64_t stride, int64_t measures, int64_t adds, int64_t links,
                  ffi::Span<const int64_t> activations) {
   const auto images = x.dimensions(), e = kernel.dimensions(), d = depthwise.dimensions(), p = project.dimensions();
+  const ffi::Error misfit = ffi::Error::InvalidArgument("chain of convolutions: shapes that do not fit together");
+  if (stride < 1 || height < 1 || width < 1 || links < 1 || links > 3 || activations.size() != 4) return misfit;
   const int64_t pixels = CeilDivide(height, stride) * CeilDivide(width, stride), wide = e[3];
   const int64_t outputs = links == 3 ? p[3] : wide, size = pixels * outputs;
   const Closing closing{{centre_4.typed_data(), scale_4.typed_data(), offset_4.typed_data(), activations[3]},
                         adds ? shortcut.typed_data() : nullptr};
-  const bool closes = static_cast<int64_t>(centre_4.element_count()) == outputs &&
-                      (!adds || (shortcut.dimensions() == y->dimensions() && activations[3] == kNone));
-  bool fits = y->dimensions()[0] == images[0] && y->dimensions()[1] == size && (closing.nothing() ? !adds : closes) &&
-              (!measures || (links == 2 && closing.nothing() && static_cast<int64_t>(moments->element_count()) == 2 * wide));
+  const bool closes = closing.nothing() || Fit(outputs, centre_4, scale_4, offset_4);
+  const bool sums = !adds || (shortcut.dimensions() == y->dimensions() && activations[3] == kNone);
+  const bool measured = !measures || (links == 2 && closing.nothing() &&
+                                      static_cast<int64_t>(moments->element_count()) == 2 * wide);
+  if (y->dimensions()[0] != images[0] || y->dimensions()[1] != size || !closes || !sums || !measured) return misfit;
   const Affine first{centre.typed_data(), scale.typed_data(), offset.typed_data(), activations[0]};
-  if (links == 1 && fits) {
-    const auto layer = LayerOf(x, kernel, scale, images[0], size, height, width, stride);
+  if (links == 1) {
+    const auto layer = LayerOf(x, kernel, centre, scale, offset, images[0], size, height, width, stride);
     if (layer.has_error()) return layer.error();
     kForward[layer->kind](pool, *layer, {x.typed_data(), images[1], first}, kernel.typed_data(), closing,
                           y->typed_data(), size, nullptr);
     std::fill_n(moments->typed_data(), moments->element_count(), 0.0f);
     return ffi::Error::Success();
   }
-  fits = fits && e[0] * e[1] == 1 && d[2] == 1 && d[3] == wide && images[1] == height * width * e[2] &&
-         (links == 2 || (p[0] * p[1] == 1 && p[2] == wide));
-  if (!fits) return ffi::Error::InvalidArgument("chain of convolutions: shapes that do not fit together");
+  const bool expands = e[0] * e[1] == 1 && images[1] == height * width * e[2] && Fit(e[2], centre, scale, offset);
+  const bool deepens = d[2] == 1 && d[3] == wide && Fit(wide, centre_2, scale_2, offset_2);
+  const bool projects = links == 2 || (p[0] * p[1] == 1 && p[2] == wide && Fit(wide, centre_3, scale_3, offset_3));
+  if (!expands || !deepens || !projects) return misfit;
   const Bottleneck bottleneck{
       {images[0], height, width, e[2], height, width, wide, 1, 1, 1, Layer::kPointwise},
       {images[0], height, width, wide, CeilDivide(height, stride), CeilDivide(width, stride), wide, d[0], d[1], stride,
