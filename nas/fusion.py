@@ -174,8 +174,16 @@ def plan(graph: Graph) -> Plan:
         known = isinstance(op, Act) and op.function in native.ACTIVATIONS
         free = isinstance(op, Add) and after not in ends  # not taken along by the other term
         ends.add(after if known or free else norm)
-    sets = fused, lazy, inner | expansions, expansions, last, closing | ends, ends
-    return Plan(normed, *map(frozenset, sets))
+    return Plan(
+        normed=normed,
+        fused=frozenset(fused),
+        lazy=frozenset(lazy),
+        inner=frozenset(inner | expansions),
+        expansions=frozenset(expansions),
+        last=frozenset(last),
+        closing=frozenset(closing | ends),
+        ends=frozenset(ends),
+    )
 
 
 def conv(x: Any, kernel: Any, op: Conv, *, fused: bool, measures: bool = True, tape: Tape | None = None) -> Convolved:

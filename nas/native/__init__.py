@@ -277,10 +277,9 @@ def _one_by_one(
     moments = jnp.zeros((2, 0), jnp.float32)
     for affine, kernel, how in zip(affines, kernels, links.hows, strict=True):
         x, moments = _pair(x, kernel, *affine, how)
-    if closing is not None:  # by a 1x1 convolution that changes nothing
-        channels = len(closing[0])
+    if closing is not None:  # before a depthwise convolution that changes nothing
         how = Fused(links.hows[-1].out_size, 1, links.activation, False, x.shape[1])
-        x, _ = _pair(x, jnp.eye(channels, dtype=jnp.float32)[None, None], *closing, how)
+        x, _ = _pair(x, jnp.ones((1, 1, 1, len(closing[0])), jnp.float32), *closing, how)
     return x if shortcut is None else x + shortcut, moments
 
 

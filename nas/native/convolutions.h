@@ -613,7 +613,9 @@ struct Bottleneck {
         const Extent extent{1, out_pixels, wide};
         const In made{out, 0, kLanes, out_pixels * kLanes};
         if (read == nullptr) {
-          for (int64_t c = 0; shift != nullptr && image == begin && c < wide; ++c) shift[c] = out[Lane(c, made.block)];
+          if (shift != nullptr && image == begin) {
+            for (int64_t c = 0; c < wide; ++c) shift[c] = out[Lane(c, made.block)];
+          }
           const int64_t at = image * out_pixels * wide;
           if (!closing.nothing()) Close(extent, made, closing, 0, y, at, wide);
           else Chosen().finish({extent, made, shift, {y + at, 0, wide}, sums});

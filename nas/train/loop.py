@@ -122,9 +122,9 @@ def fit(
 
 def _longest(waiting: float) -> float:
     """The largest of what all processes call this with."""
-    return (
-        waiting if jax.process_count() == 1 else float(np.max(multihost_utils.process_allgather(np.float32(waiting))))
-    )
+    if jax.process_count() == 1:
+        return waiting
+    return float(np.max(multihost_utils.process_allgather(np.float32(waiting))))
 
 
 def _diverged(step: int, values: dict[str, float]) -> CheckpointError:
