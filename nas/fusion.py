@@ -23,6 +23,7 @@ from nas.ops import Act, Activation, Add, Conv, Graph, Norm, Shape
 # Bottlenecks are taken together where there are images for all cores, and where one fits into a core's cache.
 CHAIN_IMAGES = 16
 CHAIN_VALUES = 2**17  # that the first convolution makes of an image
+WIDENING = 2  # times its inputs, at least, a 1x1 convolution makes for its moments to be had from their covariance
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +39,8 @@ class Plan:
     last: frozenset[int] = frozenset()  # those that do, as nothing fused comes after
     closing: frozenset[int] = frozenset()  # the norms, activations and sums that they take along
     ends: frozenset[int] = frozenset()  # the last op of each such group
+    widenings: frozenset[int] = frozenset()  # those that make many channels: moments are cheaper had without them
+    widened: frozenset[int] = frozenset()  # what closes those
 
 
 @dataclasses.dataclass
@@ -122,10 +125,15 @@ def plan(graph: Graph) -> Plan:
     convs = {index: op for index, op in enumerate(graph.ops) if isinstance(op, Conv)}
     normed = tuple(index for index, op in convs.items() if not op.bias and reads(reader(index), Norm))
 
-    def fusible(op: Conv) -> bool:
-        return op.groups == 1 or op.groups == graph.shape_of(op.inputs[0])[-1] == op.shape[-1]
+    def channels_of(index: int) -> int:
+        """That convolution `index` reads."""
+        return graph.shape_of(convs[index].inputs[0])[-1]
 
-    fused = {index: convs[index] for index in normed if fusible(convs[index])}
+    def fusible(index: int) -> bool:
+        op = convs[index]
+        return op.groups == 1 or op.groups == channels_of(index) == op.shape[-1]
+
+    fused = {index: convs[index] for index in normed if fusible(index)}
     lazy: set[int] = set()
     for index, op in enumerate(graph.ops):
         after = reader(index)
@@ -165,15 +173,21 @@ def plan(graph: Graph) -> Plan:
             taken.add(third)
 
     last = {index for index in fused if reader(index) not in lazy}
+    widenings = {
+        index for index in last if pointwise(index) and WIDENING * channels_of(index) <= fused[index].shape[-1]
+    }
     closing = {reader(index) for index in last}
     ends: set[int] = set()
+    widened: set[int] = set()
     for index in sorted(last):
         norm = reader(index)
         after = reader(norm)
         op = graph.ops[after] if after >= 0 else None
         known = isinstance(op, Act) and op.function in native.ACTIVATIONS
         free = isinstance(op, Add) and after not in ends  # not taken along by the other term
-        ends.add(after if known or free else norm)
+        ends.add(end := after if known or free else norm)
+        if index in widenings:
+            widened |= {norm, end}
     return Plan(
         normed=normed,
         fused=frozenset(fused),
@@ -183,6 +197,8 @@ def plan(graph: Graph) -> Plan:
         last=frozenset(last),
         closing=frozenset(closing | ends),
         ends=frozenset(ends),
+        widenings=frozenset(widenings),
+        widened=frozenset(widened),
     )
 
 

@@ -82,12 +82,15 @@ def run(
     if norm_images is not None or len(x) == 0 or not kernels.fuses(x, *kernels_of):
         plan = fusion.Plan(plan.normed)
     left = plan.inner if len(x) >= fusion.CHAIN_IMAGES else frozenset()  # convolutions, to what comes after them
-    if batch_stats:  # the moments of a 1x1 convolution do not need it
-        left = frozenset() if gradients or tape is not None else left & plan.expansions
-    if batch_stats or noisy is not None:
-        plan = dataclasses.replace(plan, closing=frozenset(), ends=frozenset())
-    else:
-        left |= plan.last
+    if not batch_stats:
+        left, closing = left | plan.last, plan.closing
+    elif gradients or tape is not None:
+        left, closing = frozenset(), frozenset()
+    else:  # the moments of a 1x1 convolution do not need it
+        left, closing = (left & plan.expansions) | plan.widenings, plan.widened
+    if noisy is not None:
+        left, closing = left - plan.last, frozenset()
+    ends = plan.ends & closing
     convolved = plan.fused if tape is None else plan.normed
     values: list[Any] = [x]
     moments: dict[str, Array] = {}
@@ -97,10 +100,10 @@ def run(
         if noisy is not None:
             inputs = _dropped(op, inputs, noisy, index)
         if isinstance(op, Norm):
-            lazy = index in plan.lazy or index in plan.closing
+            lazy = index in plan.lazy or index in closing
             y, seen = _norm(op, params, inputs[0], batch_stats, norm_images, lazy=lazy)
             moments |= seen
-        elif isinstance(op, Act) and (index in plan.lazy or index in plan.closing):
+        elif isinstance(op, Act) and (index in plan.lazy or index in closing):
             y = dataclasses.replace(inputs[0], activation=op.function)
         elif isinstance(op, Conv) and index in convolved:
             kernel, fused = params[f"{op.name}/kernel"], index in plan.fused
@@ -108,11 +111,11 @@ def run(
                 y = fusion.link(inputs[0], kernel, op, measures=batch_stats)
             else:
                 y = fusion.conv(inputs[0], kernel, op, fused=fused, measures=batch_stats, tape=tape)
-        elif isinstance(op, Add) and index in plan.closing:
+        elif isinstance(op, Add) and index in closing:
             y, shortcut = inputs if isinstance(inputs[0], fusion.Normed) else reversed(inputs)
         else:
             y = compute(op, params, inputs)
-        if index in plan.ends and isinstance(y, fusion.Normed):
+        if index in ends and isinstance(y, fusion.Normed):
             y = fusion.close(y, shortcut)
             shortcut = None
         values.append(y)

@@ -11,8 +11,10 @@ their inputs are the same whether a subnet is scored alone or among others, so s
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterator, Mapping
-from typing import Any
+import os
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +28,9 @@ from nas.space import Position
 from nas.supernet import Supernet
 
 CACHE_BYTES = 2 << 30
+CONCURRENT = 8  # batches at most: each needs the memory of its activations
+
+T = TypeVar("T")
 
 Statistics = list[dict[str, Array]]  # of each layer, by name below it, in the stored shapes
 
@@ -104,7 +109,7 @@ class SubnetEvaluator:
                 calibration, statistics = self._calibrate(side, row, start, stop, batches.calibration)
                 validation = self._infer(side, row, start, statistics, batches.validation)
                 if stop < depth:
-                    path.append((stop, _Batches(calibration, list(validation))))
+                    path.append((stop, _Batches(calibration, validation)))
                 else:
                     hits = [_hits(y, labels) for y, labels in zip(validation, self._labels(side), strict=True)]
                     correct[index] = sum(int(h) for h in hits)
@@ -115,29 +120,41 @@ class SubnetEvaluator:
         self, side: int, row: NDArray[np.int32], start: int, stop: int, batches: list[Array]
     ) -> tuple[list[Array], Statistics]:
         """What layers `start` to `stop` make of calibration batches, each normalised by its own moments, and the mean
-        of these moments over batches."""
+        of these moments over batches. The last layer of all makes nothing but moments."""
         layers = self._layers(side)[start:stop]
         params = [self._params[position.name] for _, position in layers]
-        seen: Statistics = [self._zeros[position.name] for _, position in layers]
-        share, out = np.float32(1 / len(batches)), []
-        for x in batches:
-            for i, (kind, position) in enumerate(layers):
-                if not _skipped(position, row[start + i]):
-                    x, seen[i] = self._program(side, kind, "calibrate")(row[start + i], params[i], x, seen[i], share)
-            out.append(x)
-        return out, seen
+        present = [i for i, (_, position) in enumerate(layers) if not _skipped(position, row[start + i])]
+
+        def through(x: Array) -> tuple[Array, list[Any]]:
+            seen = []
+            for i in present:
+                last = start + i + 1 == len(row)
+                mode = "measure" if last else "calibrate"
+                made = self._program(side, layers[i][0], mode)(row[start + i], params[i], x)
+                x, statistics = (x, made) if last else made
+                seen.append(statistics)
+            return x, seen
+
+        out, seen = zip(*_each(through, batches), strict=True)
+        means: Statistics = [self._zeros[position.name] for _, position in layers]
+        for i, of_batches in zip(present, zip(*seen, strict=True), strict=True):
+            means[i] = _mean(of_batches)
+        return list(out), means
 
     def _infer(
         self, side: int, row: NDArray[np.int32], start: int, statistics: Statistics, batches: list[Array]
-    ) -> Iterator[Array]:
+    ) -> list[Array]:
         """What the layers from `start` on, as many as there are statistics, make of each validation batch."""
         layers = self._layers(side)[start : start + len(statistics)]
         params = [self._params[position.name] | s for (_, position), s in zip(layers, statistics, strict=True)]
-        for x in batches:
+
+        def through(x: Array) -> Array:
             for i, (kind, position) in enumerate(layers):
                 if not _skipped(position, row[start + i]):
                     x = self._program(side, kind, "infer")(row[start + i], params[i], x)
-            yield x
+            return x
+
+        return _each(through, batches)
 
     def _fits(self, side: int, stop: int, path: list[tuple[int, _Batches]]) -> bool:
         """Whether what comes of all images after `stop` layers may be kept beside what is."""
@@ -148,18 +165,14 @@ class SubnetEvaluator:
 
     # made once
 
-    def _program(self, side: int, kind: int, mode: Any) -> Any:
+    def _program(self, side: int, kind: int, mode: str) -> Any:
+        """Mode "calibrate" makes (y, statistics), "measure" statistics, "infer" y."""
         if (side, kind, mode) not in self._programs:
-            layer = self.supernet.layer(side, kind, mode)
-
-            def calibrate(branch: Array, params: Any, x: Array, seen: Any, share: Array) -> tuple[Array, Any]:
-                y, statistics = layer(branch, params, x)
-                return y, jax.tree.map(lambda total, a: total + share * a, seen, statistics)
-
-            def infer(branch: Array, params: Any, x: Array) -> Array:
-                return layer(branch, params, x)[0]
-
-            self._programs[side, kind, mode] = jax.jit(calibrate if mode == "calibrate" else infer)
+            layer = self.supernet.layer(side, kind, "infer" if mode == "infer" else "calibrate")
+            part = {"calibrate": lambda made: made, "measure": lambda made: made[1], "infer": lambda made: made[0]}[
+                mode
+            ]
+            self._programs[side, kind, mode] = jax.jit(lambda *args: part(layer(*args)))
         return self._programs[side, kind, mode]
 
     def _layers(self, side: int) -> list[Any]:
@@ -222,6 +235,28 @@ def _partings(shared: list[int], known: int) -> list[int]:
             break
         depths.add(nearest)
     return sorted(depths)
+
+
+def _each(work: Callable[[Array], T], batches: list[Array]) -> list[T]:
+    """`work` of every batch, in their order.
+
+    On CPU a few at a time: an op seldom has work for all cores from its beginning to its end, and a program, which runs
+    in the thread that calls it, cannot run while Python looks for the next one.
+    """
+    threads = min(len(batches), _cores(), CONCURRENT) if jax.default_backend() == "cpu" else 1
+    if threads == 1:
+        return [work(x) for x in batches]
+    with ThreadPoolExecutor(threads) as pool:
+        return list(pool.map(work, batches))
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@jax.jit
+def _mean(each: tuple[dict[str, Array], ...]) -> dict[str, Array]:
+    return jax.tree.map(lambda *values: sum(values) / len(values), *each)
 
 
 @jax.jit

@@ -13,6 +13,64 @@ namespace {
 
 constexpr int64_t kLanes = 16;  // channels that a depthwise convolution computes together: a line of cache
 
+// Where channel c of a pixel lies: a block may be anywhere.
+INLINE int64_t Lane(int64_t c, int64_t block) { return c / kLanes * block + c % kLanes; }
+
+// A norm and an activation: act((x - centre) * scale + offset).
+struct Affine {
+  const float *centre, *scale, *offset;
+  int64_t activation;  // < 0: x as it is
+
+  bool identity() const { return activation < 0; }
+  Affine From(int64_t channel) const {
+    return identity() ? *this : Affine{centre + channel, scale + channel, offset + channel, activation};
+  }
+};
+
+// What is done to results before they are written: either nothing; or their moments are taken, which is to add the sums
+// of x - shift and of its square to `sums` and `squares`; or a norm and an activation; or a norm and a sum with a shortcut.
+struct Ending {
+  Affine affine{nullptr, nullptr, nullptr, -1};
+  const float* shortcut = nullptr;  // laid out as the result
+  const float* shift = nullptr;
+  float *sums = nullptr, *squares = nullptr;
+
+  bool identity() const { return affine.identity() && sums == nullptr; }
+
+  // From a channel on; its shortcut `at` floats on.
+  Ending From(int64_t channel, int64_t at = 0) const {
+    const auto on = [](auto* start, int64_t by) { return start == nullptr ? nullptr : start + by; };
+    return {affine.From(channel), on(shortcut, at), on(shift, channel), on(sums, channel), on(squares, channel)};
+  }
+
+  // Which of the functions it is: an activation after a norm, or one of these.
+  enum : int64_t { kNothing = -1, kMoments = -2, kSum = -3 };
+  int64_t how() const { return sums != nullptr ? kMoments : shortcut != nullptr ? kSum : affine.activation; }
+
+  // For R values of N channels from `channel` on, in place; `added(row)` is where their shortcuts lie.
+  template <int How, int N, int R, typename Added>
+  INLINE void Apply(int64_t channel, Vector<N> (&values)[R], const Added& added) const {
+    if constexpr (How == kMoments) {
+      const Vector<N> from = Load<N>(shift + channel);
+      Vector<N> sum{}, square{};
+      UNROLL for (int r = 0; r < R; ++r) {
+        const Vector<N> away = values[r] - from;
+        sum += away, square += away * away;
+      }
+      Store<N>(sums + channel, Load<N>(sums + channel) + sum);
+      Store<N>(squares + channel, Load<N>(squares + channel) + square);
+    } else if constexpr (How != kNothing) {
+      const Vector<N> centre = Load<N>(affine.centre + channel), scale = Load<N>(affine.scale + channel);
+      const Vector<N> offset = Load<N>(affine.offset + channel);
+      UNROLL for (int r = 0; r < R; ++r) {
+        const Vector<N> normed = (values[r] - centre) * scale + offset;
+        if constexpr (How == kSum) values[r] = Load<N>(added(r)) + normed;
+        else values[r] = Activate<How, N>(normed);
+      }
+    }
+  }
+};
+
 // A depthwise convolution of kLanes channels of one image.
 struct Strip {
   const Axis& rows;
@@ -20,37 +78,39 @@ struct Strip {
   const float* in;      // [rows.inputs, columns.width, kLanes], zeros around each row
   const float* kernel;  // [kh, kw, kLanes]
   int64_t kernel_width;
-  float* out;  // [rows.size(), out_width, kLanes]
-  int64_t out_width;
+  float* out;  // [rows.size(), out_width, kLanes], pixels `out_pixel` apart
+  int64_t out_width, out_pixel = kLanes;
+  Ending ending{};  // without a shortcut
+  int64_t begin = 0, end = rows.size();  // of output rows
 
-  template <int N>
+  template <int How, int N>
   INLINE void All() const {
-    for (int64_t y = 0; y < rows.size(); ++y) {
+    for (int64_t y = begin; y < end; ++y) {
       for (const Phase& phase : columns.phases) {
-        if (phase.stride == 1 && phase.taps == 3) Row<N, 1, 3>(phase, y);
-        else if (phase.stride == 1 && phase.taps == 5) Row<N, 1, 5>(phase, y);
-        else if (phase.stride == 1 && phase.taps == 7) Row<N, 1, 7>(phase, y);
-        else if (phase.stride == 2 && phase.taps == 3) Row<N, 2, 3>(phase, y);
-        else if (phase.stride == 2 && phase.taps == 5) Row<N, 2, 5>(phase, y);
-        else if (phase.stride == 2 && phase.taps == 7) Row<N, 2, 7>(phase, y);
-        else Row<N, 0, 0>(phase, y);
+        if (phase.stride == 1 && phase.taps == 3) Row<How, N, 1, 3>(phase, y);
+        else if (phase.stride == 1 && phase.taps == 5) Row<How, N, 1, 5>(phase, y);
+        else if (phase.stride == 1 && phase.taps == 7) Row<How, N, 1, 7>(phase, y);
+        else if (phase.stride == 2 && phase.taps == 3) Row<How, N, 2, 3>(phase, y);
+        else if (phase.stride == 2 && phase.taps == 5) Row<How, N, 2, 5>(phase, y);
+        else if (phase.stride == 2 && phase.taps == 7) Row<How, N, 2, 7>(phase, y);
+        else Row<How, N, 0, 0>(phase, y);
       }
     }
   }
 
   // Of stride S and K taps; 0: any.
-  template <int N, int S, int K>
+  template <int How, int N, int S, int K>
   INLINE void Row(const Phase& phase, int64_t y) const {
     constexpr int X = N == 16 && S != 2 ? 8 : 4;  // what they meet lives in registers, with their sums
     int64_t n = 0;
-    for (; n + X <= phase.count; n += X) Outputs<N, S, K, X>(phase, y, n);
+    for (; n + X <= phase.count; n += X) Outputs<How, N, S, K, X>(phase, y, n);
     if constexpr (X > 4) {
-      if (n + 4 <= phase.count) Outputs<N, S, K, 4>(phase, y, n), n += 4;
+      if (n + 4 <= phase.count) Outputs<How, N, S, K, 4>(phase, y, n), n += 4;
     }
-    for (; n < phase.count; ++n) Outputs<N, S, K, 1>(phase, y, n);
+    for (; n < phase.count; ++n) Outputs<How, N, S, K, 1>(phase, y, n);
   }
 
-  template <int N, int S, int K, int X>
+  template <int How, int N, int S, int K, int X>
   INLINE void Outputs(const Phase& phase, int64_t y, int64_t n) const {
     const Reach down = rows.outputs[y];
     for (int64_t lane = 0; lane < kLanes; lane += N) {
@@ -68,8 +128,9 @@ struct Strip {
           }
         }
       }
-      float* to = out + (y * out_width + phase.first + n * phase.step) * kLanes + lane;
-      UNROLL for (int x = 0; x < X; ++x) Store<N>(to + x * phase.step * kLanes, sums[x]);
+      ending.Apply<How, N>(lane, sums, [](int) -> const float* { return nullptr; });
+      float* to = out + (y * out_width + phase.first + n * phase.step) * out_pixel + lane;
+      UNROLL for (int x = 0; x < X; ++x) Store<N>(to + x * phase.step * out_pixel, sums[x]);
     }
   }
 
@@ -201,9 +262,6 @@ INLINE void ForLanes(int64_t channels, const At& at) {
   for (; c < channels; ++c) at(std::integral_constant<int, 1>(), c);
 }
 
-// Where channel c of a pixel lies: a block may be anywhere.
-INLINE int64_t Lane(int64_t c, int64_t block) { return c / kLanes * block + c % kLanes; }
-
 // The tasks below go through memory pixel by pixel, in its order, and keep what belongs to a channel in the first cache:
 // channel by channel, every access would wait for memory (measured: 2 times slower).
 
@@ -282,37 +340,21 @@ struct Total {
   }
 };
 
-// Adds, for each channel of `from`, the sums of x - shift and of its square to `sums` [2, channels], unless that is null;
-// and copies to `to`, unless it is there.
-struct Epilogue {
+// Values `from`, to `to`.
+struct Copy {
   Extent extent;
   In from;
-  const float* shift;
   Out to;
-  float* sums;
 
   template <int N>
   INLINE void All() const {
-    if (sums == nullptr) return Values<N, true, false>();
-    return from.data == to.data ? Values<N, false, true>() : Values<N, true, true>();
-  }
-
-  template <int N, bool Copies, bool Sums>
-  INLINE void Values() const {
-    float* squares = sums + extent.channels;
     for (int64_t row = 0; row < extent.rows; ++row) {
       for (int64_t pixel = 0; pixel < extent.pixels; ++pixel) {
         const float* in = from.At(row, pixel);
         float* out = to.At(row, pixel);
         ForLanes<N>(extent.channels, [&](auto lanes, int64_t c) INLINE_LAMBDA {
           constexpr int M = lanes.value;
-          const Vector<M> value = Load<M>(in + Lane(c, from.block));
-          if constexpr (Sums) {
-            const Vector<M> d = value - Load<M>(shift + c);
-            Store<M>(sums + c, Load<M>(sums + c) + d);
-            Store<M>(squares + c, Load<M>(squares + c) + d * d);
-          }
-          if constexpr (Copies) Store<M>(out + Lane(c, to.block), value);
+          Store<M>(out + Lane(c, to.block), Load<M>(in + Lane(c, from.block)));
         });
       }
     }
@@ -320,7 +362,8 @@ struct Epilogue {
 };
 
 // c [rows, columns] = (or +=) a [rows, depth] b [depth, columns]. Rows of a are `a_row` apart, its columns `a_column`,
-// rows of c `c_row`; b is dense. Each value is summed in the order of depth.
+// rows of c `c_row`; b is dense. Each value is summed in the order of depth. With a norm, row r of c may also lie at
+// `places[r]`, and each kLanes of its columns `c_block` apart.
 struct Product {
   const float* a;
   int64_t a_row, a_column;
@@ -328,16 +371,19 @@ struct Product {
   float* c;
   int64_t c_row, rows, columns, depth;
   bool adds;
+  Ending ending{};
+  const int64_t* places = nullptr;
+  int64_t c_block = kLanes;
 
-  template <int N, int B, int R>
+  template <int How, int N, int B, int R>
   INLINE void Tile(int64_t row, int64_t column) const {
-    Vector<N> sums[R][B];
+    Vector<N> sums[B][R];
     float* to = c + row * c_row + column;
     const float* left = a + row * a_row;
     UNROLL for (int r = 0; r < R; ++r) {
       UNROLL for (int j = 0; j < B; ++j) {
-        if (adds) sums[r][j] = Load<N>(to + r * c_row + j * N);
-        else sums[r][j] = Vector<N>{};
+        if (adds) sums[j][r] = Load<N>(to + r * c_row + j * N);
+        else sums[j][r] = Vector<N>{};
       }
     }
     const float* right = b + column;
@@ -346,38 +392,48 @@ struct Product {
       UNROLL for (int j = 0; j < B; ++j) w[j] = Load<N>(right + j * N);
       UNROLL for (int r = 0; r < R; ++r) {
         const float x = left[r * a_row];
-        UNROLL for (int j = 0; j < B; ++j) sums[r][j] += w[j] * x;
+        UNROLL for (int j = 0; j < B; ++j) sums[j][r] += w[j] * x;
       }
     }
+    UNROLL for (int j = 0; j < B; ++j) {
+      const float* added = ending.shortcut + row * c_row + column + j * N;
+      ending.Apply<How, N>(column + j * N, sums[j], [&](int r) INLINE_LAMBDA { return added + r * c_row; });
+    }
+    if (How >= 0 && places != nullptr) {
+      UNROLL for (int r = 0; r < R; ++r) {
+        UNROLL for (int j = 0; j < B; ++j) Store<N>(c + places[row + r] + Lane(column + j * N, c_block), sums[j][r]);
+      }
+      return;
+    }
     UNROLL for (int r = 0; r < R; ++r) {
-      UNROLL for (int j = 0; j < B; ++j) Store<N>(to + r * c_row + j * N, sums[r][j]);
+      UNROLL for (int j = 0; j < B; ++j) Store<N>(to + r * c_row + j * N, sums[j][r]);
     }
   }
 
-  template <int N, int B, int R>
+  template <int How, int N, int B, int R>
   INLINE void Rows(int64_t column) const {
     int64_t row = 0;
-    for (; row + R <= rows; row += R) Tile<N, B, R>(row, column);
-    for (; row + 2 <= rows; row += 2) Tile<N, B, 2>(row, column);
-    for (; row < rows; ++row) Tile<N, B, 1>(row, column);
+    for (; row + R <= rows; row += R) Tile<How, N, B, R>(row, column);
+    for (; row + 2 <= rows; row += 2) Tile<How, N, B, 2>(row, column);
+    for (; row < rows; ++row) Tile<How, N, B, 1>(row, column);
   }
 
   // B * R sums live in registers, with what they are made of.
-  template <int N, int B, int R>
+  template <int How, int N, int B, int R>
   INLINE void All() const {
     int64_t column = 0;
-    for (; column + B * N <= columns; column += B * N) Rows<N, B, R>(column);
+    for (; column + B * N <= columns; column += B * N) Rows<How, N, B, R>(column);
     if constexpr (B > 2) {
-      if (column + 2 * N <= columns) Rows<N, 2, R>(column), column += 2 * N;
+      if (column + 2 * N <= columns) Rows<How, N, 2, R>(column), column += 2 * N;
     }
-    for (; column + N <= columns; column += N) Rows<N, 1, R>(column);
+    for (; column + N <= columns; column += N) Rows<How, N, 1, R>(column);
     if constexpr (N > 8) {
-      if (column + 8 <= columns) Rows<8, 1, R>(column), column += 8;
+      if (column + 8 <= columns) Rows<How, 8, 1, R>(column), column += 8;
     }
     if constexpr (N > 4) {
-      if (column + 4 <= columns) Rows<4, 1, R>(column), column += 4;
+      if (column + 4 <= columns) Rows<How, 4, 1, R>(column), column += 4;
     }
-    for (; column < columns; ++column) Rows<1, 1, R>(column);
+    for (; column < columns; ++column) Rows<How, 1, 1, R>(column);
   }
 };
 

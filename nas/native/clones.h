@@ -20,13 +20,13 @@ struct Clone {
   void (*enter)(const Prologue&);
   void (*leave)(const Pullback&);
   void (*total)(const Total&);
-  void (*finish)(const Epilogue&);
+  void (*copy)(const Copy&);
   void (*multiply)(const Product&);
 };
 
-// Calls the function for the activation of `task`.
-#define PICK(function, task)                               \
-  switch ((task).activation) {                             \
+// Calls the function for one of the activations.
+#define PICK(function, task, activation)                   \
+  switch (activation) {                                    \
     case kRelu: return function<kRelu>(task);              \
     case kRelu6: return function<kRelu6>(task);            \
     case kHardSwish: return function<kHardSwish>(task);    \
@@ -34,9 +34,22 @@ struct Clone {
     default: return function<kNone>(task);                 \
   }
 
+// Or for what else an ending does.
+#define PICK_ENDING(function, task)                                         \
+  switch (const int64_t how = (task).ending.how()) {                        \
+    case Ending::kNothing: return function<Ending::kNothing>(task);         \
+    case Ending::kMoments: return function<Ending::kMoments>(task);         \
+    case Ending::kSum: return function<Ending::kSum>(task);                 \
+    default: PICK(function, task, how)                                      \
+  }
+
 #define CLONE(name, runs_here, attribute, lanes, vectors, rows)                                               \
   attribute void name##Reduce(const Pixels& task) { ForChannels<lanes, vectors>(task, 0, task.channels); }    \
-  attribute void name##Convolve(const Strip& task) { task.All<lanes>(); }                                     \
+  template <int How>                                                                                          \
+  attribute void name##ConvolveAs(const Strip& task) {                                                        \
+    task.All<How, lanes>();                                                                                   \
+  }                                                                                                           \
+  void name##Convolve(const Strip& task) { PICK_ENDING(name##ConvolveAs, task); }                             \
   attribute void name##Sum(const Taps& task) { task.All<lanes>(); }                                           \
   template <int A>                                                                                            \
   attribute void name##EnterAs(const Prologue& task) {                                                        \
@@ -46,16 +59,20 @@ struct Clone {
   attribute void name##LeaveAs(const Pullback& task) {                                                        \
     task.All<lanes, A>();                                                                                     \
   }                                                                                                           \
-  void name##Enter(const Prologue& task) { PICK(name##EnterAs, task); }                                       \
-  void name##Leave(const Pullback& task) { PICK(name##LeaveAs, task); }                                       \
+  void name##Enter(const Prologue& task) { PICK(name##EnterAs, task, task.activation); }                      \
+  void name##Leave(const Pullback& task) { PICK(name##LeaveAs, task, task.activation); }                      \
   attribute void name##Total(const Total& task) { task.All<lanes>(); }                                        \
-  attribute void name##Finish(const Epilogue& task) { task.All<lanes>(); }                                    \
-  attribute void name##Multiply(const Product& task) { task.All<lanes, vectors, rows>(); }                    \
+  attribute void name##Duplicate(const Copy& task) { task.All<lanes>(); }                                     \
+  template <int How>                                                                                          \
+  attribute void name##MultiplyAs(const Product& task) {                                                      \
+    task.All<How, lanes, vectors, rows>();                                                                    \
+  }                                                                                                           \
+  void name##Multiply(const Product& task) { PICK_ENDING(name##MultiplyAs, task); }                           \
   constexpr Clone name{#name,        [] { return static_cast<bool>(runs_here); },                             \
                        name##Reduce, name##Convolve,                                                          \
                        name##Sum,    name##Enter,                                                             \
                        name##Leave,  name##Total,                                                             \
-                       name##Finish, name##Multiply}
+                       name##Duplicate, name##Multiply}
 
 CLONE(baseline, true, , 4, 2, 4);
 #if defined(__x86_64__)

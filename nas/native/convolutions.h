@@ -41,26 +41,11 @@ struct Layer {
   int64_t taps() const { return kernel_height * kernel_width; }
 };
 
-struct Affine {
-  const float *centre, *scale, *offset;
-  int64_t activation;  // < 0: what is read is read as it is
-
-  bool identity() const { return activation < 0; }
-};
-
 // What a convolution reads: images `room` apart.
 struct Source {
   const float* data;
   int64_t room;
   Affine affine;
-};
-
-// What is done to a result before it is written: a norm and an activation, then a sum with a shortcut of the same shape.
-struct Closing {
-  Affine affine{nullptr, nullptr, nullptr, -1};
-  const float* shortcut = nullptr;  // null: none; there is no activation before a sum
-
-  bool nothing() const { return affine.identity(); }
 };
 
 // Gradients. In are those of y and of its moments: constant + slope * (y - mean), unless `constant` is null. Out are
@@ -72,13 +57,22 @@ struct Gradients {
   float *dx, *weights, *sums;
 };
 
-// Mean of each channel, and the sum of squared differences from it, to `to` and `to` + stride; from `sums` [2, channels]
-// of differences from `shift` and of their squares, over `count` pixels.
-void Centre(const float* shift, const float* sums, int64_t count, int64_t channels, float* to, int64_t stride) {
+// The ending that takes moments of `channels`, with scratch memory `which`; the caller writes what is a good guess of the
+// mean to `shift`, say the first pixel.
+Ending Measuring(int which, int64_t channels, float** shift) {
+  Ending ending;
+  ending.shift = *shift = Scratch(which, 3 * channels);
+  ending.sums = *shift + channels, ending.squares = *shift + 2 * channels;
+  std::fill_n(ending.sums, 2 * channels, 0.0f);
+  return ending;
+}
+
+// Mean of each channel, and the sum of squared differences from it, to `to` and `to` + stride; of `count` pixels.
+void Centre(const Ending& found, int64_t count, int64_t channels, float* to, int64_t stride) {
   for (int64_t c = 0; c < channels; ++c) {
-    const float mean = sums[c] / static_cast<float>(count);
-    to[c] = shift[c] + mean;
-    to[stride + c] = sums[channels + c] - sums[c] * mean;
+    const float mean = found.sums[c] / static_cast<float>(count);
+    to[c] = found.shift[c] + mean;
+    to[stride + c] = found.squares[c] - found.sums[c] * mean;
   }
 }
 
@@ -116,7 +110,7 @@ void AddParts(ffi::ThreadPool& pool, const std::vector<float>& from, int64_t par
 
 // What is read of `extent` pixels from channel `channel` on, to `to`.
 void Read(const Extent& extent, const In& x, const Affine& affine, int64_t channel, const Out& to) {
-  if (affine.identity()) return Chosen().finish({extent, x, nullptr, to, nullptr});
+  if (affine.identity()) return Chosen().copy({extent, x, to});
   Chosen().enter({extent, x, affine.centre + channel, affine.scale + channel, affine.offset + channel,
                   affine.activation, to});
 }
@@ -125,7 +119,7 @@ void Read(const Extent& extent, const In& x, const Affine& affine, int64_t chann
 void ReadGradient(const Extent& extent, const Gradients& g, int64_t from, int64_t row, int64_t pixel, int64_t channel,
                   const Out& to) {
   const In gradient{g.gradient + from, row, pixel};
-  if (g.constant == nullptr) return Chosen().finish({extent, gradient, nullptr, to, nullptr});
+  if (g.constant == nullptr) return Chosen().copy({extent, gradient, to});
   Chosen().total({extent, gradient, {g.y + from, row, pixel}, g.constant + channel, g.slope + channel,
                   g.mean + channel, to});
 }
@@ -133,7 +127,7 @@ void ReadGradient(const Extent& extent, const Gradients& g, int64_t from, int64_
 // Takes the gradient of what was read to that of x, at `dx`; adds those of the affine map to `sums` [2, stride].
 void PullBack(const Extent& extent, const In& gradient, const In& x, const Affine& affine, int64_t channel,
               const Out& dx, float* sums, int64_t stride) {
-  if (affine.identity()) return Chosen().finish({extent, gradient, nullptr, dx, nullptr});
+  if (affine.identity()) return Chosen().copy({extent, gradient, dx});
   float* found = Scratch(7, 2 * extent.channels);
   std::fill_n(found, 2 * extent.channels, 0.0f);
   Pullback task;
@@ -146,15 +140,14 @@ void PullBack(const Extent& extent, const In& gradient, const In& x, const Affin
   }
 }
 
-// `made` from channel `channel` on, closed and written `at` floats into a result of pixels `pixel` floats apart. With a
-// shortcut that is shortcut + (offset + scale * (made - centre)), which `total` computes for gradients.
-void Close(const Extent& extent, const In& made, const Closing& closing, int64_t channel, float* result, int64_t at,
+// `made` from channel `channel` on, with what an ending does without moments, `at` floats into a result of pixels `pixel`
+// floats apart. A norm and a sum with a shortcut, shortcut + (offset + scale * (made - centre)), are what `total` computes.
+void Close(const Extent& extent, const In& made, const Ending& ending, int64_t channel, float* result, int64_t at,
            int64_t pixel) {
   const Out to{result + at, 0, pixel};
-  if (closing.shortcut == nullptr) return Read(extent, made, closing.affine, channel, to);
-  const Affine& norm = closing.affine;
-  Chosen().total({extent, {closing.shortcut + at, 0, pixel}, made, norm.offset + channel, norm.scale + channel,
-                  norm.centre + channel, to});
+  if (ending.shortcut == nullptr) return Read(extent, made, ending.affine, channel, to);
+  const Affine norm = ending.affine.From(channel);
+  Chosen().total({extent, {ending.shortcut + at, 0, pixel}, made, norm.offset, norm.scale, norm.centre, to});
 }
 
 // ----------------------------------------------------------------------------------------------------------- depthwise
@@ -202,11 +195,12 @@ void FillKernel(const float* weights, int64_t taps, int64_t channels, int64_t be
 }
 
 void DepthwiseForward(ffi::ThreadPool& pool, const Layer& layer, const Source& x, const float* weights,
-                      const Closing& closing, float* y, int64_t room, float* moments) {
+                      const Ending& ending, float* y, int64_t room, float* moments) {
   const int64_t channels = layer.inputs, taps = layer.taps();
   const Slices slices(layer, kParts);
   const Axis rows = Forwards(layer.height, layer.kernel_height, layer.stride);
   const Columns columns = ColumnsForwards(layer.width, layer.kernel_width, layer.stride);
+  const Columns left = First(columns);
   const int64_t in_size = layer.height * columns.width * kLanes, out_size = layer.out_pixels() * kLanes;
   std::vector<float> parts(moments == nullptr ? 0 : slices.groups * 2 * channels);
   std::vector<int64_t> counts(slices.groups);
@@ -218,30 +212,31 @@ void DepthwiseForward(ffi::ThreadPool& pool, const Layer& layer, const Source& x
     float* kernel = Scratch(0, blocks * taps * kLanes);
     float* in = Scratch(1, blocks * in_size);
     float* out = Scratch(2, blocks * out_size);
-    float* sums = Scratch(3, 3 * blocks * kLanes);  // and the shift
-    float* shift = sums + 2 * width;
+    float* shift = nullptr;
+    const Ending measuring = moments == nullptr ? Ending() : Measuring(3, blocks * kLanes, &shift);
     FillKernel(weights, taps, channels, begin, blocks, kernel);
     ZeroAround(layer.height, layer.width, channels, begin, blocks, columns.left, columns.width, in);
-    std::fill_n(sums, 2 * width, 0.0f);
     for (int64_t image = first; image < last; ++image) {
       Read({layer.height, layer.width, width}, {x.data + image * x.room + begin, layer.width * channels, channels},
            x.affine, begin, {in + columns.left * kLanes, columns.width * kLanes, kLanes, in_size});
       for (int64_t block = 0; block * kLanes < width; ++block) {
-        float* mine = out + block * out_size;
-        Chosen().convolve({rows, columns, in + block * in_size, kernel + block * taps * kLanes, layer.kernel_width,
-                           mine, layer.out_width});
-        if (image == first) std::copy_n(mine, std::min(kLanes, width - block * kLanes), shift + block * kLanes);
+        Strip strip{rows, columns, in + block * in_size, kernel + block * taps * kLanes, layer.kernel_width,
+                    out + block * out_size, layer.out_width};
+        if (shift != nullptr && image == first) {
+          Chosen().convolve({rows, left, strip.in, strip.kernel, strip.kernel_width, shift + block * kLanes, 1, kLanes,
+                             {}, 0, std::min<int64_t>(layer.out_height, 1)});
+        }
+        strip.ending = measuring.From(block * kLanes);
+        Chosen().convolve(strip);
       }
       const Extent extent{1, layer.out_pixels(), width};
-      const In made{out, 0, kLanes, out_size};
       const int64_t at = image * room + begin;
-      if (!closing.nothing()) Close(extent, made, closing, begin, y, at, channels);
-      else Chosen().finish({extent, made, shift, {y + at, 0, channels}, moments == nullptr ? nullptr : sums});
+      Close(extent, {out, 0, kLanes, out_size}, ending, begin, y, at, channels);
     }
     if (moments == nullptr) return;
     const int64_t count = (last - first) * layer.out_pixels();
     if (begin == 0) counts[group] = count;
-    Centre(shift, sums, count, width, parts.data() + group * 2 * channels + begin, channels);
+    Centre(measuring, count, width, parts.data() + group * 2 * channels + begin, channels);
   });
   if (moments != nullptr) MergeMoments(parts, counts, channels, moments);
 }
@@ -345,30 +340,27 @@ const float* ReadRun(const Source& x, const Run& run) {
 }
 
 void PointwiseForward(ffi::ThreadPool& pool, const Layer& layer, const Source& x, const float* weights,
-                      const Closing& closing, float* y, int64_t room, float* moments) {
+                      const Ending& ending, float* y, int64_t room, float* moments) {
   const int64_t inputs = layer.inputs, outputs = layer.outputs, pixels = layer.images * layer.in_pixels();
   const int64_t tile = TilePixels(layer), tiles = CeilDivide(pixels, tile);
   std::vector<float> parts(moments == nullptr ? 0 : tiles * 2 * outputs);
   std::vector<int64_t> counts(tiles);
   Parallel(pool, tiles, [&](int64_t task) {
     const int64_t begin = task * tile, end = std::min(begin + tile, pixels);
-    const Run run{layer.in_pixels(), outputs, room, begin, end};
     const float* from = ReadRun(x, {layer.in_pixels(), inputs, x.room, begin, end});
-    float* to = run.together() ? y + run.At(begin) : Scratch(1, (end - begin) * outputs);
-    Chosen().multiply({from, inputs, 1, weights, to, outputs, end - begin, outputs, inputs, false});
-    if (!run.together()) {
-      run.For([&](const Extent& extent, int64_t at, int64_t done) {
-        Close(extent, {to + done, 0, outputs}, closing, 0, y, at, outputs);
-      });
-    } else if (!closing.nothing()) {
-      Close({1, end - begin, outputs}, {to, 0, outputs}, closing, 0, y, run.At(begin), outputs);
+    Ending mine = ending;
+    if (moments != nullptr) {
+      float* shift;
+      mine = Measuring(1, outputs, &shift);
+      Chosen().multiply({from, inputs, 1, weights, shift, outputs, 1, outputs, inputs, false});
     }
+    Run{layer.in_pixels(), outputs, room, begin, end}.For([&](const Extent& extent, int64_t at, int64_t done) {
+      Chosen().multiply({from + done / outputs * inputs, inputs, 1, weights, y + at, outputs, extent.pixels, outputs,
+                         inputs, false, mine.From(0, at)});
+    });
     if (moments == nullptr) return;
     counts[task] = end - begin;
-    float* sums = Scratch(2, 2 * outputs);
-    std::fill_n(sums, 2 * outputs, 0.0f);
-    Chosen().finish({{1, end - begin, outputs}, {to, 0, outputs}, to, {to, 0, outputs}, sums});
-    Centre(to, sums, counts[task], outputs, parts.data() + task * 2 * outputs, outputs);
+    Centre(mine, counts[task], outputs, parts.data() + task * 2 * outputs, outputs);
   });
   if (moments != nullptr) MergeMoments(parts, counts, outputs, moments);
 }
@@ -395,9 +387,8 @@ void PointwiseMoments(ffi::ThreadPool& pool, const Layer& layer, const Source& x
       const float* from = ReadRun(x, {layer.in_pixels(), inputs, x.room, begin, end});
       float* centred = Scratch(1, (end - begin) * inputs);
       float* found = Scratch(2, 2 * inputs + size);
-      std::fill_n(found, 2 * inputs, 0.0f);
       Chosen().enter({extent, {from, 0, inputs}, shift.data(), ones.data(), zeros.data(), kNone, {centred, 0, inputs}});
-      Chosen().finish({extent, {centred, 0, inputs}, zeros.data(), {centred, 0, inputs}, found});
+      Chosen().reduce({centred, centred, zeros.data(), zeros.data(), found, found + inputs, inputs, 0, end - begin});
       Chosen().multiply({centred, 1, inputs, centred, found + 2 * inputs, inputs, inputs, inputs, end - begin, false});
       for (int64_t k = 0; k < inputs; ++k) of_part[k] += found[k];
       for (int64_t k = 0; k < size; ++k) of_part[inputs + k] += found[2 * inputs + k];
@@ -471,7 +462,7 @@ void PointwiseBackward(ffi::ThreadPool& pool, const Layer& layer, const Source& 
 // Any other convolution. A row of its outputs is, for each row of the kernel, the product of a matrix whose rows overlap
 // (the pixels that an output meets lie together) and that row's weights.
 void DenseForward(ffi::ThreadPool& pool, const Layer& layer, const Source& x, const float* weights,
-                  const Closing& closing, float* y, int64_t room, float* moments) {
+                  const Ending& ending, float* y, int64_t room, float* moments) {
   const int64_t inputs = layer.inputs, outputs = layer.outputs, depth = layer.kernel_width * inputs;
   const Axis rows = Forwards(layer.height, layer.kernel_height, layer.stride);
   const Columns columns = ColumnsForwards(layer.width, layer.kernel_width, layer.stride);
@@ -482,25 +473,26 @@ void DenseForward(ffi::ThreadPool& pool, const Layer& layer, const Source& x, co
     std::fill_n(in, layer.height * row_size, 0.0f);
     Read({layer.height, layer.width, inputs}, {x.data + image * x.room, layer.width * inputs, inputs}, x.affine, 0,
          {in + columns.left * inputs, row_size, inputs});
-    float* to = y + image * room;
-    for (int64_t row = 0; row < layer.out_height; ++row) {
+    // The first pixels of an output row; the last product has the whole sums, which it ends.
+    const auto make = [&](int64_t row, int64_t pixels, float* to, const Ending& how) {
       const Reach down = rows.outputs[row];
-      float* mine = to + row * layer.out_width * outputs;
-      if (down.count == 0) std::fill_n(mine, layer.out_width * outputs, 0.0f);
       for (int64_t i = 0; i < down.count; ++i) {
         Chosen().multiply({in + (down.input + i) * row_size, layer.stride * inputs, 1,
-                           weights + (down.tap + i) * depth * outputs, mine, outputs, layer.out_width, outputs, depth,
-                           i > 0});
+                           weights + (down.tap + i) * depth * outputs, to, outputs, pixels, outputs, depth, i > 0,
+                           i + 1 == down.count ? how : Ending()});
       }
+    };
+    Ending mine = ending;
+    if (moments != nullptr) {
+      float* shift;
+      mine = Measuring(2, outputs, &shift);
+      make(0, 1, shift, {});
     }
-    if (!closing.nothing()) {
-      Close({1, layer.out_pixels(), outputs}, {to, 0, outputs}, closing, 0, y, image * room, outputs);
+    for (int64_t row = 0; row < layer.out_height; ++row) {
+      const int64_t at = image * room + row * layer.out_width * outputs;
+      make(row, layer.out_width, y + at, mine.From(0, at));
     }
-    if (moments == nullptr) return;
-    float* sums = Scratch(2, 2 * outputs);
-    std::fill_n(sums, 2 * outputs, 0.0f);
-    Chosen().finish({{1, layer.out_pixels(), outputs}, {to, 0, outputs}, to, {to, 0, outputs}, sums});
-    Centre(to, sums, layer.out_pixels(), outputs, parts.data() + image * 2 * outputs, outputs);
+    if (moments != nullptr) Centre(mine, layer.out_pixels(), outputs, parts.data() + image * 2 * outputs, outputs);
   });
   if (moments == nullptr) return;
   MergeMoments(parts, std::vector<int64_t>(layer.images, layer.out_pixels()), outputs, moments);
@@ -563,6 +555,10 @@ void DenseBackward(ffi::ThreadPool& pool, const Layer& layer, const Source& x, c
 
 // ---------------------------------------------------------------------------------------------------------- bottleneck
 
+constexpr int64_t kBandValues = 1 << 13;  // of output rows, of which all channels are computed before the next rows
+// Expansions of rows from this width on are written among the zeros that surround rows; narrower ones pass through a
+// tile, which is faster there (measured).
+constexpr int64_t kWideRow = 8;
 constexpr int64_t kProjectedPixels = 96;  // of several images, that a task projects together at least
 
 // 1x1 convolution, depthwise convolution, and 1x1 convolution unless `project` is null, with what is before each of them.
@@ -572,28 +568,44 @@ struct Bottleneck {
   Affine first, second, third;
   const float *expand_weights, *depthwise_weights, *project_weights;
   int64_t outputs;
-  Closing closing;
+  Ending ending;
 
   // `moments` [2, outputs] unless null: of the depthwise convolution, where that is the last.
   void Run(ffi::ThreadPool& pool, const float* x, float* y, float* moments) const {
     const int64_t wide = expand.outputs, taps = depthwise.taps(), blocks = CeilDivide(wide, kLanes);
+    const int64_t padded = blocks * kLanes;
     const Axis rows = Forwards(depthwise.height, depthwise.kernel_height, depthwise.stride);
     const Columns columns = ColumnsForwards(depthwise.width, depthwise.kernel_width, depthwise.stride);
+    const Columns left = First(columns);
     const int64_t in_size = depthwise.height * columns.width * kLanes, out_pixels = depthwise.out_pixels();
     const int64_t group = std::clamp<int64_t>(kProjectedPixels / std::max<int64_t>(out_pixels, 1), 1, 8);
     const int64_t band = std::clamp<int64_t>(TilePixels(expand) / expand.width, 1, expand.height);
     const int64_t groups = CeilDivide(expand.images, group);
-    std::vector<float> kernel(blocks * taps * kLanes), parts(moments == nullptr ? 0 : groups * 2 * wide);
+    std::vector<float> kernel(padded * taps), parts(moments == nullptr ? 0 : groups * 2 * wide);
+    std::vector<float> after(3 * padded);  // the affine map before the projection, with zeros for no channels
     std::vector<int64_t> counts(groups);
     FillKernel(depthwise_weights, taps, wide, 0, blocks, kernel.data());
+    const bool projects = project_weights != nullptr;
+    Ending middle;
+    if (projects) {
+      middle.affine = {after.data(), after.data() + padded, after.data() + 2 * padded, third.activation};
+      std::copy_n(third.centre, wide, after.begin());
+      std::copy_n(third.scale, wide, after.begin() + padded);
+      std::copy_n(third.offset, wide, after.begin() + 2 * padded);
+    }
+    const bool direct = !projects && ending.identity() && padded == wide;  // the depthwise convolution writes to y
+    const int64_t row_values = std::max<int64_t>(depthwise.out_width * wide, 1);
+    const int64_t out_band = std::clamp<int64_t>(kBandValues / row_values, 1, depthwise.out_height);
+    std::vector<int64_t> places(expand.in_pixels());  // of pixels among the zeros around rows
+    for (int64_t pixel = 0; pixel < expand.in_pixels(); ++pixel) {
+      places[pixel] = (pixel / expand.width * columns.width + columns.left + pixel % expand.width) * kLanes;
+    }
     Parallel(pool, groups, [&](int64_t task) {
       const int64_t begin = task * group, images = std::min(group, expand.images - begin);
       float* in = Scratch(3, blocks * in_size);
-      float* out = Scratch(4, blocks * out_pixels * kLanes);
-      float* read = project_weights == nullptr ? nullptr : Scratch(5, images * out_pixels * wide);
-      float* sums = moments == nullptr ? nullptr : Scratch(6, 3 * wide);  // and the shift
-      float* shift = sums == nullptr ? nullptr : sums + 2 * wide;
-      if (sums != nullptr) std::fill_n(sums, 2 * wide, 0.0f);
+      float* read = direct ? nullptr : Scratch(4, (projects ? images : 1) * out_pixels * padded);
+      float* shift = nullptr;
+      Ending mine = moments == nullptr ? middle : Measuring(5, padded, &shift);
       ZeroAround(depthwise.height, depthwise.width, wide, 0, blocks, columns.left, columns.width, in);
       for (int64_t image = begin; image < begin + images; ++image) {
         for (int64_t row = 0; row < expand.height; row += band) {
@@ -601,36 +613,43 @@ struct Bottleneck {
           const int64_t place = image * expand.in_pixels() + row * expand.width;
           const Source source{x, expand.in_pixels() * expand.inputs, first};
           const float* from = ReadRun(source, {expand.in_pixels(), expand.inputs, source.room, place, place + pixels});
+          if (expand.width >= kWideRow && !second.identity()) {
+            Chosen().multiply({from, expand.inputs, 1, expand_weights, in, 0, pixels, wide, expand.inputs, false,
+                               {second}, places.data() + row * expand.width, in_size});
+            continue;
+          }
           float* tile = Scratch(1, pixels * wide);
           Chosen().multiply({from, expand.inputs, 1, expand_weights, tile, wide, pixels, wide, expand.inputs, false});
           Read({some, expand.width, wide}, {tile, expand.width * wide, wide}, second, 0,
                {in + (row * columns.width + columns.left) * kLanes, columns.width * kLanes, kLanes, in_size});
         }
-        for (int64_t block = 0; block < blocks; ++block) {
-          Chosen().convolve({rows, columns, in + block * in_size, kernel.data() + block * taps * kLanes,
-                             depthwise.kernel_width, out + block * out_pixels * kLanes, depthwise.out_width});
-        }
-        const Extent extent{1, out_pixels, wide};
-        const In made{out, 0, kLanes, out_pixels * kLanes};
-        if (read == nullptr) {
-          if (shift != nullptr && image == begin) {
-            for (int64_t c = 0; c < wide; ++c) shift[c] = out[Lane(c, made.block)];
+        const int64_t slot = projects ? image - begin : 0;
+        float* out = direct ? y + image * out_pixels * wide : read + slot * out_pixels * padded;
+        for (int64_t row = 0; row < depthwise.out_height; row += out_band) {
+          for (int64_t block = 0; block < blocks; ++block) {
+            Strip strip{rows, columns, in + block * in_size, kernel.data() + block * taps * kLanes,
+                        depthwise.kernel_width, out + block * kLanes, depthwise.out_width, padded};
+            if (shift != nullptr && image == begin && row == 0) {
+              Chosen().convolve({rows, left, strip.in, strip.kernel, strip.kernel_width, shift + block * kLanes, 1,
+                                 kLanes, {}, 0, 1});
+            }
+            strip.ending = mine.From(block * kLanes);
+            strip.begin = row, strip.end = std::min(row + out_band, depthwise.out_height);
+            Chosen().convolve(strip);
           }
-          const int64_t at = image * out_pixels * wide;
-          if (!closing.nothing()) Close(extent, made, closing, 0, y, at, wide);
-          else Chosen().finish({extent, made, shift, {y + at, 0, wide}, sums});
-        } else {
-          Read(extent, made, third, 0, {read + (image - begin) * out_pixels * wide, 0, wide});
+        }
+        if (!projects && !direct) {
+          Close({1, out_pixels, wide}, {out, 0, padded}, ending, 0, y, image * out_pixels * wide, wide);
         }
       }
-      if (sums != nullptr) {
+      if (moments != nullptr) {
         counts[task] = images * out_pixels;
-        Centre(shift, sums, counts[task], wide, parts.data() + task * 2 * wide, wide);
+        Centre(mine, counts[task], wide, parts.data() + task * 2 * wide, wide);
       }
-      if (read == nullptr) return;
-      const int64_t at = begin * out_pixels * outputs, pixels = images * out_pixels;
-      Chosen().multiply({read, wide, 1, project_weights, y + at, outputs, pixels, outputs, wide, false});
-      if (!closing.nothing()) Close({1, pixels, outputs}, {y + at, 0, outputs}, closing, 0, y, at, outputs);
+      if (!projects) return;
+      const int64_t at = begin * out_pixels * outputs;
+      Chosen().multiply({read, padded, 1, project_weights, y + at, outputs, images * out_pixels, outputs, wide, false,
+                         ending.From(0, at)});
     });
     if (moments != nullptr) MergeMoments(parts, counts, wide, moments);
   }

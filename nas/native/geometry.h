@@ -68,6 +68,13 @@ Columns ColumnsForwards(int64_t image, int64_t kernel, int64_t stride) {
           {{outputs, 0, 1, kernel, 0, 1, 0, 1, stride}}};
 }
 
+// The first output alone.
+Columns First(Columns columns) {
+  columns.phases.resize(1);
+  columns.phases[0].count = std::min<int64_t>(columns.phases[0].count, 1);
+  return columns;
+}
+
 // Pixels that agree modulo the stride meet the same taps.
 Columns ColumnsBackwards(int64_t image, int64_t kernel, int64_t stride) {
   const int64_t padding = Padding(image, kernel, stride), outputs = CeilDivide(image, stride);

@@ -186,11 +186,11 @@ ffi::Error Chain(ffi::ThreadPool pool, Values x, Channels centre, Channels scale
   if (stride < 1 || height < 1 || width < 1 || links < 1 || links > 3 || activations.size() != 4) return misfit;
   const int64_t pixels = CeilDivide(height, stride) * CeilDivide(width, stride), wide = e[3];
   const int64_t outputs = links == 3 ? p[3] : wide, size = pixels * outputs;
-  const Closing closing{{centre_4.typed_data(), scale_4.typed_data(), offset_4.typed_data(), activations[3]},
+  const Ending closing{{centre_4.typed_data(), scale_4.typed_data(), offset_4.typed_data(), activations[3]},
                         adds ? shortcut.typed_data() : nullptr};
-  const bool closes = closing.nothing() || Fit(outputs, centre_4, scale_4, offset_4);
+  const bool closes = closing.identity() || Fit(outputs, centre_4, scale_4, offset_4);
   const bool sums = !adds || (shortcut.dimensions() == y->dimensions() && activations[3] == kNone);
-  const bool measured = !measures || (links == 2 && closing.nothing() &&
+  const bool measured = !measures || (links == 2 && closing.identity() &&
                                       static_cast<int64_t>(moments->element_count()) == 2 * wide);
   if (y->dimensions()[0] != images[0] || y->dimensions()[1] != size || !closes || !sums || !measured) return misfit;
   const Affine first{centre.typed_data(), scale.typed_data(), offset.typed_data(), activations[0]};
