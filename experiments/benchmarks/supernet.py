@@ -278,7 +278,8 @@ def first_step(space: str, precision: str) -> float:
 
 
 def recompilations(case: Case, size: Size) -> Figure:
-    """Programs that XLA makes while random subnets are trained and evaluated, the first of each resolution aside."""
+    """Programs that XLA makes while random subnets are trained and evaluated, after one subnet with all layers of each
+    resolution."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / SPACE.name
         path.write_text(f"resolution = {list(size.resolutions)}\n" + SPACE.read_text(encoding="utf-8"))
@@ -296,7 +297,10 @@ def recompilations(case: Case, size: Size) -> Figure:
     jax.monitoring.register_event_duration_secs_listener(count)
     for _ in range(8 * len(space.resolutions)):  # a step draws its resolution
         ours.train(space.without_resolution(drawn[:1]), 1)
-    evaluate(np.stack([drawn[space.resolution_of(drawn) == side][0] for side in space.resolutions]))
+    whole = np.repeat(space.largest()[None], len(space.resolutions), axis=0)
+    if len(space.resolutions) > 1:
+        whole[:, 0] = np.arange(len(space.resolutions))
+    evaluate(whole)
     first, made = made, 0
     for genotype in drawn:
         ours.train(space.without_resolution(genotype[None]), 1)

@@ -49,7 +49,7 @@ class _Batches:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class SubnetEvaluator:
-    """Scores genotypes on the validation part of `data`; nothing is compiled anew for another subnet.
+    """Scores genotypes on the validation part of `data`; a layer is compiled once, when a subnet first has its kind.
 
     `cache_bytes` bounds what is kept for subnets that begin alike; with 0, each is computed from its images on.
     """
@@ -82,7 +82,7 @@ class SubnetEvaluator:
 
     @property
     def compiled(self) -> int:
-        """Number of programs compiled so far: two for each kind of layer of a resolution, whatever was scored."""
+        """Number of programs compiled so far: two for each kind of layer that subnets of a resolution had."""
         return sum(program._cache_size() for program in self._programs.values())
 
     def statistics(self, genotype: Any) -> dict[str, Array]:
@@ -135,7 +135,8 @@ class SubnetEvaluator:
                 seen.append(statistics)
             return x, seen
 
-        out, seen = zip(*_each(through, batches), strict=True)
+        kinds = {(side, layers[i][0], "measure" if start + i + 1 == len(row) else "calibrate") for i in present}
+        out, seen = zip(*_each(through, batches, known=kinds <= self._programs.keys()), strict=True)
         means: Statistics = [self._zeros[position.name] for _, position in layers]
         for i, of_batches in zip(present, zip(*seen, strict=True), strict=True):
             means[i] = _mean(of_batches)
@@ -148,13 +149,15 @@ class SubnetEvaluator:
         layers = self._layers(side)[start : start + len(statistics)]
         params = [self._params[position.name] | s for (_, position), s in zip(layers, statistics, strict=True)]
 
+        present = [i for i, (_, position) in enumerate(layers) if not _skipped(position, row[start + i])]
+
         def through(x: Array) -> Array:
-            for i, (kind, position) in enumerate(layers):
-                if not _skipped(position, row[start + i]):
-                    x = self._program(side, kind, "infer")(row[start + i], params[i], x)
+            for i in present:
+                x = self._program(side, layers[i][0], "infer")(row[start + i], params[i], x)
             return x
 
-        return _each(through, batches)
+        kinds = {(side, layers[i][0], "infer") for i in present}
+        return _each(through, batches, known=kinds <= self._programs.keys())
 
     def _fits(self, side: int, stop: int, path: list[tuple[int, _Batches]]) -> bool:
         """Whether what comes of all images after `stop` layers may be kept beside what is."""
@@ -169,10 +172,8 @@ class SubnetEvaluator:
         """Mode "calibrate" makes (y, statistics), "measure" statistics, "infer" y."""
         if (side, kind, mode) not in self._programs:
             layer = self.supernet.layer(side, kind, "infer" if mode == "infer" else "calibrate")
-            part = {"calibrate": lambda made: made, "measure": lambda made: made[1], "infer": lambda made: made[0]}[
-                mode
-            ]
-            self._programs[side, kind, mode] = jax.jit(lambda *args: part(layer(*args)))
+            part = {"calibrate": slice(None), "measure": 1, "infer": 0}[mode]
+            self._programs[side, kind, mode] = jax.jit(lambda *args: layer(*args)[part])
         return self._programs[side, kind, mode]
 
     def _layers(self, side: int) -> list[Any]:
@@ -237,8 +238,8 @@ def _partings(shared: list[int], known: int) -> list[int]:
     return sorted(depths)
 
 
-def _each(work: Callable[[Array], T], batches: list[Array]) -> list[T]:
-    """`work` of every batch, in their order.
+def _each(work: Callable[[Array], T], batches: list[Array], *, known: bool) -> list[T]:
+    """`work` of every batch, in their order; unless its programs are `known`, the first batch compiles them for all.
 
     On CPU a few at a time: an op seldom has work for all cores from its beginning to its end, and a program, which runs
     in the thread that calls it, cannot run while Python looks for the next one.
@@ -246,8 +247,9 @@ def _each(work: Callable[[Array], T], batches: list[Array]) -> list[T]:
     threads = min(len(batches), _cores(), CONCURRENT) if jax.default_backend() == "cpu" else 1
     if threads == 1:
         return [work(x) for x in batches]
+    first = [] if known else [work(batches[0])]
     with ThreadPoolExecutor(threads) as pool:
-        return list(pool.map(work, batches))
+        return first + list(pool.map(work, batches[len(first) :]))
 
 
 def _cores() -> int:

@@ -1,6 +1,6 @@
 """Convolutions with batch norm in C++ for JAX on CPU, where nas was installed with a compiler.
 
-Installing compiles kernels.cc (hatch_build.py, 15 seconds). Without a compiler the package installs all the same:
+Installing compiles kernels.cc (hatch_build.py, 40 seconds). Without a compiler the package installs all the same:
 `available()` is then False, and `nas.kernels` writes the same sums out for XLA. NAS_NATIVE=0 in the environment keeps
 the library from being built, or from being used; `status()` says what is the case.
 
