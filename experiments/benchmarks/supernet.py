@@ -92,7 +92,7 @@ class Size:
 FULL = Size(rounds=25, evaluations=15, steps=2, candidates=32, generations=3, calibration=2048, validation=5000)
 QUICK = Size(
     rounds=9,
-    evaluations=15,
+    evaluations=11,
     steps=1,
     candidates=24,
     generations=2,
@@ -415,7 +415,7 @@ def candidates_a_minute(case: Case, size: Size) -> Figure:
     if size.extras:
         passes = bare_passes(case, evaluate)
         contestants["passes"] = lambda number: passes(generation[number])
-    rounds = take_turns(contestants, size.rounds // 2)
+    rounds = take_turns(contestants, size.rounds // 3)
     more = {
         "space": case.space.name,
         "a_generation_at_once": 60 * len(generation) / seconds(generation),

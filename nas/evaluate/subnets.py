@@ -28,7 +28,7 @@ from nas.space import Position
 from nas.supernet import Supernet
 
 CACHE_BYTES = 2 << 30
-CONCURRENT = 8  # batches at most: each needs the memory of its activations
+CONCURRENT = 4  # batches at most: each needs the memory of its activations
 
 T = TypeVar("T")
 
