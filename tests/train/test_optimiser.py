@@ -12,7 +12,7 @@ from scipy.linalg import fractional_matrix_power
 from nas import config
 from nas.errors import ConfigError
 from nas.train import Checkpoints
-from nas.train.optimiser import OPTIMISERS, SCHEDULES, build, schedule
+from nas.train.optimiser import OPTIMISERS, SCHEDULES, build, joined, schedule
 from nas.train.shampoo import scale_by_shampoo
 
 RATES = {"adadelta": 30.0, "adagrad": 0.5, "sgd": 0.02, "shampoo": 0.02}  # others: 0.05
@@ -66,6 +66,25 @@ def test_every_optimiser_descends(name, loss):
     end, _ = trained(build(settings_of(name), 100), jax.grad(loss), start, 100)
     assert loss(end) < loss(start) / 4
     assert all(np.isfinite(p).all() for p in end.values())
+
+
+@pytest.mark.parametrize("name", sorted(OPTIMISERS.keys() - {"lamb", "shampoo"}))
+def test_kernels_in_one_vector_are_trained_as_each_array_alone(name):
+    settings = settings_of(name, weight_decay=0.1, momentum=0.9)
+    alone = OPTIMISERS[name](schedule(settings, 10), settings)
+    expected, _ = trained(alone, jax.grad(valley), parameters(), 10)
+    got, state = trained(joined(alone), jax.grad(valley), parameters(), 10)
+    for parameter, value in expected.items():
+        np.testing.assert_allclose(got[parameter], value, rtol=1e-5, atol=1e-7, err_msg=parameter)
+    assert max(a.size for a in jax.tree.leaves(state)) == 3 * 3 * 2 * 4 + 6 * 5
+
+
+def test_networks_without_kernels_or_without_anything_else_are_joined_too():
+    for only in ("a/kernel", "a/bias"):
+        params = {only: parameters()[only]}
+        transform = joined(optax.sgd(0.1))
+        updates, _ = transform.update(params, transform.init(params), params)
+        np.testing.assert_allclose(updates[only], -0.1 * params[only], rtol=1e-6)
 
 
 @pytest.mark.parametrize("name", OPTIMISERS)
