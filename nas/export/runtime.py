@@ -20,8 +20,12 @@ class Session(Protocol):
         """The graph's output for images [n, height, width, channels]: logits [n, classes], or [n, h, w, c]."""
         ...
 
-    def prepare(self, images: Images) -> Callable[[], None]:
-        """A function that runs one inference on `images` and nothing else: they are in place, in the model's layout."""
+    def prepare(self, images: Images) -> Callable[[int], None]:
+        """A function of n: it runs n inferences on `images`, one after another, and returns when the last has finished.
+
+        It does nothing else: the images are in place, in the model's layout, and the results stay where they are. An
+        accelerator may be given all n at once, so that it does not wait for the host between them.
+        """
         ...
 
 

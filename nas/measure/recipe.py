@@ -118,7 +118,7 @@ def runtime_of(device: Device) -> Runtime:
 
 
 def prepare(graph: Graph, device: Device, precision: str, *, seed: int = 0) -> Call:
-    """One inference of `graph` with random weights on random images, ready to be timed.
+    """Inferences of `graph` with random weights on random images, ready to be timed.
 
     Raises:
         DeviceError: the runtime is unknown, not installed, or does not have the precision.

@@ -191,7 +191,7 @@ def _simulated(made: Finished, images: NDArray[np.float32], batch_size: int) -> 
 
 
 def _open(job: Job, made: Finished, precision: str) -> Call:
-    """One inference of a file on real images, as many as the device's batch, ready to be timed."""
+    """Inferences of a file on real images, as many as the device's batch, ready to be timed."""
     session = job.runtime.open(made.folder / file_name(precision, job.runtime.suffix), threads=job.device.threads)
     rows = np.arange(job.device.batch) % len(job.data.val.labels)
     return session.prepare(made.architecture.input.normalise(job.data.val.images[rows]))

@@ -74,7 +74,7 @@ def test_prepared_inference_runs_and_threads_change_nothing(name, precision):
     images = images_of(GRAPHS["residual"], 1)
     file = emitted(name, "residual", precision)[0]
     sessions = [RUNTIMES[name]().open(file, threads=n) for n in (1, 2)]
-    assert [s.prepare(images)() for s in sessions] == [None, None]
+    assert [s.prepare(images)(2) for s in sessions] == [None, None]
     np.testing.assert_allclose(sessions[0](images), sessions[1](images), rtol=1e-5)
 
 
