@@ -8,7 +8,7 @@ import numpy as np
 
 from nas.errors import DeviceError, ExportError
 from nas.export import onnx as writer
-from nas.export.runtime import Images, Session
+from nas.export.runtime import Images, Session, check_precision
 from nas.ops import Graph
 from nas.quantise import Quantisation
 
@@ -28,10 +28,12 @@ class OnnxRuntime:
         graph: Graph,
         params: Mapping[str, np.ndarray],
         *,
+        precision: str = "float32",
         quantisation: Quantisation | None = None,
         metadata: Mapping[str, str] | None = None,
     ) -> bytes:
         """See `Runtime`."""
+        check_precision(precision, self.precisions, quantisation)
         return writer.to_bytes(writer.to_onnx(graph, params, quantisation, metadata))
 
     def open(self, model: bytes | Path, *, threads: int = 1) -> Session:

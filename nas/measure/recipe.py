@@ -135,7 +135,8 @@ def prepare(graph: Graph, device: Device, precision: str, *, seed: int = 0) -> C
         for w in weights(graph)
     }
     quantisation = placeholder(fold(graph, params)[0]) if precision == "int8" else None
-    session = runtime.open(runtime.emit(graph, params, quantisation=quantisation), threads=device.threads)
+    file = runtime.emit(graph, params, precision=precision, quantisation=quantisation)
+    session = runtime.open(file, threads=device.threads)
     return session.prepare(rng.standard_normal((device.batch, *graph.input), np.float32))
 
 
