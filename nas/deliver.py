@@ -57,7 +57,7 @@ class Winner:
                 f"Export the run's own winner folder, or ask for float32."
             )
         quantisation = self.quantisation if precision == "int8" else None
-        write_bytes(Path(path), model_file(chosen, self.architecture, self.params, quantisation))
+        write_bytes(Path(path), model_file(chosen, self.architecture, self.params, precision, quantisation))
         return Path(path)
 
     def __repr__(self) -> str:

@@ -1,10 +1,10 @@
 """Runtimes: one file each that writes a model and runs it. A new one is a new file and a line here."""
 
 from nas.export.onnxruntime import OnnxRuntime
-from nas.export.runtime import Runtime, Session
+from nas.export.runtime import PRECISIONS, Runtime, Session
 
 RUNTIMES: dict[str, type[Runtime]] = {
     "onnxruntime": OnnxRuntime,
 }
 
-__all__ = ["RUNTIMES", "Runtime", "Session"]
+__all__ = ["PRECISIONS", "RUNTIMES", "Runtime", "Session"]

@@ -8,7 +8,7 @@ import numpy as np
 
 from nas.errors import DeviceError, ExportError
 from nas.export import onnx as writer
-from nas.export.runtime import Images, Session
+from nas.export.runtime import Images, Session, check_precision
 from nas.ops import Graph
 from nas.quantise import Quantisation
 
@@ -28,10 +28,12 @@ class OnnxRuntime:
         graph: Graph,
         params: Mapping[str, np.ndarray],
         *,
+        precision: str = "float32",
         quantisation: Quantisation | None = None,
         metadata: Mapping[str, str] | None = None,
     ) -> bytes:
         """See `Runtime`."""
+        check_precision(precision, self.precisions, quantisation)
         return writer.to_bytes(writer.to_onnx(graph, params, quantisation, metadata))
 
     def open(self, model: bytes | Path, *, threads: int = 1) -> Session:
@@ -69,14 +71,20 @@ class _Session:
         (output,) = self._session.run(None, {writer.INPUT: _nchw(images)})
         return output.transpose(0, 2, 3, 1) if output.ndim == 4 else output
 
-    def prepare(self, images: Images) -> Callable[[], None]:
+    def prepare(self, images: Images) -> Callable[[int], None]:
         place = self._ort.OrtValue.ortvalue_from_numpy
         output = self._session.get_outputs()[0]
         shape = (len(images), *output.shape[1:])
         binding = self._session.io_binding()
         binding.bind_ortvalue_input(writer.INPUT, place(_nchw(images)))
         binding.bind_ortvalue_output(output.name, place(np.empty(shape, np.float32)))
-        return lambda: self._session.run_with_iobinding(binding)
+        run = self._session.run_with_iobinding
+
+        def inferences(n: int) -> None:
+            for _ in range(n):
+                run(binding)
+
+        return inferences
 
 
 def _nchw(images: Images) -> np.ndarray:

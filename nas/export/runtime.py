@@ -1,16 +1,20 @@
 """What a runtime is: it writes the file it deploys, and runs it as it is deployed."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from nas.config import nearest
+from nas.errors import ExportError
 from nas.ops import Graph
 from nas.quantise import Quantisation
 
 Images = NDArray[np.float32]  # [n, height, width, channels]
+
+PRECISIONS = ("float32", "float16", "bfloat16", "int8")  # what weights and most of the arithmetic are in
 
 
 class Session(Protocol):
@@ -20,15 +24,19 @@ class Session(Protocol):
         """The graph's output for images [n, height, width, channels]: logits [n, classes], or [n, h, w, c]."""
         ...
 
-    def prepare(self, images: Images) -> Callable[[], None]:
-        """A function that runs one inference on `images` and nothing else: they are in place, in the model's layout."""
+    def prepare(self, images: Images) -> Callable[[int], None]:
+        """A function of n: it runs n inferences on `images`, one after another, and returns when the last has finished.
+
+        It does nothing else: the images are in place, in the model's layout, and the results stay where they are. An
+        accelerator may be given all n at once, so that it does not wait for the host between them.
+        """
         ...
 
 
 class Runtime(Protocol):
     """How networks reach a device. Made without arguments; importing it does not import the runtime's library."""
 
-    precisions: ClassVar[tuple[str, ...]]  # of "float32", "int8"
+    precisions: ClassVar[tuple[str, ...]]  # of `PRECISIONS`, those that it has on some machine
     suffix: ClassVar[str]  # of the files it writes, with the dot
 
     def version(self) -> str:
@@ -44,16 +52,20 @@ class Runtime(Protocol):
         graph: Graph,
         params: Mapping[str, np.ndarray],
         *,
+        precision: str = "float32",
         quantisation: Quantisation | None = None,
         metadata: Mapping[str, str] | None = None,
     ) -> bytes:
-        """The model file of an unfolded graph with its batch-norm statistics: int8 with a `quantisation`, else float32.
+        """The model file of an unfolded graph with its batch-norm statistics. Equal arguments give equal bytes.
 
-        Equal arguments give equal bytes. `quantisation` is of the folded graph (`nas.fold.fold`).
+        Args:
+            precision: one of `precisions`. Images and outputs are float32 in all of them.
+            quantisation: of the folded graph (`nas.fold.fold`); for int8, and for int8 alone.
 
         Raises:
-            ExportError: the graph cannot be written, or `quantisation` is of another graph.
-            DeviceError: a library that writing needs is not installed.
+            ExportError: the graph cannot be written, the runtime does not have the precision, or `quantisation` is
+                missing, not asked for, or of another graph.
+            DeviceError: a library that writing needs is not installed, or this machine does not have the precision.
         """
         ...
 
@@ -73,3 +85,19 @@ class Runtime(Protocol):
             ExportError: it is not.
         """
         ...
+
+
+def check_precision(precision: str, known: Sequence[str], quantisation: Quantisation | None) -> None:
+    """Nothing, if `precision` is one of `known`, and int8, and int8 alone, comes with a quantisation.
+
+    Raises:
+        ExportError: it is not so.
+    """
+    if precision not in known:
+        raise ExportError(
+            f"precision `{precision}`: this runtime does not have it.{nearest(precision, known, kind='precision')}"
+        )
+    if precision == "int8" and quantisation is None:
+        raise ExportError("int8 without a quantisation: give the ranges that `nas.quantise.calibrate` finds.")
+    if precision != "int8" and quantisation is not None:
+        raise ExportError(f"{precision} with a quantisation: only int8 has one. Leave it out, or ask for int8.")

@@ -118,7 +118,7 @@ def runtime_of(device: Device) -> Runtime:
 
 
 def prepare(graph: Graph, device: Device, precision: str, *, seed: int = 0) -> Call:
-    """One inference of `graph` with random weights on random images, ready to be timed.
+    """Inferences of `graph` with random weights on random images, ready to be timed.
 
     Raises:
         DeviceError: the runtime is unknown, not installed, or does not have the precision.
@@ -135,7 +135,8 @@ def prepare(graph: Graph, device: Device, precision: str, *, seed: int = 0) -> C
         for w in weights(graph)
     }
     quantisation = placeholder(fold(graph, params)[0]) if precision == "int8" else None
-    session = runtime.open(runtime.emit(graph, params, quantisation=quantisation), threads=device.threads)
+    file = runtime.emit(graph, params, precision=precision, quantisation=quantisation)
+    session = runtime.open(file, threads=device.threads)
     return session.prepare(rng.standard_normal((device.batch, *graph.input), np.float32))
 
 

@@ -21,7 +21,7 @@ from scipy.ndimage import median_filter
 from nas.measure.machine import pinned
 
 K = TypeVar("K", bound=Hashable)
-Call = Callable[[], object]
+Call = Callable[[int], object]  # runs so many inferences, and returns when the last has finished
 Floats = NDArray[np.float64]
 
 _SAMPLE_SECONDS = 100e-6  # a sample of tiny calls repeats them to last so long: timer and loop cost stay below 0.1 %
@@ -114,12 +114,11 @@ def interleave(
         while len(times) < min_rounds or clock() - start < seconds:
             order, row = rng.permutation(len(names)), [0.0] * len(names)
             for index in order.tolist():
-                call, inner = functions[index], range(repeats[index])
-                call()  # the call before left the caches to another network
+                call, count = functions[index], repeats[index]
+                call(1)  # the call before left the caches to another network
                 begin = clock()
-                for _ in inner:
-                    call()
-                row[index] = (clock() - begin) / len(inner) * 1e3
+                call(count)
+                row[index] = (clock() - begin) / count * 1e3
             times.append(row)
             orders.append(order)
             if progress is not None:
@@ -141,7 +140,7 @@ def measure_files(
     and divide by `Table.level`.
 
     Args:
-        openers: each opens a session and returns one prepared inference.
+        openers: each opens a session and returns its prepared inferences.
     """
     with pinned(threads):
         calls = {name: opened() for name, opened in openers.items()}
@@ -149,10 +148,10 @@ def measure_files(
 
 
 def _repeats(call: Call, clock: Callable[[], float]) -> int:
-    """How often a call is repeated within one sample."""
+    """How many inferences one sample takes."""
     fastest = float("inf")
     for _ in range(5):
         begin = clock()
-        call()
+        call(1)
         fastest = min(fastest, clock() - begin)
     return max(1, min(1000, round(_SAMPLE_SECONDS / max(fastest, 1e-7) + 0.49)))

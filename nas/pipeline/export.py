@@ -28,7 +28,7 @@ def export(job: Job) -> None:
             if precision == "int8":
                 quantisation = quantise(made, job.data, images=job.experiment.finish.calibration_images)
                 write_bytes(made.folder / "quantisation.json", quantisation_json(quantisation))
-            data = model_file(job.runtime, made.architecture, made.params, quantisation)
+            data = model_file(job.runtime, made.architecture, made.params, precision, quantisation)
             write_bytes(made.folder / file_name(precision, job.runtime.suffix), data)
         write_json(made.folder / "blocks.json", block_latencies(job, made))
         write_text(made.folder / "card.md", card(job, made))
@@ -57,6 +57,7 @@ def model_file(
     runtime: Runtime,
     architecture: Architecture,
     params: Mapping[str, np.ndarray],
+    precision: str,
     quantisation: Quantisation | None,
 ) -> bytes:
     """The bytes of the model, which carries what a program needs to feed it."""
@@ -67,9 +68,10 @@ def model_file(
         "mean": ",".join(map(repr, spec.mean)),
         "std": ",".join(map(repr, spec.std)),
         "classes": "\n".join(architecture.classes),
-        "precision": "float32" if quantisation is None else "int8",
+        "precision": precision,
     }
-    return runtime.emit(architecture.network.flat(), params, quantisation=quantisation, metadata=metadata)
+    graph = architecture.network.flat()
+    return runtime.emit(graph, params, precision=precision, quantisation=quantisation, metadata=metadata)
 
 
 def block_latencies(job: Job, made: Finished) -> dict[str, list[dict[str, str | float]]]:

@@ -123,4 +123,5 @@ def emitted(runtime: str, name: str, precision: str) -> tuple[bytes, Quantisatio
     graph = GRAPHS[name]
     folded, params = fold(graph, params_of(graph))
     quantisation = calibrate(folded, params, images_of(graph)) if precision == "int8" else None
-    return RUNTIMES[runtime]().emit(graph, params_of(graph), quantisation=quantisation), quantisation
+    made = RUNTIMES[runtime]()
+    return made.emit(graph, params_of(graph), precision=precision, quantisation=quantisation), quantisation

@@ -22,6 +22,11 @@ from nas.run import run
 RUNTIME = OnnxRuntime()
 
 
+def int8(graph, params, quantisation):
+    """The int8 file of `graph`."""
+    return RUNTIME.emit(graph, params, precision="int8", quantisation=quantisation)
+
+
 def optimised(file, folder):
     """Kinds of nodes that are left when ONNX Runtime has fused all it can."""
     options = onnxruntime.SessionOptions()
@@ -42,7 +47,7 @@ def test_scales_that_are_all_equal_meet_ties_everywhere_and_round_them_alike():
     folded, params = fold(graph, params_of(graph))
     quantisation = placeholder(folded)
     simulated = jax.jit(simulate, static_argnums=(0, 2))(folded, params, quantisation, images)
-    got = RUNTIME.open(RUNTIME.emit(graph, params_of(graph), quantisation=quantisation))(images)
+    got = RUNTIME.open(int8(graph, params_of(graph), quantisation))(images)
     assert (got == simulated).mean() > 0.99
 
 
@@ -58,7 +63,7 @@ def test_every_pair_of_bytes_gives_the_byte_that_the_runtime_gives(kind):
         images = np.stack(np.meshgrid(np.arange(256), np.arange(256)), -1).astype(np.float32)[None]
         images = (images - rng.integers(60, 200)) * np.float32(rng.uniform(0.01, 0.1))
         quantisation = calibrate(graph, {}, images)
-        got = RUNTIME.open(RUNTIME.emit(graph, {}, quantisation=quantisation))(images)
+        got = RUNTIME.open(int8(graph, {}, quantisation))(images)
         wrong = got != np.asarray(simulate(graph, {}, quantisation, images))
         assert wrong.mean() < 1e-4  # none on x86-64 with FMA
 
@@ -68,7 +73,7 @@ def test_attention_between_bytes_is_that_of_the_runtime_but_for_a_rare_single_st
     graph = recorded((*size, heads * 3 * dim), lambda net, x: net.linear_attention(x, dim))
     images = np.random.default_rng(0).normal(size=(50, *graph.input)).astype(np.float32)
     quantisation = calibrate(graph, {}, images)
-    got = RUNTIME.open(RUNTIME.emit(graph, {}, quantisation=quantisation))(images)
+    got = RUNTIME.open(int8(graph, {}, quantisation))(images)
     simulated = np.asarray(jax.jit(simulate, static_argnums=(0, 2))(graph, {}, quantisation, images))
     step = quantisation.values[-1].scale
     assert (got != simulated).mean() < 1e-4  # 1e-6 on x86-64: float32 sums are ordered otherwise
@@ -115,9 +120,9 @@ def test_runtime_computes_convolutions_sums_and_products_of_int8_models_in_integ
 def test_models_say_what_goes_in_and_out_and_carry_the_metadata():
     graph = GRAPHS["residual"]
     quantisation = placeholder(fold(graph, params_of(graph))[0])
-    for q in (None, quantisation):
-        metadata = {"a": "1", "b": "2"}
-        model = onnx.load_from_string(RUNTIME.emit(graph, params_of(graph), quantisation=q, metadata=metadata))
+    for precision, q in (("float32", None), ("int8", quantisation)):
+        file = RUNTIME.emit(graph, params_of(graph), precision=precision, quantisation=q, metadata={"a": "1", "b": "2"})
+        model = onnx.load_from_string(file)
         assert {p.key: p.value for p in model.metadata_props} == {"a": "1", "b": "2"}
         assert [i.name for i in model.graph.input] == ["images"]
         assert [o.name for o in model.graph.output] == ["logits"]

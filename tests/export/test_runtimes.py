@@ -6,6 +6,7 @@ import pytest
 from export.networks import ATTENTION, GRAPHS, emitted, images_of, params_of, reference
 
 from nas.errors import ExportError
+from nas.export import PRECISIONS as EVERY_PRECISION
 from nas.export import RUNTIMES
 from nas.fold import fold
 from nas.quantise import placeholder, simulate
@@ -22,7 +23,7 @@ def runtime(request):
 @pytest.mark.parametrize("runtime", RUNTIMES.values(), ids=RUNTIMES)
 def test_a_runtime_says_what_it_has(runtime):
     assert runtime.precisions
-    assert set(runtime.precisions) <= {"float32", "int8"}
+    assert set(runtime.precisions) <= set(EVERY_PRECISION)
     assert runtime.suffix.startswith(".")
     assert runtime().version()
     assert runtime.__doc__  # `nas list runtimes` shows it
@@ -63,7 +64,9 @@ def test_equal_networks_give_equal_bytes(name, precision):
     graph = GRAPHS["residual"]
     quantisation = placeholder(fold(graph, params_of(graph))[0]) if precision == "int8" else None
     files = {
-        RUNTIMES[name]().emit(graph, params_of(graph), quantisation=quantisation, metadata=metadata)
+        RUNTIMES[name]().emit(
+            graph, params_of(graph), precision=precision, quantisation=quantisation, metadata=metadata
+        )
         for metadata in ({"a": "1", "b": "2"}, {"b": "2", "a": "1"})
     }
     assert len(files) == 1
@@ -74,7 +77,7 @@ def test_prepared_inference_runs_and_threads_change_nothing(name, precision):
     images = images_of(GRAPHS["residual"], 1)
     file = emitted(name, "residual", precision)[0]
     sessions = [RUNTIMES[name]().open(file, threads=n) for n in (1, 2)]
-    assert [s.prepare(images)() for s in sessions] == [None, None]
+    assert [s.prepare(images)(2) for s in sessions] == [None, None]
     np.testing.assert_allclose(sessions[0](images), sessions[1](images), rtol=1e-5)
 
 
@@ -97,8 +100,22 @@ def test_what_is_no_model_is_refused(runtime, tmp_path):
         runtime.check(path)
 
 
+@pytest.mark.parametrize("name", RUNTIMES)
+def test_a_precision_and_its_quantisation_belong_together(name):
+    graph = GRAPHS["residual"]
+    quantisation = placeholder(fold(graph, params_of(graph))[0])
+    runtime = RUNTIMES[name]()
+    with pytest.raises(ExportError, match=r"`float31`.*Did you mean `float32`"):
+        runtime.emit(graph, params_of(graph), precision="float31")
+    with pytest.raises(ExportError, match="only int8 has one"):
+        runtime.emit(graph, params_of(graph), quantisation=quantisation)
+    if "int8" in runtime.precisions:
+        with pytest.raises(ExportError, match="int8 without a quantisation"):
+            runtime.emit(graph, params_of(graph), precision="int8")
+
+
 @pytest.mark.parametrize("name", WITH_INT8)
 def test_ranges_of_another_network_are_refused(name):
     other = placeholder(fold(GRAPHS["two dense"], params_of(GRAPHS["two dense"]))[0])
     with pytest.raises(ExportError, match="Calibrate"):
-        RUNTIMES[name]().emit(GRAPHS["residual"], params_of(GRAPHS["residual"]), quantisation=other)
+        RUNTIMES[name]().emit(GRAPHS["residual"], params_of(GRAPHS["residual"]), precision="int8", quantisation=other)

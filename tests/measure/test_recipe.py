@@ -38,8 +38,9 @@ class Simulated:
         own = self.own_ms(graph) / 1e3
         se = "mul" in op_counts(graph)
 
-        def call() -> None:
-            self.now += own * (2.0 if se and self.now > self.changes_at else 1.0)
+        def call(n: int) -> None:
+            for _ in range(n):
+                self.now += own * (2.0 if se and self.now > self.changes_at else 1.0)
 
         return call
 
@@ -121,7 +122,7 @@ def test_a_real_table_is_complete_ranks_networks_and_comes_back_from_disk(space,
 
 def test_an_int8_block_runs_without_data(space, device):
     block = space.decode(space.smallest()).blocks[1]
-    prepare(block.graph, device, "int8")()
+    prepare(block.graph, device, "int8")(1)
 
 
 def test_an_unknown_runtime_or_precision_names_the_nearest(space):

@@ -17,10 +17,11 @@ class Machine:
     def clock(self) -> float:
         return self.now
 
-    def call(self, milliseconds: float | Callable[[float], float]) -> Callable[[], None]:
-        def run() -> None:
-            own = milliseconds(self.now) if callable(milliseconds) else milliseconds
-            self.now += own * self.speed(self.now) / 1e3
+    def call(self, milliseconds: float | Callable[[float], float]) -> Callable[[int], None]:
+        def run(n: int) -> None:
+            for _ in range(n):
+                own = milliseconds(self.now) if callable(milliseconds) else milliseconds
+                self.now += own * self.speed(self.now) / 1e3
 
         return run
 
@@ -64,10 +65,10 @@ def test_preemption_hardly_moves_a_timing():
 def test_tiny_calls_are_repeated_within_a_sample():
     machine, count = Machine(), 0
 
-    def tiny() -> None:
+    def tiny(n: int) -> None:
         nonlocal count
-        count += 1
-        machine.now += 2e-6
+        count += n
+        machine.now += 2e-6 * n
 
     interleave({"tiny": tiny}, seconds=0.0, min_rounds=10, seed=0, clock=machine.clock)
     assert 500 <= count <= 600  # 10 rounds of 50 and one to warm up, 5 to find that out
@@ -99,7 +100,7 @@ def test_progress_ends_at_one_and_garbage_collection_is_restored():
 
 
 def test_garbage_collection_is_restored_after_an_error():
-    def broken() -> None:
+    def broken(n: int) -> None:
         assert not gc.isenabled()
         raise RuntimeError
 
@@ -109,7 +110,10 @@ def test_garbage_collection_is_restored_after_an_error():
 
 
 def test_files_are_measured_against_each_other():
-    openers = {"once": lambda: lambda: sum(range(1000)), "often": lambda: lambda: sum(range(8000))}
+    def counting(to: int) -> Callable[[int], None]:
+        return lambda n: [sum(range(to)) for _ in range(n)].clear()
+
+    openers = {"once": lambda: counting(1000), "often": lambda: counting(8000)}
     timings = measure_files(openers, seconds=0.2)
     assert timings["often"].latency_ms > 2 * timings["once"].latency_ms
     assert timings["once"].rounds >= 15
@@ -125,7 +129,7 @@ def test_sessions_are_opened_where_they_are_timed():
 
     def opened():
         held["opening"] = os.sched_getaffinity(0)
-        return lambda: held.setdefault("timing", os.sched_getaffinity(0))
+        return lambda n: held.setdefault("timing", os.sched_getaffinity(0))
 
     measure_files({"a": opened}, seconds=0.0, min_rounds=3, threads=1)
     assert len(held["opening"]) == 1
