@@ -20,7 +20,7 @@ FLOORS = [
     {"data", "space", "fold", "run"},
     {"fusion"},
     {"blocks", "kernels", "noise", "catalog", "cost", "agreement", "cluster"},
-    {"ops", "config", "files", "native", "memory"},
+    {"ops", "config", "files", "native", "memory", "ondevice"},
     {"errors"},
 ]
 HEIGHT = {room: height for height, floor in enumerate(reversed(FLOORS)) for room in floor}

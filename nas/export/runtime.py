@@ -1,36 +1,18 @@
 """What a runtime is: it writes the file it deploys, and runs it as it is deployed."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
 from nas.config import nearest
 from nas.errors import ExportError
+from nas.ondevice.sessions import Session
 from nas.ops import Graph
 from nas.quantise import Quantisation
 
-Images = NDArray[np.float32]  # [n, height, width, channels]
-
 PRECISIONS = ("float32", "float16", "bfloat16", "int8")  # what weights and most of the arithmetic are in
-
-
-class Session(Protocol):
-    """A model loaded for inference."""
-
-    def __call__(self, images: Images) -> NDArray[np.float32]:
-        """The graph's output for images [n, height, width, channels]: logits [n, classes], or [n, h, w, c]."""
-        ...
-
-    def prepare(self, images: Images) -> Callable[[int], None]:
-        """A function of n: it runs n inferences on `images`, one after another, and returns when the last has finished.
-
-        It does nothing else: the images are in place, in the model's layout, and the results stay where they are. An
-        accelerator may be given all n at once, so that it does not wait for the host between them.
-        """
-        ...
 
 
 class Runtime(Protocol):

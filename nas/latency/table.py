@@ -62,6 +62,7 @@ class _Header(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     correction: Correction
     anchors: tuple[Anchor, ...]
     notes: tuple[str, ...] = ()  # what else to know before trusting it: load, drift
+    unsupported: dict[str, str] = {}  # key of a block that the device cannot run -> what the runtime said
 
 
 class Table(_Header, frozen=True, kw_only=True):
@@ -86,6 +87,8 @@ class Table(_Header, frozen=True, kw_only=True):
 
     def costs(self, space: Space) -> list[NDArray[np.float64]]:
         """Corrected milliseconds [branches] for each position, for `space.price` and `space.extreme`.
+
+        Blocks that the device cannot run cost infinitely much.
 
         The offset that comes once a network is with the first position, which every network passes through.
 
@@ -188,12 +191,14 @@ class Table(_Header, frozen=True, kw_only=True):
         )
 
     def _corrected(self, graph: Graph) -> float:
+        if graph.key in self.unsupported:
+            return float("inf")
         ops = sum(self.correction.op_ms.get(kind, 0.0) * n for kind, n in sorted(op_counts(graph).items()))
         return self.correction.scale * self.entries[graph.key].latency_ms + ops
 
     def _require(self, blocks: Sequence[tuple[str, str]]) -> None:
         """Every (key, label) is in the table."""
-        missing = {key: label for key, label in blocks if key not in self.entries}
+        missing = {key: label for key, label in blocks if key not in self.entries and key not in self.unsupported}
         if missing:
             first = next(iter(missing.values()))
             others = f" and {len(missing) - 1} more blocks were" if len(missing) > 1 else " was"

@@ -1,22 +1,31 @@
-"""Timing on a device: latency tables with their proof, and files against each other."""
+"""Measuring on a device: latency tables with their proof, here or from a bundle, and files against each other."""
 
-from nas.measure.machine import busiest, hardware, load, pinned
-from nas.measure.recipe import Progress, measure, prepare, runtime_class, runtime_of
-from nas.measure.timing import Call, Samples, Timing, interleave, measure_files
+from nas.measure.bundle import Progress
+from nas.measure.plan import Plan, for_table, model_of, prepare, runtime_class, runtime_of
+from nas.measure.recipe import evaluate, measure, proof_of, prove_again, record
+from nas.ondevice.machine import busiest, hardware, load, pinned
+from nas.ondevice.timing import Call, Samples, Timing, interleave, measure_files
 
 __all__ = [
     "Call",
+    "Plan",
     "Progress",
     "Samples",
     "Timing",
     "busiest",
+    "evaluate",
+    "for_table",
     "hardware",
     "interleave",
     "load",
     "measure",
     "measure_files",
+    "model_of",
     "pinned",
     "prepare",
+    "proof_of",
+    "prove_again",
+    "record",
     "runtime_class",
     "runtime_of",
 ]

@@ -1,45 +1,36 @@
-"""The recipe by which a latency table is made.
+"""From what was timed to a latency table with its proof.
 
-Each distinct block is measured in a *sandwich*, conv 1x1 + block + conv 1x1, so that it reads and writes what it does
-inside a network (a runtime's blocked memory layout above all) and a call costs the same in all of them; the convs,
-measured without the block, are taken off. With c1 and c2 one and two convs at a shape:
+With c1 and c2 the times of one and of two convolutions at a shape, and blocks timed between convolutions
+(`nas.measure.plan`):
 
     middle block = sandwich - (c2(in) + c2(out)) / 2        a call's overhead cancels
     first block  = (block + conv) - (c2(out) - c1(out))     the overhead stays: a network has it once
     last block   = (conv + block) - c1(in)
-
-Whole networks are measured in the same rounds. *Anchors* fit the correction of the table (`nas.latency.calibration`);
-*held-out* networks, uniformly random, have no part in the table and make its proof.
 """
 
 import datetime
-import time
-from collections.abc import Callable, Hashable
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
-from nas import config, cost
-from nas.config import Device, nearest
-from nas.errors import DeviceError, LatencyError
-from nas.export import RUNTIMES, Runtime
-from nas.fold import fold
+from nas import config
+from nas.config import Device
+from nas.errors import LatencyError
 from nas.latency import Anchor, Entry, Proof, Table, calibrate, op_counts, prove
-from nas.measure import machine
-from nas.measure.timing import Call, Samples, Timing, interleave
-from nas.ops import Block, Graph, Recorder, Shape, flatten, weights
-from nas.quantise import placeholder
+from nas.measure import bundle
+from nas.measure.bundle import Progress
+from nas.measure.plan import REFERENCES, Plan, choose_networks, for_table, one_conv, shapes_around, two_convs
+from nas.ondevice.program import Recording
+from nas.ondevice.timing import Timing
+from nas.ops import Shape
 from nas.space import Space
-from nas.space.space import Genotypes
 
-Progress = Callable[[str, float, float], None]  # (what is done, share done 0..1, seconds left)
-Clock = Callable[[], float]
-
-_REFERENCES = 3  # sessions of each reference: all blocks at a shape share its error, and sessions differ by 1-2 %
-_CANDIDATES = 512  # random networks that anchors are chosen from
 _SMALLEST_MS = 1e-6  # a block cheaper than the convs around it vary: it costs next to nothing, not less
-_DRIFT_WARNING, _DRIFT_REFUSED = 0.05, 0.15  # 2 CPUs at load 9: 0.01-0.02 in 25 s
+_DRIFT_WARNING = 0.05  # 2 CPUs at load 9: 0.01-0.02 in 25 s
 _ROUNDS_TO_REFUSE = 30  # 0.04-0.12 was seen in 15, and more than 1 in 5: a few preempted samples are enough
+_BUSY = 0.25  # share of our CPUs' time that others may take, in the middle round
 
 
 def measure(
@@ -49,9 +40,9 @@ def measure(
     settings: config.Latency,
     *,
     seed: int,
+    folder: Path | None = None,
     progress: Progress | None = None,
     command: str = "nas measure",
-    clock: Clock = time.perf_counter,
 ) -> tuple[Table, Proof]:
     """The latency table of all blocks of `space` on this machine, and its proof on held-out networks.
 
@@ -59,257 +50,184 @@ def measure(
         device: whose runtime, threads and batch size are used; it must be the machine this runs on.
         precision: one of the device's.
         seed: of the anchors, the held-out networks, the weights and the order of rounds.
+        folder: for the models and every round that is timed: a call that was cut off goes on from there.
         command: recorded in the table.
 
     Raises:
         DeviceError: the runtime is unknown, not installed, or does not have the precision.
-        LatencyError: the machine was too uneven to measure on.
+        LatencyError: the machine was too uneven to measure on; `folder` holds something else.
     """
-    rng = np.random.default_rng(seed)
-    networks = _networks(space, settings, rng)
-    graphs = _graphs(space, networks)
-    busy = machine.load()
-    with machine.pinned(device.threads):  # before the sessions are built: their threads inherit it
-        report = _reporter(progress, "building", clock)
-        calls: dict[Hashable, Call] = {}
-        for index, (what, graph) in enumerate(graphs.items(), 1):
-            calls[what] = prepare(graph, device, precision, seed=seed)
-            report(index / len(graphs))
-        samples = interleave(
-            calls,
-            seconds=settings.seconds,
-            min_rounds=settings.min_rounds,
-            seed=seed,
-            progress=_reporter(progress, "timing", clock),
-            clock=clock,
-        )
-    return _evaluate(space, device, precision, samples, networks, command=command, busy=busy, seed=seed)
+    plan = for_table(space, device, precision, settings, seed=seed)
+    return evaluate(plan, record(plan, settings, folder=folder, progress=progress), settings, command=command)
 
 
-def runtime_class(device: Device) -> type[Runtime]:
-    """The class of a device's runtime, which need not be installed.
-
-    Raises:
-        DeviceError: it is unknown, or does not have one of the device's precisions.
-    """
-    if device.runtime not in RUNTIMES:
-        hint = nearest(device.runtime, RUNTIMES, kind="runtime")
-        raise DeviceError(f"device {device.device!r} has the unknown runtime `{device.runtime}`.{hint}")
-    cls = RUNTIMES[device.runtime]
-    for precision in device.precision:
-        if precision not in cls.precisions:
-            hint = nearest(precision, cls.precisions, kind="precision")
-            raise DeviceError(
-                f"device {device.device!r} has the precision `{precision}`, which runtime `{device.runtime}` does not "
-                f"have.{hint}"
-            )
-    return cls
+def record(
+    plan: Plan, settings: config.Latency, *, folder: Path | None = None, progress: Progress | None = None
+) -> Recording:
+    """What timing `plan` on this machine gives; errors as of `measure`."""
+    if folder is None:
+        with tempfile.TemporaryDirectory(prefix="nas-measure-") as temporary:
+            return record(plan, settings, folder=Path(temporary), progress=progress)
+    bundle.write(plan, folder, settings, progress=progress)
+    return bundle.run(folder, progress=progress)
 
 
-def runtime_of(device: Device) -> Runtime:
-    """The runtime of a device.
-
-    Raises:
-        DeviceError: it is unknown, not installed, or does not have one of the device's precisions.
-    """
-    runtime = runtime_class(device)()
-    runtime.version()
-    return runtime
-
-
-def prepare(graph: Graph, device: Device, precision: str, *, seed: int = 0) -> Call:
-    """Inferences of `graph` with random weights on random images, ready to be timed.
-
-    Raises:
-        DeviceError: the runtime is unknown, not installed, or does not have the precision.
-    """
-    runtime = runtime_of(device)
-    if precision not in runtime.precisions:
-        hint = nearest(precision, runtime.precisions, kind="precision")
-        raise DeviceError(f"runtime `{device.runtime}` does not have the precision `{precision}`.{hint}")
-    rng = np.random.default_rng(seed)
-    params = {
-        w.name: rng.standard_normal(w.shape, np.float32) / np.float32(np.sqrt(w.fan_in))
-        if w.role == "kernel"
-        else np.full(w.shape, w.role in ("scale", "var"), np.float32)
-        for w in weights(graph)
-    }
-    quantisation = placeholder(fold(graph, params)[0]) if precision == "int8" else None
-    file = runtime.emit(graph, params, precision=precision, quantisation=quantisation)
-    session = runtime.open(file, threads=device.threads)
-    return session.prepare(rng.standard_normal((device.batch, *graph.input), np.float32))
-
-
-# what is measured
-
-
-def _networks(space: Space, settings: config.Latency, rng: np.random.Generator) -> dict[str, Genotypes]:
-    """Genotypes of anchors and of held-out networks, [n, genes] each, no network in both.
-
-    Held-out networks are uniformly random, stratified: random networks in order of MACs are cut into as many equal
-    parts, and one of each is taken. So each is as likely as ever, and together they span the range. Anchors are
-    chosen, to tell most, from the random networks that are left.
-
-    Raises:
-        LatencyError: the space has fewer than three networks.
-    """
-    random = np.unique(space.sample(rng, _CANDIDATES), axis=0)
-    ops = sorted({kind for block, _ in space.blocks().values() for kind in op_counts(block.graph)})
-    columns = [space.price(random, space.costs(lambda g, k=k: op_counts(g).get(k, 0))) for k in ops]
-    macs = space.price(random, space.costs(cost.macs))
-    if len(random) < 3:
-        raise LatencyError(
-            f"space {space.name!r} has {len(random)} networks; a table needs one to fix its scale and two that prove "
-            f"it. Give the space a choice."
-        )
-    anchors = min(settings.anchors, len(random) - 2)
-    strata = np.array_split(np.argsort(macs, kind="stable"), min(settings.holdout, len(random) - anchors))
-    held_out = [int(rng.choice(stratum)) for stratum in strata]
-    rest = np.setdiff1d(np.arange(len(random)), held_out)
-    chosen = rest[_spread(np.stack([macs, *columns], axis=-1)[rest], anchors)]
-    return {"anchor": random[chosen], "held_out": random[held_out]}
-
-
-def _spread(features: NDArray[np.float64], count: int) -> list[int]:
-    """The rows of `features` [n, f] that a linear fit learns most from: greedily D-optimal."""
-    spread = features.std(0)
-    unit = (features - features.mean(0)) / np.where(spread > 0, spread, 1)
-    unit = np.c_[np.ones(len(unit)), unit]
-    information = np.eye(unit.shape[1]) * 1e-2
-    chosen: list[int] = []
-    for _ in range(count):
-        gain = np.einsum("ij,jk,ik->i", unit, np.linalg.inv(information), unit)
-        gain[chosen] = -1
-        chosen.append(int(gain.argmax()))
-        information += np.outer(unit[chosen[-1]], unit[chosen[-1]])
-    return chosen
-
-
-def _graphs(space: Space, networks: dict[str, Genotypes]) -> dict[Hashable, Graph]:
-    """Everything that is timed, by what it is."""
-    graphs: dict[Hashable, Graph] = {}
-    shapes: dict[Shape, None] = {}
-    for key, (block, role) in space.blocks().items():
-        chain = [block]
-        if role != "first":
-            chain.insert(0, Block("before", "", _convs(block.graph.input, 1)))
-            shapes[block.graph.input] = None
-        if role != "last":
-            chain.append(Block("after", "", _convs(block.graph.shape, 1)))
-            shapes[block.graph.shape] = None
-        graphs["sandwich", key] = flatten(tuple(chain))
-    for shape in shapes:
-        for repeat in range(_REFERENCES):
-            graphs["one conv", shape, repeat] = _convs(shape, 1)
-            graphs["two convs", shape, repeat] = _convs(shape, 2)
-    for kind, genotypes in networks.items():
-        for index, genotype in enumerate(genotypes):
-            graphs[kind, index] = space.decode(genotype).flat()
-    return graphs
-
-
-def _convs(shape: Shape, count: int) -> Graph:
-    """`count` 1x1 convolutions that keep `shape`."""
-    net = Recorder(shape)
-    x = net.input
-    for index in range(count):
-        x = net.conv(x, f"conv{index}", shape[-1], bias=True)
-    return net.graph()
-
-
-def _reporter(progress: Progress | None, what: str, clock: Clock) -> Callable[[float], None]:
-    """Turns a share that is done into `progress` with the seconds that are left."""
-    start = clock()
-
-    def report(share: float) -> None:
-        if progress is not None:
-            progress(what, share, (clock() - start) * (1 - share) / share if share > 0 else float("inf"))
-
-    return report
-
-
-# what it says
-
-
-def _evaluate(
+def prove_again(
+    table: Table,
     space: Space,
     device: Device,
-    precision: str,
-    samples: Samples[Hashable],
-    networks: dict[str, Genotypes],
+    settings: config.Latency,
     *,
-    command: str,
-    busy: str,
+    networks: int,
     seed: int,
+    folder: Path | None = None,
+    progress: Progress | None = None,
+) -> Proof:
+    """The proof of `table` on other random networks, timed now: the table's anchors tell how fast the machine is.
+
+    Raises:
+        LatencyError: the table is of another space or runtime version; the machine was too uneven.
+    """
+    if table.space_digest != space.digest:
+        raise LatencyError(f"the table is of space {table.space!r} ({table.space_digest}), not of this {space!r}.")
+    anchors = np.array([a.genotype for a in table.anchors], np.uint8)
+    _, held_out = choose_networks(space, 1, networks, np.random.default_rng([seed, 1]))
+    plan = Plan(space, device, table.precision, anchors, held_out, blocks=False, seed=seed)
+    return proof_of(plan, record(plan, settings, folder=folder, progress=progress), table, at_level=True)
+
+
+def evaluate(
+    plan: Plan, recording: Recording, settings: config.Latency, *, command: str = "nas measure"
 ) -> tuple[Table, Proof]:
+    """The table and proof that a recording of `plan` gives.
+
+    Raises:
+        LatencyError: the machine was too uneven or too busy, or the runtime cannot run what all blocks are compared
+            with.
+    """
+    samples = recording.samples()
     timings = samples.timings()
-    names: dict[str, list[Hashable]] = {k: [(k, i) for i in range(len(g))] for k, g in networks.items()}
-    drift = samples.disagreement(names["anchor"] + names["held_out"], parts=3)
-    notes = [f"{busy} before, {machine.load()} after; {len(samples.times_ms)} rounds"]
-    if drift > _DRIFT_REFUSED and len(samples.times_ms) >= _ROUNDS_TO_REFUSE:
-        others = machine.busiest()
+    lost = [name for name in recording.unsupported if plan.always(name)]
+    if lost:
         raise LatencyError(
-            f"the networks measured at the start and at the end disagree by {drift:.0%}, beyond a common factor; at "
-            f"most {_DRIFT_REFUSED:.0%} can be used. {machine.load()}; using CPU now: {others or 'nothing'}. "
-            f"Measure when the machine is quieter, or longer (latency.seconds)."
+            f"the runtime cannot run `{lost[0]}`, with which blocks are compared: {recording.unsupported[lost[0]]}."
+        )
+    drift = samples.disagreement(plan.anchor_names, parts=3)
+    busy = float(np.nanmedian(recording.others)) if np.isfinite(recording.others).any() else 0.0
+    start = recording.starts[-1]
+    notes = [f"{start['load']} before; {len(recording.rounds)} rounds; others took {busy:.0%} of our CPUs"]
+    told = f"Using CPU meanwhile: {recording.busiest or 'nothing that could be named'}."
+    if drift > settings.max_drift and len(recording.rounds) >= _ROUNDS_TO_REFUSE:
+        raise LatencyError(
+            f"the anchor networks, timed at the start and at the end, disagree by {drift:.1%} beyond a common factor; "
+            f"at most {settings.max_drift:.0%} can be used. {told} Measure when the machine is quieter, or longer "
+            f"(latency.seconds)."
+        )
+    if busy > settings.max_busy:
+        raise LatencyError(
+            f"other processes took {busy:.0%} of the time of the CPUs that were measured on; at most "
+            f"{settings.max_busy:.0%} can be used. {told} Measure when the machine is quieter."
         )
     if drift > _DRIFT_WARNING:
         notes.append(f"uneven: networks measured at the start and at the end disagree by {drift:.0%}")
+    if busy > _BUSY:
+        notes.append(f"busy: {told}")
+    device, space = plan.device, plan.space
     table = Table(
         device=device.device,
         runtime=device.runtime,
-        runtime_version=runtime_of(device).version(),
-        precision=precision,
+        runtime_version=start["version"],
+        precision=plan.precision,
         threads=device.threads,
         batch=device.batch,
-        hardware=machine.hardware(),
+        hardware=start["hardware"],
         space=space.name,
         space_digest=space.digest,
-        date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        date=datetime.datetime.fromtimestamp(start["time"], datetime.UTC).isoformat(timespec="seconds"),
         command=command,
         notes=tuple(notes),
-        **_entries(space, networks["anchor"], timings),
+        unsupported={
+            name.removeprefix("block "): why for name, why in recording.unsupported.items() if name.startswith("block ")
+        },
+        **_entries(plan, timings),
     )
-    held_out = [timings[name] for name in names["held_out"]]
-    proof = prove(
-        table.price(space, networks["held_out"]),
-        np.array([t.latency_ms for t in held_out]),
-        genotypes=networks["held_out"],
-        p90_ms=np.array([t.p90_ms for t in held_out]),
-        repeat_mape=samples.disagreement(names["held_out"], parts=2),
-        drift=drift,
-        seed=seed,
-    )
-    return table, proof
+    return table, proof_of(plan, recording, table)
 
 
-def _entries(space: Space, anchors: Genotypes, timings: dict[Hashable, Timing]) -> dict:
+def proof_of(plan: Plan, recording: Recording, table: Table, *, at_level: bool = False) -> Proof:
+    """Predictions of `table` against the held-out networks of a recording.
+
+    Args:
+        at_level: the recording is of another time than the table: anchors take the machine's level out.
+    """
+    samples = recording.samples()
+    timings = samples.timings()
+    names = [name for name in plan.held_out_names if name in timings]
+    genotypes = plan.held_out[[plan.held_out_names.index(name) for name in names]]
+    predicted = table.price(plan.space, genotypes)
+    priced = np.isfinite(predicted)  # the others have a block that the runtime cannot run
+    names, genotypes = [n for n, p in zip(names, priced, strict=True) if p], genotypes[priced]
+    level = 1.0
+    if at_level:
+        level = table.level(np.array([timings[name].latency_ms for name in plan.anchor_names]))
+    return prove(
+        predicted[priced],
+        np.array([timings[n].latency_ms for n in names]) / level,
+        genotypes=genotypes,
+        p90_ms=np.array([timings[n].p90_ms for n in names]) / level,
+        repeat_mape=samples.disagreement(names, parts=2),
+        drift=samples.disagreement(plan.anchor_names, parts=3),
+        seed=plan.seed,
+    )
+
+
+def _entries(plan: Plan, timings: Mapping[str, Timing]) -> dict:
     """The fields of a table that come from timings."""
 
-    def reference(kind: str, shape: Shape) -> float:
-        return float(np.mean([timings[kind, shape, repeat].latency_ms for repeat in range(_REFERENCES)]))
+    def reference(name: str) -> float:
+        return timings[name].latency_ms
 
+    one = {s: float(np.mean([reference(one_conv(s, i)) for i in range(REFERENCES)])) for s in shapes_around(plan.space)}
+    two = {s: float(np.mean([reference(two_convs(s, i)) for i in range(REFERENCES)])) for s in one}
     entries: dict[str, Entry] = {}
-    for key, (block, role) in space.blocks().items():
-        timing, graph = timings["sandwich", key], block.graph
-        match role:
-            case "first":
-                convs = reference("two convs", graph.shape) - reference("one conv", graph.shape)
-            case "last":
-                convs = reference("one conv", graph.input)
-            case _:
-                convs = (reference("two convs", graph.input) + reference("two convs", graph.shape)) / 2
-        latency_ms = max(timing.latency_ms - convs, _SMALLEST_MS)
+    for key, (block, role) in plan.space.blocks().items():
+        if (timing := timings.get(f"block {key}")) is None:
+            continue  # unsupported
+        latency_ms = max(
+            timing.latency_ms - _convs_ms(block.graph.input, block.graph.shape, role, one, two), _SMALLEST_MS
+        )
         spread = timing.spread * timing.latency_ms / latency_ms
         entries[key] = Entry(latency_ms, spread, block.label, role, timing.rounds)
-    shapes = {name[1] for name in timings if isinstance(name, tuple) and name[0] == "one conv"}
-    overhead = min(2 * reference("one conv", s) - reference("two convs", s) for s in shapes)
-    measured = np.array([timings["anchor", i].latency_ms for i in range(len(anchors))])
-    sums = space.price(anchors, space.costs(lambda g: entries[g.key].latency_ms))
-    counts = [op_counts(space.decode(g).flat()) for g in anchors]
+    names = [n for n, g in zip(plan.anchor_names, plan.anchors, strict=True) if _known(plan.space, g, entries)]
+    anchors = plan.anchors[[plan.anchor_names.index(n) for n in names]]
+    if not names:
+        raise LatencyError(
+            f"every anchor has a block that the runtime cannot run; {len(plan.space.blocks()) - len(entries)} of "
+            f"{len(plan.space.blocks())} blocks are so. Choose a space that this runtime supports."
+        )
+    measured = np.array([timings[n].latency_ms for n in names])
+    sums = plan.space.price(
+        anchors, plan.space.costs(lambda g: entries[g.key].latency_ms if g.key in entries else float("inf"))
+    )
+    counts = [op_counts(plan.space.decode(g).flat()) for g in anchors]
     return {
         "entries": entries,
-        "overhead_ms": max(overhead, 0.0),
+        "overhead_ms": max(min(2 * one[s] - two[s] for s in one), 0.0),
         "correction": calibrate(sums, counts, measured),
         "anchors": tuple(Anchor(tuple(map(int, g)), float(m)) for g, m in zip(anchors, measured, strict=True)),
     }
+
+
+def _known(space: Space, genotype: np.ndarray, entries: Mapping[str, Entry]) -> bool:
+    return all(b.graph.key in entries for b in space.decode(genotype).blocks)
+
+
+def _convs_ms(into: Shape, out: Shape, role: str, one: Mapping[Shape, float], two: Mapping[Shape, float]) -> float:
+    """Of what was timed with a block."""
+    match role:
+        case "first":
+            return two[out] - one[out]
+        case "last":
+            return one[into]
+        case _:
+            return (two[into] + two[out]) / 2

@@ -270,13 +270,14 @@ class Space:
         return total
 
     def extreme(self, costs: Sequence[NDArray[np.float64]], *, largest: bool) -> tuple[Genotypes, float]:
-        """The genotype of the smallest or largest sum of `costs`, exactly, and that sum.
+        """The genotype of the smallest or largest finite sum of `costs`, exactly, and that sum.
 
         Bucket elimination (Dechter 1999, Artificial Intelligence 113, sec. 4): each gene is minimised out of the
         positions that read it. Genes that only one position reads go first, so the tables stay small.
         """
         sign = -1.0 if largest else 1.0
-        factors = [(p.genes, sign * c[p.branch_of]) for p, c in zip(self.positions, costs, strict=True)]
+        finite = [np.where(np.isinf(c), np.inf, sign * c) for c in costs]
+        factors = [(p.genes, c[p.branch_of]) for p, c in zip(self.positions, finite, strict=True)]
         readers = [sum(g in p.genes for p in self.positions) for g in range(len(self.sizes))]
         decisions: list[tuple[int, tuple[int, ...], NDArray[np.intp]]] = []
         constant = sum(float(table) for genes, table in factors if not genes)

@@ -1,0 +1,156 @@
+"""A plan as a folder that can be measured anywhere: models, a manifest, and the program that times them."""
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+
+from nas import config
+from nas.errors import DeviceError, LatencyError
+from nas.files import write_bytes, write_json, write_text
+from nas.measure.plan import Plan, model_of, runtime_class
+from nas.ondevice import program
+from nas.ondevice.program import MANIFEST, RESULTS, Recording
+
+Progress = Callable[[str, float, float], None]  # (what is done, share done 0..1, seconds left)
+
+_BUSY = 0.25  # share of our CPUs' time that others take, from which on a round names them
+_GRACE_SECONDS = 5.0
+
+
+def write(plan: Plan, folder: Path, settings: config.Latency, *, progress: Progress | None = None) -> None:
+    """Writes the bundle of `plan`; one that is there already, whole and of the same plan, is kept.
+
+    Raises:
+        DeviceError: a library that writing needs is not installed.
+        LatencyError: another bundle is there.
+        RunError: the folder cannot be written to.
+    """
+    if (folder / MANIFEST).exists():
+        found = program.load_manifest(folder)["digest"]
+        if found == plan.digest:
+            return
+        raise LatencyError(
+            f"{folder}: there is another bundle here ({found}; this one is {plan.digest}). Remove it, or name another "
+            f"folder."
+        )
+    files, start = {}, time.perf_counter()
+    suffix = runtime_class(plan.device).suffix
+    for number, (name, graph) in enumerate(plan.graphs.items(), 1):
+        model = model_of(graph, plan.device, plan.precision, seed=plan.seed)
+        files[name] = f"models/{hashlib.sha256(model).hexdigest()[:16]}{suffix}"
+        if not (folder / files[name]).exists():
+            write_bytes(folder / files[name], model)
+        if progress is not None:
+            share = number / len(plan.graphs)
+            progress("writing", share, (time.perf_counter() - start) * (1 - share) / share)
+    _copy_program(folder)
+    manifest = {
+        "schema": program.SCHEMA,
+        "digest": plan.digest,
+        "runtime": plan.device.runtime,
+        "threads": plan.device.threads,
+        "seed": plan.seed,
+        "settings": {
+            "seconds": settings.seconds,
+            "max_seconds": settings.seconds * settings.patience,
+            "min_rounds": settings.min_rounds,
+            "tolerance": settings.tolerance,
+            "busy": _BUSY,
+        },
+        "device": msgspec.to_builtins(plan.device),
+        "plan": plan.about(),
+        "calls": [
+            {
+                "name": name,
+                "file": files[name],
+                "input": [plan.device.batch, *graph.input],
+                "always": plan.always(name),
+            }
+            for name, graph in plan.graphs.items()
+        ],
+    }
+    write_json(folder / MANIFEST, manifest)
+
+
+def run(folder: Path, *, progress: Progress | None = None) -> Recording:
+    """Measures the bundle in `folder` on this machine, in a process of its own; what was measured before is kept.
+
+    Raises:
+        LatencyError: another measuring is running, or the results are of another machine.
+        DeviceError: the runtime is not installed.
+    """
+    command = [sys.executable, "-m", "nas.ondevice", str(folder), "--json"]
+    root = str(Path(__file__).resolve().parents[2])
+    path = os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH")) if p)
+    env = {**os.environ, "PYTHONPATH": path}
+    with (
+        tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as errors,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=env) as process,
+    ):
+        assert process.stdout is not None
+        try:
+            for line in process.stdout:
+                told = json.loads(line)
+                if progress is not None:
+                    what = f"{told['what']} ({told['more']})" if told["more"] else told["what"]
+                    progress(what, told["share"], told["seconds_left"])
+            code = process.wait()
+        except BaseException:
+            process.send_signal(signal.SIGINT)  # so that it ends its own worker
+            try:
+                process.wait(_GRACE_SECONDS)
+            except subprocess.TimeoutExpired:
+                process.kill()
+            raise
+        errors.seek(0)
+        said = errors.read()
+    if code != 0:
+        kind = DeviceError if "not installed" in said else LatencyError
+        raise kind(said.strip().rpartition("error: ")[2] or f"the measuring program ended with exit status {code}.")
+    return program.read(folder / RESULTS)
+
+
+def _copy_program(folder: Path) -> None:
+    """The measuring program, and of this package only what it needs."""
+    package = Path(__file__).resolve().parents[1]
+    write_text(folder / "nas" / "__init__.py", '"""The part of `nas` that measures on a device."""\n')
+    for source in (package / "errors.py", *sorted((package / "ondevice").glob("*.py"))):
+        target = folder / "nas" / source.relative_to(package)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, target)
+    write_text(folder / "measure.py", _ENTRY)
+    write_text(folder / "README.txt", _README)
+
+
+_ENTRY = '''"""python measure.py: times the models of this folder on this machine; see README.txt."""
+
+import sys
+from pathlib import Path
+
+from nas.ondevice.program import main
+
+if __name__ == "__main__":
+    sys.exit(main(folder=Path(__file__).resolve().parent))
+'''
+
+_README = """A bundle to be measured on a device.
+
+Copy this folder to the device, which needs Python 3.11 or newer, NumPy and the runtime that manifest.json names, and
+run there
+
+    python measure.py
+
+Cut off, the same command goes on. Then bring results.jsonl back to where the bundle was made:
+
+    nas measure --import results.jsonl
+"""

@@ -1,0 +1,112 @@
+"""The machine that measures: what it is, how busy it is, and which of its CPUs a process is held on.
+
+Linux tells all of it in /proc, so a phone or a small board needs no further package; elsewhere psutil is asked.
+"""
+
+import contextlib
+import os
+import platform
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+_TELLING_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "asimd", "asimddp", "i8mm", "sve")
+_TICKS = os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 100  # of /proc, a second
+_LINUX = sys.platform.startswith("linux")
+
+
+def hardware() -> str:
+    """CPU model, cores, and the vector extensions that decide which kernels run: "AMD EPYC, 2 cores, avx2 avx512f"."""
+    model, flags = platform.processor() or platform.machine(), ""
+    with contextlib.suppress(OSError):  # there is no such file on macOS and Windows
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            key, _, value = (part.strip() for part in line.partition(":"))
+            if key in ("model name", "Model", "Hardware"):  # the latter two on ARM
+                model = value
+            elif key in ("flags", "Features"):
+                flags = " ".join(f for f in _TELLING_FLAGS if f in value.split())
+            if key in ("flags", "Model"):
+                break
+    return ", ".join(part for part in (model, f"{os.cpu_count() or 1} cores", flags) if part)
+
+
+def load() -> str:
+    """How busy the machine is, in words."""
+    average = os.getloadavg()[0] if hasattr(os, "getloadavg") else float("nan")
+    return f"load average {average:.2f} on {os.cpu_count() or 1} CPUs"
+
+
+def busy_seconds() -> dict[int, float]:
+    """CPU -> seconds that it has worked, or was taken by another guest of its host, since it started.
+
+    Empty where the system does not say and psutil is not installed.
+    """
+    if not _LINUX:
+        try:
+            import psutil
+        except ImportError:
+            return {}
+        return {cpu: sum(t) - t.idle for cpu, t in enumerate(psutil.cpu_times(percpu=True))}
+    found = {}
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/stat").read_text(encoding="utf-8").splitlines():
+            name, *ticks = line.split()
+            if name.startswith("cpu") and name != "cpu":
+                user, nice, system, _idle, _wait, irq, soft, stolen = map(int, ticks[:8])
+                found[int(name[3:])] = (user + nice + system + irq + soft + stolen) / _TICKS
+    return found
+
+
+def busiest(count: int = 3, *, seconds: float = 0.2) -> str:
+    """The other processes that use the most CPU right now, in words; empty if none uses 5 % of one."""
+    before = _processes()
+    time.sleep(seconds)
+    used = {pid: (name, now - before[pid][1]) for pid, (name, now) in _processes().items() if pid in before}
+    used.pop(os.getpid(), None)
+    percent = sorted(((100 * cpu / seconds, pid, name) for pid, (name, cpu) in used.items()), reverse=True)[:count]
+    return ", ".join(f"{name} (pid {pid}) {of:.0f} %" for of, pid, name in percent if of >= 5)
+
+
+def _processes() -> dict[int, tuple[str, float]]:
+    """Process id -> (name, CPU seconds so far)."""
+    found: dict[int, tuple[str, float]] = {}
+    if _LINUX:
+        for path in Path("/proc").iterdir():
+            with contextlib.suppress(OSError, ValueError, IndexError):  # not a process, or it has ended
+                pid, stat = int(path.name), (path / "stat").read_text(encoding="utf-8", errors="replace")
+                name, _, rest = stat.partition("(")[2].rpartition(")")
+                fields = rest.split()
+                found[pid] = (name, (int(fields[11]) + int(fields[12])) / _TICKS)
+        return found
+    try:
+        import psutil
+    except ImportError:
+        return found
+    for process in psutil.process_iter(["name", "pid"]):
+        with contextlib.suppress(psutil.Error):
+            times = process.cpu_times()
+            found[process.pid] = (process.name(), times.user + times.system)
+    return found
+
+
+@contextlib.contextmanager
+def pinned(threads: int) -> Iterator[tuple[int, ...]]:
+    """Holds this thread, and those it starts, on the `threads` least busy of its CPUs; yields their numbers.
+
+    Where the system cannot pin (macOS), or there are no more CPUs than that, nothing is held and () is yielded.
+    """
+    before = os.sched_getaffinity(0) if hasattr(os, "sched_setaffinity") else set()
+    if len(before) <= threads:
+        yield ()
+        return
+    then = busy_seconds()
+    time.sleep(0.2)
+    used = {cpu: now - then.get(cpu, now) for cpu, now in busy_seconds().items()}
+    order = sorted(before, key=lambda cpu: (used.get(cpu, 0.0), -cpu))
+    chosen = tuple(sorted(order[:threads]))
+    os.sched_setaffinity(0, chosen)
+    try:
+        yield chosen
+    finally:
+        os.sched_setaffinity(0, before)

@@ -1,0 +1,215 @@
+"""Interleaved timing: everything that is to be compared is measured in the same moments.
+
+Rounds run every call once, in fresh random order. A shared machine changes speed by half, for a second or for minutes
+(another virtual CPU on the same core, the clock), and preempts; so a sample is first divided by the machine's *level*
+at that moment, the running median over neighbouring samples of how much slower than usual they were. A low quartile
+of what is left is robust against preemption. On 2 CPUs at load 7 to 9, held-out error of tables of small networks,
+from 40 rounds at 16 and 32 pixels: this 2.6 and 1.9 %; plain p25 3.0 and 2.1, median 2.9 and 2.3, p10 3.7 and 2.4,
+minimum 11.1 and 5.2 %. With 200 rounds all but the minimum come within 0.3 % of each other.
+"""
+
+import dataclasses
+import gc
+import time
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from typing import Generic, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nas.ondevice.machine import pinned
+
+K = TypeVar("K", bound=Hashable)
+Call = Callable[[int], object]
+Floats = NDArray[np.float64]
+
+_SAMPLE_SECONDS = 100e-6  # a sample of tiny calls repeats them to last so long: timer and loop cost stay below 0.1 %
+_NEIGHBOURS = 15  # samples that a level is the median of: a few milliseconds, shorter than the machine's moods
+_QUARTILE = 25  # percentile of levelled samples that stands for a call
+_QUIET = 10  # percentile of the level that results are stated at: this machine when others leave it alone
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """One call. `latency_ms` is what to compare; the percentiles say what came, the machine's busy moments included."""
+
+    latency_ms: float  # a low quartile of levelled samples, stated at the machine's quiet level
+    spread: float  # half the interquartile range of levelled samples, relative
+    interval: float  # half the 95 % interval of latency_ms, relative
+    p10_ms: float  # of the samples as they came, like the next two
+    median_ms: float
+    p90_ms: float
+    rounds: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Round:
+    """One pass over the calls, or over those of them that are not yet known well enough."""
+
+    order: tuple[int, ...]  # numbers of the calls, as they ran
+    times_ms: tuple[float, ...]  # an inference of each of them
+
+
+@dataclasses.dataclass(frozen=True)
+class Samples(Generic[K]):
+    """All samples of one interleaved measuring."""
+
+    names: tuple[K, ...]
+    times_ms: Floats  # [rounds, names]; NaN where a call was left out
+    order: NDArray[np.intp]  # [rounds, names]: names in the order they ran, those left out at the end
+
+    @classmethod
+    def of(cls, names: Sequence[K], rounds: Sequence[Round]) -> "Samples[K]":
+        """The samples of `rounds`."""
+        times = np.full((len(rounds), len(names)), np.nan)
+        order = np.zeros(times.shape, np.intp)
+        for number, ran in enumerate(rounds):
+            times[number, list(ran.order)] = ran.times_ms
+            order[number] = (*ran.order, *(set(range(len(names))) - set(ran.order)))
+        return cls(tuple(names), np.maximum(times, 1e-9), order)
+
+    def timings(self) -> dict[K, Timing]:
+        """Of every call."""
+        levelled = self._levelled(slice(None))
+        rounds = np.isfinite(levelled).sum(axis=0)
+        lowest, low, middle, high = _percentiles(levelled, (10, _QUARTILE, 50, 75))
+        # The density at a quartile, from the percentiles beside it, gives its standard error (Cramer 1946, sec. 28.5).
+        error = np.sqrt(0.25 * 0.75 / rounds) * (middle - lowest) / 0.4
+        found = _percentiles(self.times_ms, (10, 50, 90))
+        columns = np.stack([np.exp(low), np.expm1(high - low) / 2, 1.96 * error, *found], axis=1).tolist()
+        return {n: Timing(*row, rounds=int(r)) for n, row, r in zip(self.names, columns, rounds.tolist(), strict=True)}
+
+    def disagreement(self, names: Sequence[K], *, parts: int) -> float:
+        """Mean absolute relative difference of `names` between the first and the last of `parts` equal parts in time.
+
+        A factor common to all is set aside: it is the machine's level, which anchors take out of every comparison.
+        """
+        size = max(len(self.times_ms) // parts, 1)
+        columns = [self.names.index(n) for n in names]
+        first, last = (
+            _percentiles(self._levelled(rows)[:, columns], (_QUARTILE,))[0]
+            for rows in (slice(size), slice(-size, None))
+        )
+        ratio = last - first
+        return float(np.abs(np.expm1(ratio - np.median(ratio))).mean())
+
+    def _levelled(self, rows: slice) -> Floats:
+        """Log of the given rounds' samples [rounds, names], as they would be at the machine's quiet level."""
+        log_ms, order = np.log(self.times_ms[rows]), self.order[rows]
+        ran = np.isfinite(np.take_along_axis(log_ms, order, axis=1))  # in the order of time
+        typical = _percentiles(log_ms, (50,))[0]
+        level = np.zeros_like(log_ms)
+        for _ in range(3):  # typical times and levels explain each other; three passes settle it
+            in_time = np.take_along_axis(log_ms - typical, order, axis=1)
+            in_time[ran] = _running_median(in_time[ran])
+            np.put_along_axis(level, order, in_time, axis=1)
+            typical = _percentiles(log_ms - level, (50,))[0]
+        return log_ms - level + np.nanpercentile(level, _QUIET)
+
+
+def rounds(
+    calls: Sequence[Call],
+    *,
+    seed: int,
+    done: int = 0,
+    wanted: Callable[[], Sequence[int]] | None = None,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Iterator[Round]:
+    """Times `calls` round by round, each in an order of its own, for as long as it is asked to.
+
+    Args:
+        seed: of the orders.
+        done: rounds that an earlier process has timed.
+        wanted: the numbers of the calls to time in the next round; all of them where it is None.
+        clock: seconds; for tests.
+    """
+    repeats = [_repeats(call, clock) for call in calls]
+    while True:
+        numbers = range(len(calls)) if wanted is None else wanted()
+        order = tuple(np.random.default_rng([seed, done]).permutation(np.array(numbers, np.intp)).tolist())
+        times = []
+        for number in order:
+            call, count = calls[number], repeats[number]
+            call(1)  # the call before left the caches to another network
+            begin = clock()
+            call(count)
+            times.append((clock() - begin) / count * 1e3)
+        yield Round(order, tuple(times))
+        done += 1
+
+
+class without_collection:
+    """Garbage collection is off inside."""
+
+    def __enter__(self) -> None:
+        self._on = gc.isenabled()
+        gc.collect()
+        gc.disable()
+
+    def __exit__(self, *_: object) -> None:
+        if self._on:
+            gc.enable()
+
+
+def interleave(
+    calls: Mapping[K, Call],
+    *,
+    seconds: float,
+    min_rounds: int,
+    seed: int,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Samples[K]:
+    """Times `calls` in rounds of random order until `seconds` are used up, but never in fewer than `min_rounds`.
+
+    The caller pins the process, before the calls are built. Garbage collection is off meanwhile.
+    """
+    timed: list[Round] = []
+    with without_collection():
+        start = None
+        for ran in rounds(list(calls.values()), seed=seed, clock=clock):
+            timed.append(ran)
+            start = clock() if start is None else start
+            if len(timed) >= min_rounds and clock() - start >= seconds:
+                break
+    return Samples.of(tuple(calls), timed)
+
+
+def measure_files(
+    openers: Mapping[K, Callable[[], Call]], *, seconds: float, min_rounds: int = 15, seed: int = 0, threads: int = 1
+) -> dict[K, Timing]:
+    """Opens sessions and times them against each other, pinned and interleaved.
+
+    They are opened here since threads keep the CPUs that their process was held on when they started: so these sessions
+    run where those of a table did. To compare with a table, time its anchors (`nas.measure.prepare`) along with them
+    and divide by `Table.level`.
+
+    Args:
+        openers: each opens a session and returns its prepared inferences.
+    """
+    with pinned(threads):
+        calls = {name: opened() for name, opened in openers.items()}
+        return interleave(calls, seconds=seconds, min_rounds=min_rounds, seed=seed).timings()
+
+
+def _repeats(call: Call, clock: Callable[[], float]) -> int:
+    """How many inferences one sample takes."""
+    fastest = float("inf")
+    for _ in range(5):
+        begin = clock()
+        call(1)
+        fastest = min(fastest, clock() - begin)
+    return max(1, min(1000, round(_SAMPLE_SECONDS / max(fastest, 1e-7) + 0.49)))
+
+
+def _percentiles(values: Floats, q: tuple[float, ...]) -> Floats:
+    """Percentiles `q` of each column of `values` [rounds, names], those left out aside: [q, names]."""
+    if not np.isnan(values).any():
+        return np.percentile(values, q, axis=0)
+    columns = (column[np.isfinite(column)] for column in values.T)  # NumPy's own NaN-aware form is 20 times slower
+    return np.stack([np.percentile(c, q) if len(c) else np.full(len(q), np.nan) for c in columns], axis=1)
+
+
+def _running_median(values: Floats) -> Floats:
+    """Of `_NEIGHBOURS` values around each; the first and last value go on beyond the ends."""
+    ends = np.pad(values, _NEIGHBOURS // 2, mode="edge")
+    return np.median(np.lib.stride_tricks.sliding_window_view(ends, _NEIGHBOURS), axis=1)
