@@ -102,8 +102,9 @@ class Table(_Header, frozen=True, kw_only=True):
 
         Raises:
             UnmeasuredBlock: some block of the space is not in the table.
+            SpaceError: the genotypes are of another space.
         """
-        return space.price(space.check(genotypes), self.costs(space))
+        return space.price(genotypes, self.costs(space))
 
     def network_ms(self, network: Network) -> float:
         """Of one network, as a sum over its blocks.
