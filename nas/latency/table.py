@@ -11,7 +11,7 @@ import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 import numpy as np
@@ -62,6 +62,8 @@ class _Header(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     correction: Correction
     anchors: tuple[Anchor, ...]
     notes: tuple[str, ...] = ()  # what else to know before trusting it: load, drift
+    kind: Literal["measured", "imported", "estimated"] = "measured"  # here, by others, or not at all
+    licence: str = ""  # of the numbers, where others published them
 
 
 class Table(_Header, frozen=True, kw_only=True):
