@@ -429,7 +429,7 @@ def _correction(path: Path, published: Published, space: Space) -> Correction:
         network = space.decode(anchor.genotype)
         if missing := [b.label for b in network.blocks if b.graph.key not in published.samples]:
             raise LatencyError(
-                f"{path}: a network measured whole has `{missing[0]}`, of which the file has no latency. Add the block, "
+                f"{path}: a network measured whole has `{missing[0]}`, which has no latency in the file. Add that row, "
                 f"or leave the network out."
             )
         sums.append(sum(published.samples[b.graph.key].latency_ms for b in network.blocks))

@@ -75,12 +75,9 @@ def test_a_whole_run_for_a_device_that_is_not_at_hand_reports_predictions_only(h
 def test_without_a_table_the_error_says_what_is_missing_and_what_to_do(here):
     import_tiny(here, classes=4)
     experiment = load_experiment("tiny_experiment.toml", overrides=["device=board"])
-    heads = (
-        r"nearest is tiny/: 2 blocks are missing, the first is `classifier .*`, for 3 classes and images of 8 pixels"
-    )
-    with pytest.raises(
-        UnmeasuredBlock, match=heads + r".*nas measure tiny --device board`.*nas import FILE .*--device board`"
-    ):
+    missing = r"nearest is tiny/: 2 blocks are missing, the first is `classifier .*`, for 3 classes and images of 8"
+    todo = r".*nas measure tiny --device board`.*nas import FILE .*--device board`"
+    with pytest.raises(UnmeasuredBlock, match=missing + todo):
         run_experiment(experiment, here / "run", stages=["measure"])
     (here / "latency_models/board/tiny/table.float32.csv").unlink()
     with pytest.raises(UnmeasuredBlock, match=r"it has no table with all 12 blocks.*: 12 blocks are missing"):
