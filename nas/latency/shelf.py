@@ -52,10 +52,11 @@ def find_table(name: str, precision: str, space: Space) -> tuple[Table, Proof | 
             fewest = f"; the nearest is {where.name}/", missing
     nearest, missing = fewest
     having = f"none of its {len(kept)} tables has" if kept else "it has no table with"
+    are = "blocks are" if len(missing) > 1 else "block is"
     raise UnmeasuredBlock(
         f"device {folder.name} is not at hand, and {having} all {len(blocks)} blocks of space {space.name!r} in "
-        f"{precision} ({folder}){nearest}: {len(missing)} block{'s are' if len(missing) > 1 else ' is'} missing, the "
-        f"first is `{missing[0]}`, for {space.classes} classes and images of {_sides(space)} pixels. On that device, run "
+        f"{precision} ({folder}){nearest}: {len(missing)} {are} missing, the first is `{missing[0]}`, for "
+        f"{space.classes} classes and images of {_sides(space)} pixels. On that device, run "
         f"`nas measure {space.name} --device {folder.name}`; a table that others published is read by `nas import FILE "
         f"--format FORMAT --space {space.name} --device {folder.name}`."
     )
