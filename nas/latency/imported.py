@@ -98,7 +98,7 @@ def import_table(
     path = Path(file)
     try:
         data = path.read_bytes()
-        published = _scaled(FORMATS[form](path, data.decode(), space), UNITS[unit or "ms"])
+        published = _scaled(FORMATS[form](path, data.decode("utf-8-sig"), space), UNITS[unit or "ms"])
     except (OSError, UnicodeDecodeError) as e:
         raise LatencyError(f"{path}: cannot read this latency table: {e}. Check the path.") from e
     wanted = space.blocks()
@@ -131,6 +131,7 @@ def import_table(
         notes=(
             f"source: {about.source or path.name}",
             f"imported from {path.name}, sha256 {hashlib.sha256(data).hexdigest()}",
+            *(() if about.date else ("the date is that of the import",)),
         ),
         kind="imported",
         licence=about.licence,
@@ -275,7 +276,7 @@ class _Lookup:
                 mean = _positive(f"{path}, `{op}`", "mean", row["mean"])
                 deviation = float(row["std"]) if "std" in row else math.sqrt(row.get("var", 0.0))
                 self._ops.setdefault(op, []).append(
-                    Sample(mean, _QUARTILE * deviation / mean, int(row.get("count", 1)))
+                    Sample(mean, _QUARTILE * deviation / mean, max(int(row.get("count", 1)), 1))
                 )
         except (AttributeError, KeyError, TypeError, ValueError) as e:
             raise LatencyError(

@@ -103,23 +103,17 @@ def test_other_classes_are_a_block_without_entry(real_data, here):
         find_table("note10", "float32", space)
 
 
-def op_table(space, **changes) -> dict:
-    """A table in OFA's form of one network of 6x6 images: its stem, one block and its head."""
-    row = {"mean": 2.0, "std": 0.1, "count": 10}
-    return {"a": {"6": {"Conv-input:6x6x1-output:3x3x8": row, **changes}}}
-
-
 def test_only_equal_blocks_are_found(here):
-    """A block of low rank, without norm or with another activation is not the published one."""
+    """A block of low rank, or a stem with another activation, is not the published one."""
     text = """
         [stem]
         block = "conv_stem"
-        width = 8
+        width = 32
         stride = 2
         {stem}
         [[stage]]
         block = "mbconv"
-        width = 8
+        width = 32
         expand = 2
         kernel = 3
         act = "relu"
@@ -128,8 +122,10 @@ def test_only_equal_blocks_are_found(here):
         block = "classifier"
         width = 8
         """
-    op = "expanded_conv-input:3x3x8-output:3x3x8-expand:16-kernel:3-stride:1-idskip:1-se:0-hs:0"
-    (here / "table.json").write_text(json.dumps(op_table(None, **{op: {"mean": 3.0, "std": 0.3, "count": 7}})))
+    op = "expanded_conv-input:3x3x32-output:3x3x32-expand:64-kernel:3-stride:1-idskip:1-se:0-hs:0"
+    stem_row, row = {"mean": 2.0, "std": 0.1, "count": 10}, {"mean": 3.0, "std": 0.3, "count": 7}
+    table = {"phone": {"6": {"Conv-input:6x6x1-output:3x3x32": stem_row, op: row}}}
+    (here / "table.json").write_text(json.dumps(table))
     for stem, expected in (("", {2.0, 3.0}), ('act = "relu"', {3.0})):
         (here / "own.toml").write_text(text.format(stem=stem))
         space = load_space("own.toml", input_shape=(6, 6, 1), classes=3)
