@@ -112,7 +112,10 @@ def verdict_of(winner: dict[str, Any], hand: dict[str, Any], *, limit_ms: float,
 def _entry(job: Job, made: Finished) -> dict[str, Any]:
     """One network of the summary."""
     verdicts = verdicts_of(made.folder)
-    if set(verdicts) != set(job.device.precision) or any(v.latency_ms is None for v in verdicts.values()):
+    told = [
+        v.latency_ms is not None and (v.comparable_ms is not None or not job.device.at_hand) for v in verdicts.values()
+    ]
+    if set(verdicts) != set(job.device.precision) or not all(told):
         raise damaged(made.folder / "verify.json", "a precision or its latency is missing", stage="verify")
     folder = made.folder.relative_to(job.path)
     graph = made.architecture.network.flat()
