@@ -3,6 +3,8 @@
 Exit codes: 0 done; 1 a defect of this program; 2 wrong use or input; 130 interrupted (the same command goes on).
 """
 
+import functools
+import json
 import os
 import shlex
 import signal
@@ -34,12 +36,20 @@ def cli() -> None:
     """From data, device and budget to a verified network."""
 
 
-def _experiment_options(function: Callable[..., None]) -> Callable[..., None]:
+def _experiment_options(command: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(command)
+    def function(*, device: str | None, overrides: tuple[str, ...], **options: Any) -> None:
+        short = () if device is None else (f"device={json.dumps(device)}",)
+        command(overrides=(*short, *overrides), **options)
+
     function = click.argument("experiment", type=click.Path(path_type=Path))(function)
     function = click.option("--out", type=click.Path(path_type=Path), help="Run folder; runs/<name> if not given.")(
         function
     )
     function = click.option("--smoke", is_flag=True, help="Lay the file's [smoke] table over it: minutes, not hours.")(
+        function
+    )
+    function = click.option("--device", metavar="NAME", help="As --set device=NAME; `nas list devices` has the names.")(
         function
     )
     return click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override one value.")(function)
@@ -142,6 +152,33 @@ def export(
 
     for path in export_network(source, params=params, runtime=runtime, out=out):
         click.echo(path)
+
+
+@cli.command("import")
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--format", "form", required=True, help="Of FILE: ofa, proxyless or csv (README, Devices).")
+@click.option("--space", "name", required=True, help="The space whose blocks are looked up in FILE.")
+@click.option("--device", required=True, metavar="NAME", help="The device that FILE is of.")
+@click.option("--out", type=click.Path(path_type=Path), help="Its folder; latency_models/NAME if not given.")
+@click.option("--unit", help="Of the latencies: ms, us or s. Left out: ms, which the blocks' MACs must bear out.")
+@click.option("--image", default="224x224x3", show_default=True, help="Of spaces without a resolution of their own.")
+@click.option("--classes", default=1000, show_default=True, help="That the networks tell apart.")
+def import_(
+    file: Path, form: str, name: str, device: str, out: Path | None, unit: str | None, image: str, classes: int
+) -> None:
+    """Make a latency table of a device that is not at hand from FILE, which others published.
+
+    Example: nas import note10.json --format ofa --space ofa_mobilenet_v3_w12 --device note10
+    """
+    from nas.latency import import_table
+    from nas.space import load_space
+
+    try:
+        height, width, channels = map(int, image.split("x"))
+    except ValueError as e:
+        raise click.UsageError(f"--image {image}: HEIGHTxWIDTHxCHANNELS is needed, such as 32x32x3.") from e
+    space = load_space(name, input_shape=(height, width, channels), classes=classes)
+    click.echo(import_table(file, form=form, space=space, device=device, out=out, unit=unit))
 
 
 @cli.command("list")

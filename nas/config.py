@@ -211,13 +211,21 @@ class Device(Strict, frozen=True):
     """latency_models/<name>/device.toml: what one must know to trust a number."""
 
     device: str  # in words
-    runtime: str  # a name in nas.export.RUNTIMES
-    hardware: str = "host"  # "host": the machine that the run is on
+    runtime: str  # a name in nas.export.RUNTIMES; of hardware that is not the host, any
+    hardware: str = "host"  # "host": the machine that the run is on; else in words, and tables lie in its folder
     threads: int = 1
     batch: int = 1
     precision: tuple[str, ...] = ("float32",)
     frequency_policy: str = "as found"
     notes: str = ""
+    source: str = ""  # of the tables in its folder: the command that measured them, or who published them
+    licence: str = ""  # of those tables
+    date: str = ""  # when they were measured, ISO 8601
+
+    @property
+    def at_hand(self) -> bool:
+        """Whether it is the machine that the run is on, so that things can be measured on it."""
+        return self.hardware == "host"
 
 
 def load_toml(path: Path, *, what: str) -> tuple[dict[str, Any], str]:

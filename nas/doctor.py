@@ -169,7 +169,8 @@ def listing(what: str) -> Iterator[str]:
         from nas.config import load_toml
 
         for name in catalog.list_devices():
-            raw, _ = load_toml(catalog.folder("latency_models") / name / "device.toml", what="device")
+            path = catalog.find(name, kind="device", file="device.toml", known=[name], error=NasError)
+            raw, _ = load_toml(path, what="device")
             yield f"{name:<24} {raw.get('device', '')}"
     else:
         module, table = {

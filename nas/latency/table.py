@@ -11,7 +11,7 @@ import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 import numpy as np
@@ -63,6 +63,8 @@ class _Header(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     anchors: tuple[Anchor, ...]
     notes: tuple[str, ...] = ()  # what else to know before trusting it: load, drift
     unsupported: dict[str, str] = {}  # key of a block that the device cannot run -> what the runtime said
+    kind: Literal["measured", "imported", "estimated"] = "measured"  # here, by others, or not at all
+    licence: str = ""  # of the numbers, where others published them
 
 
 class Table(_Header, frozen=True, kw_only=True):
@@ -73,7 +75,8 @@ class Table(_Header, frozen=True, kw_only=True):
     @property
     def digest(self) -> str:
         """Hash of everything that decides what the table predicts."""
-        deciding = [sorted((k, e.latency_ms) for k, e in self.entries.items()), msgspec.to_builtins(self.correction)]
+        deciding: list[Any] = [sorted((k, e.latency_ms) for k, e in self.entries.items())]
+        deciding += [msgspec.to_builtins(self.correction), *([sorted(self.unsupported)] if self.unsupported else [])]
         return hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()[:16]
 
     def block_ms(self, graph: Graph) -> float:
@@ -105,8 +108,9 @@ class Table(_Header, frozen=True, kw_only=True):
 
         Raises:
             UnmeasuredBlock: some block of the space is not in the table.
+            SpaceError: the genotypes are of another space.
         """
-        return space.price(space.check(genotypes), self.costs(space))
+        return space.price(genotypes, self.costs(space))
 
     def network_ms(self, network: Network) -> float:
         """Of one network, as a sum over its blocks.

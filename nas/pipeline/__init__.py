@@ -6,7 +6,9 @@ Each stage is a function of a `Job`; it reads what the stages before it left in 
 from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 
-from nas import config
+import msgspec
+
+from nas import catalog, config
 from nas.cluster import preflight
 from nas.config import Experiment
 from nas.console import Console
@@ -60,10 +62,19 @@ KNOWN: dict[str, Collection[str]] = {
 def load_experiment(path: str | Path, *, smoke: bool = False, overrides: Sequence[str] = ()) -> Experiment:
     """The experiment at `path`, as `nas.config.load_experiment` reads it, every name in it checked.
 
+    A space or device of the current folder becomes a path: workers, and those who go on with the run, may be elsewhere.
+
     Raises:
         ConfigError: with file and line, or the override, and the nearest valid key or name.
     """
-    return config.load_experiment(path, smoke=smoke, overrides=overrides, known=KNOWN)
+    experiment = config.load_experiment(path, smoke=smoke, overrides=overrides, known=KNOWN)
+    space = catalog.own(experiment.space, kind="space", file="space.toml")
+    device = catalog.own(experiment.device, kind="device", file="device.toml")
+    return msgspec.structs.replace(
+        experiment,
+        space=experiment.space if space is None else str(space),
+        device=experiment.device if device is None else str(device.parent),
+    )
 
 
 def run_experiment(

@@ -100,6 +100,9 @@ def card(job: Job, made: Finished) -> str:
         f"{table.network_ms(made.architecture.network):.4g} ms in {precision}"
         for precision, table in job.tables.items()
     )
+    measured = f"Accuracy {'and latency ' if job.device.at_hand else ''}measured in {job.runtime_name}"
+    if not job.device.at_hand:
+        measured += "; latency was NOT measured, the device was not at hand"
     blocks = "\n".join(f"| {b.name} | {b.label} | {_size(b.graph)} |" for b in made.architecture.network.blocks)
     return f"""# {made.architecture.name}
 
@@ -109,7 +112,7 @@ Classifies {height}x{width} images with {channels} channel{"s" if channels > 1 e
 - Found in search space `{job.space.name}`, fine-tuned with distillation; role: {made.role}.
 - Trained on {Path(job.data.source).name} ({len(job.data.train.labels)} images). It has not been tried on anything else.
 - {cost.macs(graph):,} MACs, {cost.parameters(graph):,} parameters. Predicted on {job.device.device}: {predicted}.
-- Accuracy and latency measured in the runtime: verify.json, beside this file.
+- {measured}: verify.json, beside this file.
 
 ## Use
 

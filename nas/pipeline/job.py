@@ -12,7 +12,7 @@ from nas.config import Device, Experiment
 from nas.console import Console
 from nas.data import Dataset, load_data
 from nas.errors import LimitError, RunError
-from nas.export import Runtime
+from nas.export import RUNTIMES, Runtime
 from nas.files import read_as
 from nas.latency import Table, load_device
 from nas.measure import runtime_class
@@ -65,19 +65,24 @@ class Job:
 
     @functools.cached_property
     def device(self) -> Device:
-        """The device that latency is measured on.
+        """The device whose latency counts.
 
         Raises:
             DeviceError: it, its runtime or one of its precisions is unknown.
         """
         device = load_device(self.experiment.device)
-        runtime_class(device)
+        runtime_class(_written_for(device))
         return device
 
     @functools.cached_property
     def runtime(self) -> Runtime:
-        """The device's runtime."""
-        return runtime_class(self.device)()
+        """What files are written for and checked in."""
+        return runtime_class(_written_for(self.device))()
+
+    @property
+    def runtime_name(self) -> str:
+        """The name of `runtime`: the device's; of a device that is not at hand and has an unknown one, ONNX Runtime."""
+        return _written_for(self.device).runtime
 
     @functools.cached_property
     def supernet(self) -> "Supernet":
@@ -88,7 +93,7 @@ class Job:
 
     @functools.cached_property
     def tables(self) -> dict[str, Table]:
-        """The measured latency table of each precision."""
+        """The latency table of each precision."""
         self.folder.require("measure")
         then = read_as(self.path / "environment.json", _Environment, stage="measure")
         tables = {p: Table.load(self.path / "latency", p) for p in self.device.precision}
@@ -180,6 +185,12 @@ class Job:
         within = latency_ms <= self.limit.ms
         order = np.lexsort((np.where(within, -latency_ms, latency_ms), ~within))
         return candidates[order[0]]
+
+
+def _written_for(device: Device) -> Device:
+    if device.at_hand or device.runtime in RUNTIMES:
+        return device
+    return msgspec.structs.replace(device, runtime="onnxruntime")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,6 +11,7 @@ import msgspec
 
 from nas.errors import DeviceError
 from nas.files import write_json
+from nas.latency import Proof, Table, find_table
 from nas.measure import hardware
 from nas.measure import measure as measure_table
 from nas.pipeline.job import Job
@@ -20,7 +21,10 @@ _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "onn
 
 
 def measure(job: Job) -> None:
-    """Writes latency/ (a table for each precision, proof.json) and environment.json."""
+    """Writes latency/ (a table for each precision, proof.json) and environment.json.
+
+    The table of a device that is not at hand is not measured but copied from the device's folder, with its proof.
+    """
     job.runtime.version()  # a missing runtime is told before anything is built
     if job.precision not in job.device.precision:
         raise DeviceError(
@@ -31,27 +35,44 @@ def measure(job: Job) -> None:
     proofs: dict[str, Any] = {}
     tables = {}
     for precision in job.device.precision:
-        job.console.start(f"measure: {len(job.space.blocks())} blocks in {precision} on {job.experiment.device}")
-        table, proof = measure_table(
-            job.space,
-            job.device,
-            precision,
-            job.experiment.latency,
-            seed=job.experiment.seed,
-            progress=job.console.share,
-            command=f"nas measure (experiment {job.experiment.name})",
-        )
+        table, proof = (_measured if job.device.at_hand else _kept)(job, precision)
         table.save(job.path / "latency")
         tables[precision] = table
+        if proof is None:
+            job.console.say("  it has no proof: how well it predicts networks is not known")
+            continue
         proofs[precision] = msgspec.to_builtins(proof)
         job.console.say(
             f"  {proof.networks} held-out networks: MAPE {proof.mape:.1%}, within 5 % {proof.within_5:.0%}, "
             f"within 10 % {proof.within_10:.0%}, Kendall tau {proof.kendall_tau:.3f}"
         )
-    write_json(job.path / "latency" / "proof.json", {**proofs[job.precision], "precisions": proofs})
+    write_json(job.path / "latency" / "proof.json", {**proofs.get(job.precision, {}), "precisions": proofs})
     copy_space(job.experiment.space, job.path)
     write_json(job.path / "environment.json", environment(job, {p: t.digest for p, t in tables.items()}))
     job.tables = tables
+
+
+def _measured(job: Job, precision: str) -> tuple[Table, Proof | None]:
+    """The table, measured on this machine."""
+    job.console.start(f"measure: {len(job.space.blocks())} blocks in {precision} on {job.experiment.device}")
+    return measure_table(
+        job.space,
+        job.device,
+        precision,
+        job.experiment.latency,
+        seed=job.experiment.seed,
+        progress=job.console.share,
+        command=f"nas measure (experiment {job.experiment.name})",
+    )
+
+
+def _kept(job: Job, precision: str) -> tuple[Table, Proof | None]:
+    """The table that lies in the device's folder: the device is not at hand, so that nothing is measured."""
+    table, proof = find_table(job.experiment.device, precision, job.space)
+    job.console.start(
+        f"measure: {job.device.device} is not at hand; its {precision} table was {table.kind} by `{table.command}`"
+    )
+    return table, proof
 
 
 def environment(job: Job, tables: dict[str, str]) -> dict[str, Any]:
@@ -63,7 +84,7 @@ def environment(job: Job, tables: dict[str, str]) -> dict[str, Any]:
         "platform": platform.platform(),
         "hardware": hardware(),
         "versions": {name: version(name) for name in _PACKAGES},
-        "runtime": f"{job.device.runtime} {job.runtime.version()}",
+        "runtime": f"{job.device.runtime} {job.runtime.version() if job.device.at_hand else ''}".strip(),
         "seed": job.experiment.seed,
         "git_commit": _git_commit(),
         "space": {

@@ -67,21 +67,26 @@ def verdict_of(winner: dict[str, Any], hand: dict[str, Any], *, limit_ms: float,
     """The answer in words, whatever it is.
 
     Args:
-        winner, hand: entries of summary.json: the answer, and the hand-made network.
+        winner, hand: entries of summary.json: the answer, and the hand-made network. Where their `comparable_ms` is
+            None nothing was measured, and predictions are told as such.
         limit_ms: that was asked for.
         test_images: how many each accuracy was counted over.
         trials: of the search.
     """
     points = 100 * (winner["accuracy"] - hand["accuracy"])
     refused = "" if winner["passed"] else "NO network passed verification; do not deploy this one. "
+    measured = winner["comparable_ms"] is not None
+    ms, hand_ms = (e["comparable_ms"] if measured else e["predicted_ms"] for e in (winner, hand))
+    how = f"measured ({winner['predicted_ms']:.4g} predicted)" if measured else "predicted"
     lead = (
         f"{refused}Best network within {limit_ms:.4g} ms: top-1 {winner['accuracy']:.2%} on {test_images} test images, "
-        f"{winner['comparable_ms']:.4g} ms measured ({winner['predicted_ms']:.4g} predicted), "
-        f"{winner['size_bytes']:,} bytes."
+        f"{ms:.4g} ms {how}, {winner['size_bytes']:,} bytes."
     )
-    over = winner["comparable_ms"] / limit_ms - 1
+    over = ms / limit_ms - 1
     late = f" That is {over:.1%} over the limit." if over > 0 else ""
-    level = winner["machine_level"] - 1
+    if not measured:
+        late += " The device is not at hand: its latency was NOT measured, and all milliseconds are its table's."
+    level = winner["machine_level"] - 1 if measured else 0.0
     if abs(level) > 0.05:
         late += (
             f" The machine is {abs(level):.0%} {'slower' if level > 0 else 'faster'} now than when its table was "
@@ -94,12 +99,12 @@ def verdict_of(winner: dict[str, Any], hand: dict[str, Any], *, limit_ms: float,
         )
     compared = (
         f"{'beats' if points > 0 else 'equals' if points == 0 else 'does NOT beat'} the hand-made network "
-        f"({hand['accuracy']:.2%} at {hand['comparable_ms']:.4g} ms)"
+        f"({hand['accuracy']:.2%} at {hand_ms:.4g} ms)"
     )
     images = round(abs(points) / 100 * test_images)
     by = f" by {abs(points):.2f} points ({images} images)" if points > 0 else ""
     short = f": it is {abs(points):.2f} points ({images} images) below" if points < 0 else ""
-    faster = 1 - winner["comparable_ms"] / hand["comparable_ms"]
+    faster = 1 - ms / hand_ms
     speed = f", and is {abs(faster):.0%} {'faster' if faster > 0 else 'slower'}" if abs(faster) >= 0.005 else ""
     return f"{lead}{late} It {compared}{by}{short}{speed}."
 
@@ -107,7 +112,10 @@ def verdict_of(winner: dict[str, Any], hand: dict[str, Any], *, limit_ms: float,
 def _entry(job: Job, made: Finished) -> dict[str, Any]:
     """One network of the summary."""
     verdicts = verdicts_of(made.folder)
-    if set(verdicts) != set(job.device.precision) or any(v.latency_ms is None for v in verdicts.values()):
+    told = [
+        v.latency_ms is not None and (v.comparable_ms is not None or not job.device.at_hand) for v in verdicts.values()
+    ]
+    if set(verdicts) != set(job.device.precision) or not all(told):
         raise damaged(made.folder / "verify.json", "a precision or its latency is missing", stage="verify")
     folder = made.folder.relative_to(job.path)
     graph = made.architecture.network.flat()

@@ -2,7 +2,7 @@
 
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +26,14 @@ RELATIVE_TOLERANCE = 1e-3  # of float32 logits, relative to the largest
 
 
 class Latency(msgspec.Struct, frozen=True):
-    """Milliseconds: percentiles of the samples as they came, and what the table said."""
+    """Milliseconds: percentiles of the samples as they came, and what the table said.
 
-    median: float
-    p10: float
-    p90: float
+    Nothing but the prediction is known where the device is not at hand.
+    """
+
+    median: float | None
+    p10: float | None
+    p90: float | None
     predicted: float
 
 
@@ -46,31 +49,64 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True):
     size_bytes: int
     reason: str | None  # why it is refused; None: it passed
     latency_ms: Latency | None = None
-    machine_level: float = 1.0  # 1.1: when this was measured the machine was 10 % slower than for its table
-    comparable_ms: float = 0.0  # measured latency without busy moments, at the machine's speed for its table:
-    passed: bool = False  # what compares with predictions, the limit and other networks
+    # 1.1: when this was measured the machine was 10 % slower than for its table; None: the device is not at hand
+    machine_level: float | None = None
+    # measured latency without busy moments, at the machine's speed for its table: what compares with predictions, the
+    # limit and other networks; None: the device is not at hand
+    comparable_ms: float | None = None
+    passed: bool = False
 
 
 def verify(job: Job) -> None:
-    """Writes verify.json beside each network: parity, accuracy on the test set in the runtime, measured latency."""
+    """Writes verify.json beside each network: parity, accuracy on the test set in the runtime, measured latency.
+
+    Latency is measured only where the device is at hand; what another machine takes says nothing of it.
+    """
     job.folder.require("export")
     networks = finished(job.path)
     job.console.start(
-        f"verify: {len(networks)} networks in {job.device.runtime}, {len(job.data.test.labels)} test images"
+        f"verify: {len(networks)} networks in {job.runtime_name}, {len(job.data.test.labels)} test images"
     )
     checks: dict[tuple[str, str], Verdict] = {}
-    openers: dict[tuple[str, Any], Callable[[], Call]] = {}  # of what is timed
     for number, made in enumerate(networks, start=1):
         for precision in job.device.precision:
             checks[made.name, precision] = check(job, made, precision)
-            openers[made.name, precision] = functools.partial(_open, job, made, precision)
         job.console.progress(number, len(networks), {"": made.name})
+    latencies = _measured(job, networks) if job.device.at_hand else _predicted(job, networks)
+    for made in networks:
+        verdicts = {p: msgspec.structs.replace(checks[made.name, p], **latencies[made.name, p]) for p in job.tables}
+        _judge_int8(verdicts, job.experiment.verify.int8_loss)
+        verdicts = {p: msgspec.structs.replace(v, passed=v.reason is None) for p, v in verdicts.items()}
+        for precision, v in verdicts.items():
+            _deliver(made.folder / file_name(precision, job.runtime.suffix), v.passed)
+        write_json(made.folder / "verify.json", msgspec.to_builtins(verdicts))
+        words = ", ".join(f"{p} {_words(v)}" for p, v in verdicts.items())
+        job.console.say(f"  {made.name}: {words}")
+
+
+def _words(verdict: Verdict) -> str:
+    assert verdict.latency_ms is not None
+    ms, how = verdict.comparable_ms, ""
+    if ms is None:
+        ms, how = verdict.latency_ms.predicted, " predicted, not measured"
+    refused = "" if verdict.passed else f" REFUSED: {verdict.reason}"
+    return f"top-1 {verdict.accuracy:.2%} at {ms:.4g} ms{how}{refused}"
+
+
+def _measured(job: Job, networks: Sequence[Finished]) -> dict[tuple[str, str], dict[str, Any]]:
+    """What verdicts say of latency, by network and precision."""
+    openers: dict[tuple[str, Any], Callable[[], Call]] = {
+        (made.name, precision): functools.partial(_open, job, made, precision)
+        for made in networks
+        for precision in job.tables
+    }
+    count = len(openers)
     # The table's anchors are measured again with them: they tell how fast the machine is now, compared with then.
     for precision, table in job.tables.items():
         for index, anchor in enumerate(table.anchors):
             graph = job.space.decode(anchor.genotype).flat()
             openers[precision, index] = functools.partial(prepare, graph, job.device, precision, seed=index)
-    job.console.say(f"  latency: {len(checks)} files and the tables' anchors, interleaved, batch {job.device.batch}")
+    job.console.say(f"  latency: {count} files and the tables' anchors, interleaved, batch {job.device.batch}")
     timings: dict[tuple[str, Any], Timing] = measure_files(
         openers, seconds=job.experiment.verify.seconds, threads=job.device.threads, seed=job.experiment.seed
     )
@@ -78,27 +114,34 @@ def verify(job: Job) -> None:
         precision: table.level(np.array([timings[precision, i].latency_ms for i in range(len(table.anchors))]))
         for precision, table in job.tables.items()
     }
-    for made in networks:
-        verdicts = {}
-        for precision, table in job.tables.items():
-            timing = timings[made.name, precision]
-            predicted = table.network_ms(made.architecture.network)
-            verdicts[precision] = msgspec.structs.replace(
-                checks[made.name, precision],
-                latency_ms=Latency(timing.median_ms, timing.p10_ms, timing.p90_ms, predicted),
-                machine_level=level[precision],
-                comparable_ms=timing.latency_ms / level[precision],
-            )
-        _judge_int8(verdicts, job.experiment.verify.int8_loss)
-        verdicts = {p: msgspec.structs.replace(v, passed=v.reason is None) for p, v in verdicts.items()}
-        for precision, v in verdicts.items():
-            _deliver(made.folder / file_name(precision, job.runtime.suffix), v.passed)
-        write_json(made.folder / "verify.json", msgspec.to_builtins(verdicts))
-        words = ", ".join(
-            f"{p} top-1 {v.accuracy:.2%} at {v.comparable_ms:.4g} ms" + ("" if v.passed else f" REFUSED: {v.reason}")
-            for p, v in verdicts.items()
-        )
-        job.console.say(f"  {made.name}: {words}")
+    out = {}
+    for (name, precision), predicted in _predictions(job, networks).items():
+        timing = timings[name, precision]
+        out[name, precision] = {
+            "latency_ms": Latency(timing.median_ms, timing.p10_ms, timing.p90_ms, predicted),
+            "machine_level": level[precision],
+            "comparable_ms": timing.latency_ms / level[precision],
+        }
+    return out
+
+
+def _predicted(job: Job, networks: Sequence[Finished]) -> dict[tuple[str, str], dict[str, Any]]:
+    """What verdicts say of latency on a device that is not at hand."""
+    job.console.say(
+        f"  latency: NOT measured, {job.device.device} is not at hand; its table's predictions are reported. Accuracy "
+        f"is that of {job.runtime_name} on this machine"
+    )
+    predictions = _predictions(job, networks).items()
+    return {of: {"latency_ms": Latency(None, None, None, predicted)} for of, predicted in predictions}
+
+
+def _predictions(job: Job, networks: Sequence[Finished]) -> dict[tuple[str, str], float]:
+    """Milliseconds by network and precision."""
+    return {
+        (made.name, precision): table.network_ms(made.architecture.network)
+        for made in networks
+        for precision, table in job.tables.items()
+    }
 
 
 def verdicts_of(folder: Path) -> dict[str, Verdict]:

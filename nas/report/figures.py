@@ -77,7 +77,7 @@ def agreement(run: Run, precision: str, proof: Agreement) -> Figure:
     groups = [(held_out, blue)]
     for role in NAMES:
         files = [(m.facts.name, m.files.get(precision)) for m in run.members if m.facts.role == role]
-        known = [(n, o.predicted_ms, o.comparable_ms) for n, o in files if o]
+        known = [(n, o.predicted_ms, o.comparable_ms) for n, o in files if o and o.comparable_ms is not None]
         groups.append((known, _marker(role)))
     axis = _logarithmic([ms for rows, _ in groups for row in rows for ms in row[1:]])
     low, high = (10**end for end in axis["range"])
@@ -161,12 +161,12 @@ def _tried(trials: Sequence[Trial], run: Run, **style: Any) -> Figure:
 
 
 def _became(members: Iterable[Member], precision: str, **style: Any) -> Figure:
-    """Networks after fine-tuning: test accuracy and measured latency of their files in `precision`."""
+    """Networks after fine-tuning: test accuracy and latency of their files in `precision`, measured if it could be."""
     files = [(m, m.files.get(precision)) for m in members]
-    known = [(m, o.comparable_ms, o.accuracy) for m, o in files if o]
+    known = [(m, o.told_ms, o.accuracy, o.how) for m, o in files if o]
     texts = []
-    for member, latency_ms, accuracy in known:
-        facts = f"{words.percent(accuracy)} of the test images, {words.ms(latency_ms)} measured, {precision}"
+    for member, latency_ms, accuracy, how in known:
+        facts = f"{words.percent(accuracy)} of the test images, {words.ms(latency_ms)} {how}, {precision}"
         lines = [facts, *words.network(member.architecture.network)]
         texts.append("<br>".join([f"<b>{escape(member.facts.name)}</b>", *map(escape, lines)]))
     return _dots([row[1] for row in known], [row[2] for row in known], texts, **style)
@@ -180,7 +180,7 @@ def _risen(run: Run) -> Figure:
     for member in run.winners:
         trial, outcome = trial_of.get(member.architecture.genotype), member.files.get(run.summary.precision)
         if trial is not None and outcome is not None:
-            xs += [trial.latency_ms, outcome.comparable_ms, None]
+            xs += [trial.latency_ms, outcome.told_ms, None]
             ys += [trial.top1, outcome.accuracy, None]
     dotted = {"color": COLOURS["winner"], "width": 1, "dash": "dot"}
     return {"x": xs, "y": ys, "name": "from trial to winner", "mode": "lines", "line": dotted, "hoverinfo": "skip"}

@@ -47,10 +47,13 @@ class DeviceFacts(msgspec.Struct, frozen=True):
     name: str
     device: str
     runtime: str
+    hardware: str = "host"
     threads: int = 1
     batch: int = 1
     frequency_policy: str = ""
     notes: str = ""
+    source: str = ""
+    licence: str = ""
 
 
 class Environment(msgspec.Struct, frozen=True):
@@ -102,13 +105,24 @@ class Outcome(msgspec.Struct, frozen=True):
     """What one file of a network does on the device."""
 
     accuracy: float  # on the test set, in the runtime
-    latency_ms: float  # median, as it came
-    comparable_ms: float  # measured, at the speed that the machine had for its table, busy moments left out
+    latency_ms: float | None  # median, as it came; None: the device is not at hand
+    # measured, at the speed that the machine had for its table, busy moments left out; None: the device is not at hand
+    comparable_ms: float | None
     predicted_ms: float
     size_bytes: int
     file: str  # relative to the run folder
     passed: bool
-    machine_level: float = 1.0  # 1.1: measured while the machine was 10 % slower than for its table
+    machine_level: float | None = 1.0  # 1.1: measured while the machine was 10 % slower than for its table
+
+    @property
+    def told_ms(self) -> float:
+        """The latency that is told: measured, or where nothing was, predicted."""
+        return self.predicted_ms if self.comparable_ms is None else self.comparable_ms
+
+    @property
+    def how(self) -> str:
+        """Where `told_ms` comes from, in a word."""
+        return "predicted" if self.comparable_ms is None else "measured"
 
 
 class Candidate(Outcome, frozen=True, kw_only=True):
@@ -152,11 +166,11 @@ class Summary(msgspec.Struct, frozen=True):
 
 
 class Spread(msgspec.Struct, frozen=True):
-    """Measured latency in milliseconds."""
+    """Measured latency in milliseconds; None where the device is not at hand."""
 
-    median: float
-    p10: float
-    p90: float
+    median: float | None
+    p10: float | None
+    p90: float | None
     predicted: float | None = None
 
 

@@ -81,7 +81,7 @@ def _context(run: Run) -> dict[str, Any]:
         "other": other,
         "other_check": winner.checks.get(other, Check(passed=False)),
         "alternative": winner.files.get(other),
-        "within": None if limit is None else answer.comparable_ms <= limit,
+        "within": None if limit is None else answer.told_ms <= limit,
         "interval": words.wilson(answer.accuracy, run.environment.data.test),
         "handmade": handmade,
         "by_chance": handmade is not None and _by_chance(answer.accuracy, handmade.accuracy, run.environment.data.test),
@@ -110,10 +110,11 @@ def _by_chance(a: float, b: float, images: int) -> bool:
 
 def _strip(run: Run, winner: Member) -> Markup | None:
     check = winner.checks.get(run.summary.precision)
-    if check is None or check.latency_ms is None:
-        return None
     facts = winner.facts
-    p10, p90 = (ms / facts.machine_level for ms in (check.latency_ms.p10, check.latency_ms.p90))
+    if check is None or check.latency_ms is None or facts.comparable_ms is None:
+        return None
+    level = facts.machine_level or 1.0
+    p10, p90 = ((ms or facts.comparable_ms) / level for ms in (check.latency_ms.p10, check.latency_ms.p90))
     low, high = min(p10, facts.comparable_ms), max(p90, facts.comparable_ms)
     return Markup(drawing.strip(run.summary.reachable_ms, run.limit_ms, low, facts.comparable_ms, high))
 
@@ -127,7 +128,7 @@ def _row(member: Member) -> dict[str, Any]:
                 "precision": precision,
                 "outcome": outcome,
                 "spread": check.latency_ms if (check := member.checks.get(precision)) else None,
-                "error": outcome.predicted_ms / outcome.comparable_ms - 1,
+                "error": outcome.predicted_ms / outcome.comparable_ms - 1 if outcome.comparable_ms else None,
                 "reason": (check.reason if check else None) or "",
             }
             for precision, outcome in member.files.items()
