@@ -95,7 +95,90 @@ def _stage_command(name: str, text: str) -> None:
         _stages(experiment, out, smoke, overrides, (name,))
 
 
-_stage_command("measure", "Measure the latency table of EXPERIMENT's space on its device, with proof.")
+@cli.command()
+@click.argument("what", required=False)
+@click.option("--device", metavar="NAME", help="Whose runtime, threads and batch are used (`nas list devices`).")
+@click.option(
+    "--as", "name", metavar="NAME", help="Whose tables they become: latency_models/NAME; DEVICE if not given."
+)
+@click.option("--precision", "precisions", multiple=True, help="Of the device's, those to measure; all if not given.")
+@click.option("--image", default="32x32x3", show_default=True, help="Of spaces without a resolution of their own.")
+@click.option("--classes", default=10, show_default=True, help="That the networks tell apart.")
+@click.option("--seed", default=0, show_default=True, help="Of anchors, held-out networks and the order of rounds.")
+@click.option("--bundle", type=click.Path(path_type=Path), help="Do not measure: write all that another machine needs.")
+@click.option("--import", "results", type=click.Path(path_type=Path), help="Read the results that it brought back.")
+@click.option("--prove", metavar="N", type=click.IntRange(min=2), help="Prove NAME's table anew, on N other networks.")
+@click.option("--out", type=click.Path(path_type=Path), help="Run folder, where WHAT is an experiment.")
+@click.option("--smoke", is_flag=True, help="As for `nas run`, where WHAT is an experiment.")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="latency.KEY=VALUE; or as for `nas run`.")
+def measure(
+    what: str | None,
+    device: str | None,
+    name: str | None,
+    precisions: tuple[str, ...],
+    image: str,
+    classes: int,
+    seed: int,
+    bundle: Path | None,
+    results: Path | None,
+    prove: int | None,
+    out: Path | None,
+    smoke: bool,
+    overrides: tuple[str, ...],
+) -> None:
+    """Measure latency tables, with proof: of a space (WHAT: its name or file), or the first stage of an experiment.
+
+    \b
+    This machine:     nas measure mobilenet_v3_32 --device host_onnxruntime --as my_laptop
+    Another machine:  nas measure mobilenet_v3_32 --device host_onnxruntime --precision float32 --bundle out/
+                      there: python out/measure.py        here: nas measure --import out/ --as my_board
+    Still true?       nas measure mobilenet_v3_32 --device my_laptop --prove 100
+    An experiment:    nas measure experiments/quickstart.toml
+    """
+    from nas import measured
+
+    command = "nas " + shlex.join(sys.argv[1:])
+    if results is not None:
+        if name is None:
+            raise click.UsageError("--import needs --as NAME: whose tables they become.")
+        click.echo(measured.import_results(results, name=name, space=what, command=command))
+        return
+    if what is None:
+        raise click.UsageError("WHAT is missing: a space, or an experiment.")
+    if measured.is_experiment(what):
+        short = () if device is None else (f"device={json.dumps(device)}",)
+        _stages(Path(what), out, smoke, (*short, *overrides), ("measure",))
+        return
+    if device is None:
+        raise click.UsageError("a space is measured on a device: --device NAME (`nas list devices`).")
+    space = measured.space_of(what, _shape(image), classes)
+    settings = measured.settings_of(overrides)
+    if bundle is not None:
+        precision = precisions[0] if precisions else None
+        plan = measured.write_bundle(space, device, bundle, settings, precision=precision, seed=seed)
+        click.echo(
+            f"{bundle}: {len(plan.graphs)} models. Copy it to the device, run `python measure.py` in it, bring "
+            f"results.jsonl back, and: nas measure --import {bundle} --as NAME"
+        )
+    elif prove is not None:
+        for precision in precisions or (None,):
+            measured.prove_table(space, device, settings, networks=prove, precision=precision, seed=seed + 1)
+    else:
+        click.echo(
+            measured.measure_space(
+                space, device, settings, name=name, precisions=precisions or None, seed=seed, command=command
+            )
+        )
+
+
+def _shape(image: str) -> tuple[int, int, int]:
+    try:
+        height, width, channels = map(int, image.split("x"))
+    except ValueError as e:
+        raise click.UsageError(f"--image {image}: HEIGHTxWIDTHxCHANNELS is needed, such as 32x32x3.") from e
+    return height, width, channels
+
+
 _stage_command(
     "train",
     "Train the supernet of EXPERIMENT; cut off, it goes on from its newest checkpoint. --set train.tensorboard=true "
@@ -173,11 +256,7 @@ def import_(
     from nas.latency import import_table
     from nas.space import load_space
 
-    try:
-        height, width, channels = map(int, image.split("x"))
-    except ValueError as e:
-        raise click.UsageError(f"--image {image}: HEIGHTxWIDTHxCHANNELS is needed, such as 32x32x3.") from e
-    space = load_space(name, input_shape=(height, width, channels), classes=classes)
+    space = load_space(name, input_shape=_shape(image), classes=classes)
     click.echo(import_table(file, form=form, space=space, device=device, out=out, unit=unit))
 
 

@@ -44,6 +44,7 @@ def joined(transform: optax.GradientTransformation) -> optax.GradientTransformat
         return transform.init(_join(params))
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        together: Any
         together, state = transform.update(_join(updates), state, None if params is None else _join(params))
         return _part(together, updates), state
 

@@ -1,4 +1,4 @@
-import os
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -9,7 +9,10 @@ from nas import cost
 from nas.config import Device, Latency, load_experiment
 from nas.errors import DeviceError, LatencyError
 from nas.latency import Table, load_device, op_counts
-from nas.measure import measure, prepare, recipe, runtime_class, runtime_of
+from nas.measure import Plan, evaluate, for_table, measure, prepare, prove_again, recipe, runtime_class, runtime_of
+from nas.measure.plan import choose_networks
+from nas.ondevice.program import Recording
+from nas.ondevice.timing import Round, rounds
 from nas.ops import Graph
 from nas.pipeline.job import Job
 from nas.space import Space, load_space
@@ -25,16 +28,20 @@ def device() -> Device:
     return load_device("host_onnxruntime")
 
 
+@dataclasses.dataclass
 class Simulated:
     """A device on which a call costs an overhead and so much for each op and MAC, and SE doubles at some time."""
 
-    def __init__(self, changes_at: float = float("inf")):
-        self.now, self.changes_at = 0.0, changes_at
+    changes_at: float = float("inf")
+    others: float = 0.0
+    broken: tuple[str, ...] = ()
+    speed: float = 1.0
+    now: float = 0.0
 
     def own_ms(self, graph: Graph) -> float:
-        return 0.02 + 0.01 * sum(op_counts(graph).values()) + cost.macs(graph) * 1e-6
+        return self.speed * (0.02 + 0.01 * sum(op_counts(graph).values()) + cost.macs(graph) * 1e-6)
 
-    def prepare(self, graph: Graph, *_, **__):
+    def call(self, graph: Graph):
         own = self.own_ms(graph) / 1e3
         se = "mul" in op_counts(graph)
 
@@ -44,16 +51,37 @@ class Simulated:
 
         return call
 
+    def record(self, plan: Plan, number: int = 40) -> Recording:
+        """What the measuring program would have written."""
+        names = [name for name in plan.graphs if name not in self.broken]
+        timed = rounds([self.call(plan.graphs[n]) for n in names], seed=0, clock=lambda: self.now)
+        where = {i: list(plan.graphs).index(n) for i, n in enumerate(names)}
+        ran = [next(timed) for _ in range(number)]
+        return Recording(
+            manifest={"calls": [{"name": name} for name in plan.graphs]},
+            starts=({"hardware": "simulated", "version": "1", "time": 0.0, "load": "no load"},),
+            rounds=tuple(Round(tuple(where[i] for i in r.order), r.times_ms) for r in ran),
+            seconds=self.now,
+            unsupported=dict.fromkeys(self.broken, "it fell over"),
+            others=(self.others,) * number,
+            busiest="make (pid 1) 90 %",
+            complete=True,
+        )
 
-def simulate(monkeypatch, space: Space, device: Device, simulated: Simulated, **options):
-    monkeypatch.setattr(recipe, "prepare", simulated.prepare)
-    settings = Latency(**{"seconds": 3.0, "min_rounds": 5, "anchors": 12, "holdout": 16, **options})
-    return measure(space, device, "float32", settings, seed=0, clock=lambda: simulated.now)
+
+def settings_of(**options) -> Latency:
+    return Latency(**{"anchors": 12, "holdout": 16, **options})
 
 
-def test_where_costs_add_up_the_table_is_exact_and_counts_a_call_once(monkeypatch, space, device):
+def simulate(space: Space, device: Device, simulated: Simulated, **options):
+    settings = settings_of(**options)
+    plan = for_table(space, device, "float32", settings, seed=0)
+    return evaluate(plan, simulated.record(plan), settings)
+
+
+def test_where_costs_add_up_the_table_is_exact_and_counts_a_call_once(space, device):
     simulated = Simulated()
-    table, proof = simulate(monkeypatch, space, device, simulated)
+    table, proof = simulate(space, device, simulated)
     assert proof.mape < 1e-6
     assert proof.kendall_tau > 0.999
     assert table.overhead_ms == pytest.approx(0.02)
@@ -64,47 +92,85 @@ def test_where_costs_add_up_the_table_is_exact_and_counts_a_call_once(monkeypatc
 
 
 @pytest.mark.parametrize("anchors", [1, 3, 6])
-def test_any_number_of_anchors_will_do(monkeypatch, space, device, anchors):
-    table, proof = simulate(monkeypatch, space, device, Simulated(), anchors=anchors)
+def test_any_number_of_anchors_will_do(space, device, anchors):
+    table, proof = simulate(space, device, Simulated(), anchors=anchors)
     assert len(table.anchors) == anchors
     assert proof.mape < 1e-6
 
 
-def test_an_uneven_machine_is_refused_and_who_uses_it_is_told(monkeypatch, space, device):
-    with pytest.raises(LatencyError, match=r"disagree by \d+%.*using CPU now.*quieter"):
-        simulate(monkeypatch, space, device, Simulated(changes_at=4.0), seconds=8.0)
+def test_an_uneven_machine_is_refused_and_who_uses_it_is_told(space, device):
+    with pytest.raises(LatencyError, match=r"disagree by \d+\.\d%.*make \(pid 1\) 90 %.*quieter"):
+        simulate(space, device, Simulated(changes_at=1.0))
 
 
-def test_a_space_without_choices_is_refused(monkeypatch, space, device, tmp_path):
+def test_a_busy_machine_is_refused_and_who_uses_it_is_told(space, device):
+    with pytest.raises(LatencyError, match=r"other processes took 60%.*at most 25%.*make \(pid 1\) 90 %"):
+        simulate(space, device, Simulated(others=0.6), max_busy=0.25)
+    table, _ = simulate(space, device, Simulated(others=0.6), max_busy=0.7)
+    assert any("busy: Using CPU meanwhile: make" in note for note in table.notes)
+
+
+def test_a_block_that_the_runtime_cannot_run_costs_infinitely_much_and_the_rest_is_searchable(space, device, tmp_path):
+    key = next(k for k, (block, role) in space.blocks().items() if role == "middle" and "mul" in op_counts(block.graph))
+    table, proof = simulate(space, device, Simulated(broken=(f"block {key}",)))
+    assert table.unsupported == {key: "it fell over"}
+    assert key not in table.entries
+    assert proof.mape < 1e-6
+    genotypes = space.sample(np.random.default_rng(0), 500)
+    having = np.array([any(b.graph.key == key for b in space.decode(g).blocks) for g in genotypes])
+    assert having.any()
+    assert (np.isinf(table.price(space, genotypes)) == having).all()
+    fastest_ms, low, slowest_ms, high = table.reachable(space)
+    assert fastest_ms < slowest_ms < np.inf
+    assert table.network_ms(space.decode(high)) == slowest_ms
+    assert not any(b.graph.key == key for g in (low, high) for b in space.decode(g).blocks)
+    table.save(tmp_path)
+    assert Table.load(tmp_path, "float32") == table
+
+
+def test_a_runtime_that_cannot_run_the_references_is_told(space, device):
+    plan = for_table(space, device, "float32", settings_of(), seed=0)
+    first = next(iter(plan.graphs))
+    with pytest.raises(LatencyError, match=f"cannot run `{first}`.*it fell over"):
+        simulate(space, device, Simulated(broken=(first,)))
+
+
+def test_a_proof_at_another_time_takes_the_level_of_the_machine_out(monkeypatch, space, device):
+    table, _ = simulate(space, device, Simulated())
+    slower = Simulated(speed=1.3)
+    monkeypatch.setattr(recipe, "record", lambda plan, *_, **__: slower.record(plan))
+    proof = prove_again(table, space, device, settings_of(), networks=30, seed=1)
+    assert proof.networks == 30
+    assert proof.mape < 1e-6
+    other = load_space("digits_mixed", input_shape=(20, 20, 1), classes=10)
+    with pytest.raises(LatencyError, match="not of this"):
+        prove_again(table, other, device, settings_of(), networks=30, seed=1)
+
+
+def test_a_space_without_choices_is_refused(space, device, tmp_path):
     single = tmp_path / "single.toml"
     stage = '[[stage]]\nblock = "mbconv"\nwidth = 16\n'
     single.write_text(f'[stem]\nblock = "conv_stem"\nwidth = 16\n{stage}[head]\nblock = "classifier"\nwidth = 32\n')
     with pytest.raises(LatencyError, match="has 1 networks"):
-        simulate(monkeypatch, load_space(str(single)), device, Simulated())
+        simulate(load_space(str(single)), device, Simulated())
 
 
 def test_the_same_seed_measures_the_same_networks_none_of_them_twice(space):
-    settings = Latency(anchors=16, holdout=24)
-    first, again = (recipe._networks(space, settings, np.random.default_rng(5)) for _ in range(2))
-    assert all((first[k] == again[k]).all() for k in first)
-    both = np.concatenate([first["anchor"], first["held_out"]])
-    assert len(np.unique(both, axis=0)) == 16 + 24
+    first, again = (choose_networks(space, 16, 24, np.random.default_rng(5)) for _ in range(2))
+    assert all((a == b).all() for a, b in zip(first, again, strict=True))
+    assert len(np.unique(np.concatenate(first), axis=0)) == 16 + 24
     macs = space.price(space.sample(np.random.default_rng(0), 2000), space.costs(cost.macs))
-    held_out = space.price(first["held_out"], space.costs(cost.macs))
+    held_out = space.price(first[1], space.costs(cost.macs))
     assert held_out.min() < np.quantile(macs, 0.1)
     assert held_out.max() > np.quantile(macs, 0.9)
 
 
 def test_a_real_table_is_complete_ranks_networks_and_comes_back_from_disk(space, device, tmp_path):
     told: list[tuple[str, float, float]] = []
-    affinity = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
+    settings = settings_of(seconds=3.0, patience=1.0)
+    folder = tmp_path / "work"
     table, proof = measure(
-        space,
-        device,
-        "float32",
-        Latency(seconds=3.0, min_rounds=15, anchors=12, holdout=16),
-        seed=0,
-        progress=lambda *what: told.append(what),
+        space, device, "float32", settings, seed=0, folder=folder, progress=lambda *what: told.append(what)
     )
     assert set(table.entries) == set(space.blocks())
     assert all(e.latency_ms > 0 and e.rounds >= 15 for e in table.entries.values())
@@ -112,12 +178,14 @@ def test_a_real_table_is_complete_ranks_networks_and_comes_back_from_disk(space,
     assert proof.networks == 16
     assert proof.kendall_tau > 0.5
     assert proof.rows[0].predicted_ms == table.network_ms(space.decode(proof.rows[0].genotype))
-    assert {what for what, _, _ in told} == {"building", "timing"}
+    assert {what.partition(" ")[0] for what, _, _ in told} == {"writing", "building", "timing"}
     assert told[-1][1:] == (1.0, 0.0)
     table.save(tmp_path)
     assert Table.load(tmp_path, "float32") == table
-    if affinity is not None:
-        assert os.sched_getaffinity(0) == affinity
+    again, _ = measure(space, device, "float32", settings, seed=0, folder=folder)  # nothing is timed anew
+    assert again == table
+    with pytest.raises(LatencyError, match="another bundle"):
+        measure(space, device, "float32", settings, seed=1, folder=folder)
 
 
 def test_an_int8_block_runs_without_data(space, device):

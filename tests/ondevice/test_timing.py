@@ -5,7 +5,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from nas.measure import Samples, interleave, measure_files
+from nas.ondevice.timing import Samples, interleave, measure_files, rounds
 
 
 class Machine:
@@ -84,19 +84,40 @@ def test_disagreement_sees_uneven_changes_only():
     assert uneven.disagreement(list(own), parts=3) > 0.15
 
 
-def test_progress_ends_at_one_and_garbage_collection_is_restored():
-    machine, told = Machine(), []
-    interleave(
-        {"a": machine.call(1.0)},
-        seconds=0.05,
-        min_rounds=3,
-        seed=0,
-        progress=told.append,
-        clock=machine.clock,
-    )
-    assert told == sorted(told)
-    assert told[-1] == 1.0
-    assert gc.isenabled()
+def test_calls_left_out_of_some_rounds_are_timed_by_the_others():
+    machine = Machine(lambda now: 1.0 if int(now / 0.7) % 3 == 0 else 1.6)
+    own = {f"net{i}": 0.5 + 0.1 * i for i in range(20)}
+    wanted, ran = list(range(20)), []
+    generator = rounds([machine.call(ms) for ms in own.values()], seed=0, wanted=lambda: wanted, clock=machine.clock)
+    for number in range(80):
+        wanted = list(range(20)) if number < 40 else [3, 7]
+        ran.append(next(generator))
+    samples = Samples.of(tuple(own), ran)
+    assert np.isnan(samples.times_ms[40:]).sum() == 40 * 18
+    timings = samples.timings()
+    assert [t.rounds for t in timings.values()] == [80 if i in (3, 7) else 40 for i in range(20)]
+    ratios = np.array([timings[n].latency_ms / ms for n, ms in own.items()])
+    np.testing.assert_allclose(ratios / np.median(ratios), 1, atol=0.02)
+
+
+def test_rounds_that_go_on_are_those_of_one_run():
+    machine = Machine()
+    calls = [machine.call(1.0) for _ in range(9)]
+    whole = rounds(calls, seed=3, clock=machine.clock)
+    orders = [next(whole).order for _ in range(10)]
+    later = rounds(calls, seed=3, done=6, clock=machine.clock)
+    assert [next(later).order for _ in range(4)] == orders[6:]
+
+
+def test_the_interval_covers_the_truth_as_often_as_it_says():
+    rng = np.random.default_rng(0)
+    machine = Machine(lambda now: float(np.exp(0.05 * rng.standard_normal())))
+    names = {f"net{i}": 2.0 for i in range(400)}
+    timings = times(machine, names, min_rounds=40).timings()
+    found = np.array([t.latency_ms for t in timings.values()])
+    half = np.array([t.interval for t in timings.values()])
+    covered = np.mean(np.abs(found / np.median(found) - 1) <= half)
+    assert 0.90 <= covered <= 0.99
 
 
 def test_garbage_collection_is_restored_after_an_error():

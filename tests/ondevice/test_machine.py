@@ -1,12 +1,23 @@
 import os
+import time
 
 import pytest
 
-from nas.measure import busiest, hardware, load, pinned
+from nas.ondevice.machine import busiest, busy_seconds, hardware, load, pinned
 
 
 def test_the_hardware_is_told():
     assert f"{os.cpu_count()} cores" in hardware()
+
+
+def test_what_the_machine_works_is_told():
+    before = busy_seconds()
+    if not before:
+        pytest.skip("this system does not say")
+    end = time.perf_counter() + 0.3
+    while time.perf_counter() < end:
+        pass
+    assert sum(busy_seconds().values()) - sum(before.values()) > 0.2
 
 
 def test_load_and_busy_processes_are_told():

@@ -1,0 +1,240 @@
+"""Tables of a device's own folder: measured here, or elsewhere from a bundle, and proved again later."""
+
+import shutil
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import tomli_w
+
+from nas import catalog, config
+from nas.config import Device
+from nas.console import Console
+from nas.errors import ConfigError, DeviceError, LatencyError
+from nas.files import write_json, write_text
+from nas.latency import Proof, Table, find_table, load_device
+from nas.measure import Plan, bundle, evaluate, for_table, hardware, prove_again, record, runtime_of
+from nas.ondevice import program
+from nas.space import Space, load_space
+
+STRICT = config.Latency(seconds=60.0, min_rounds=40, holdout=40, patience=4.0, max_drift=0.03, max_busy=0.25)
+
+
+def measure_space(
+    space: Space,
+    device: str,
+    settings: config.Latency = STRICT,
+    *,
+    name: str | None = None,
+    precisions: tuple[str, ...] | None = None,
+    seed: int = 0,
+    command: str = "nas measure",
+    console: Console | None = None,
+) -> Path:
+    """Measures `space` on this machine and writes its tables with their proofs; returns the space's folder.
+
+    They go to `latency_models/<name>/<space>/` of the current folder, with a device.toml that says what was measured.
+    A call that was cut off goes on from the rounds it has.
+
+    Args:
+        device: of `nas.list_devices()` or a path: its runtime, threads, batch and precisions are used.
+        name: of the folder; the device's own where None, which cannot be that of the host.
+        precisions: some of the device's; all where None.
+
+    Raises:
+        DeviceError: the device is another machine, or the runtime is not installed.
+        LatencyError: the machine was too uneven or too busy.
+    """
+    console = console or Console()
+    about = load_device(device)
+    folder = _folder(name or Path(device).name, about)
+    here = hardware()
+    if not about.at_hand and about.hardware != here:
+        raise DeviceError(
+            f"device {device} is {about.hardware!r}, this machine is {here!r}. Measure it from a bundle: `nas measure "
+            f"{space.name} --device {device} --bundle FOLDER`; or give this machine a name of its own with --as."
+        )
+    runtime_of(about)
+    for precision in precisions or about.precision:
+        work = folder / space.name / f".measuring.{precision}"
+        plan = for_table(space, about, precision, settings, seed=seed)
+        console.start(f"{space.name} on {about.device}, {precision}: {len(plan.graphs)} models")
+        recording = record(plan, settings, folder=work, progress=console.share)
+        publish(plan, recording, settings, folder, command=command, console=console)
+        shutil.rmtree(work)
+    return folder / space.name
+
+
+def write_bundle(
+    space: Space,
+    device: str,
+    folder: Path,
+    settings: config.Latency = STRICT,
+    *,
+    precision: str | None = None,
+    seed: int = 0,
+    console: Console | None = None,
+) -> Plan:
+    """Writes to `folder` all that measuring `space` elsewhere needs (`nas.measure.bundle`).
+
+    Raises:
+        DeviceError: the device is unknown, or lacks the precision.
+    """
+    about = load_device(device)
+    plan = for_table(space, about, precision or about.precision[0], settings, seed=seed)
+    bundle.write(plan, folder, settings, progress=(console or Console()).share)
+    return plan
+
+
+def import_results(
+    path: Path,
+    *,
+    name: str,
+    space: str | None = None,
+    command: str = "nas measure --import",
+    console: Console | None = None,
+) -> Path:
+    """The table and proof from results that a bundle's program wrote, as of `measure_space`.
+
+    Args:
+        space: that the bundle was made of, if not one of `nas.list_spaces()`: its path.
+
+    Raises:
+        LatencyError: the file is damaged, not complete, of a space that has changed, or of too uneven a machine.
+    """
+    recording = program.read(path / program.RESULTS if path.is_dir() else path)
+    if not recording.complete:
+        raise LatencyError(
+            f"{path}: the measuring was cut off after {len(recording.rounds)} rounds. Run `python measure.py` again on "
+            f"the device: it goes on from there."
+        )
+    said = recording.manifest["plan"]
+    of = load_space(space or said["space"], input_shape=tuple(said["input"]), classes=said["classes"])
+    if of.digest != said["space_digest"]:
+        raise LatencyError(
+            f"{path}: it was measured for another {said['space']} (hash {said['space_digest']}; here it has "
+            f"{of.digest}). Bring the space back as it was, name it with --space, or measure again."
+        )
+    device = msgspec.convert(recording.manifest["device"], Device)
+    plan = Plan(
+        of,
+        device,
+        said["precision"],
+        np.array(said["anchors"], np.uint8),
+        np.array(said["held_out"], np.uint8),
+        blocks=said["blocks"],
+        seed=said["seed"],
+    )
+    publish(plan, recording, STRICT, _folder(name, device), command=command, console=console or Console())
+    return _folder(name, device) / of.name
+
+
+def prove_table(
+    space: Space,
+    device: str,
+    settings: config.Latency = STRICT,
+    *,
+    networks: int = 100,
+    precision: str | None = None,
+    seed: int = 1,
+    console: Console | None = None,
+) -> tuple[Table, Proof]:
+    """A table of `device`, and its proof on other random networks, timed now on this machine.
+
+    Raises:
+        DeviceError: the device is not this machine.
+        LatencyError: the machine was too uneven.
+    """
+    console = console or Console()
+    about = load_device(device)
+    if about.hardware not in (hardware(), "host"):
+        raise DeviceError(f"device {device} is {about.hardware!r}, this machine is {hardware()!r}.")
+    table, _ = find_table(device, precision or about.precision[0], space)
+    console.start(f"{networks} networks of {space.name} on {about.device}, {table.precision}")
+    proof = prove_again(table, space, about, settings, networks=networks, seed=seed, progress=console.share)
+    console.say(f"  {proof}")
+    return table, proof
+
+
+def is_experiment(what: str) -> bool:
+    """Whether `what` is the path of an experiment, not the name or path of a space."""
+    if what in catalog.list_spaces() or not what.endswith(".toml"):
+        return False
+    raw, _ = config.load_toml(Path(what), what="experiment or space")
+    return "stage" not in raw
+
+
+def space_of(name: str, image: tuple[int, int, int], classes: int) -> Space:
+    """The space `name` over images of that shape."""
+    return load_space(name, input_shape=image, classes=classes)
+
+
+def settings_of(overrides: tuple[str, ...]) -> config.Latency:
+    """`STRICT` with "latency.KEY=VALUE" laid over it.
+
+    Raises:
+        ConfigError: an unknown key or a value of another type.
+    """
+    changed: dict[str, object] = {}
+    for item in overrides:
+        key, _, value = item.partition("=")
+        short = key.removeprefix("latency.")
+        if short not in config.Latency.__struct_fields__:
+            hint = config.nearest(short, config.Latency.__struct_fields__, kind="key")
+            raise ConfigError(f"--set {item}: unknown key `{key}` of latency.{hint}")
+        changed[short] = value
+    try:
+        return msgspec.convert({**msgspec.to_builtins(STRICT), **changed}, config.Latency, strict=False)
+    except msgspec.ValidationError as e:
+        raise ConfigError(f"--set {' '.join(overrides)}: {e}.") from e
+
+
+def publish(
+    plan: Plan,
+    recording: program.Recording,
+    settings: config.Latency,
+    folder: Path,
+    *,
+    command: str,
+    console: Console,
+) -> None:
+    """Writes a table, its proof beside those of other precisions, and device.toml, to a device's folder."""
+    table, proof = evaluate(plan, recording, settings, command=command)
+    where = folder / plan.space.name
+    table.save(where)
+    try:
+        proofs = msgspec.json.decode((where / "proof.json").read_bytes())["precisions"]
+    except (OSError, ValueError, KeyError, TypeError):
+        proofs = {}
+    write_json(where / "proof.json", {"precisions": {**proofs, plan.precision: msgspec.to_builtins(proof)}})
+    about = load_device(str(folder)) if (folder / "device.toml").exists() else plan.device
+    precisions = tuple(dict.fromkeys((*(about.precision if about is not plan.device else ()), plan.precision)))
+    words = about.device
+    if about.at_hand:
+        words = (
+            f"{table.hardware}, {plan.device.runtime}, {plan.device.threads} thread{'s' * (plan.device.threads > 1)}"
+        )
+    now = msgspec.structs.replace(
+        about, device=words, hardware=table.hardware, precision=precisions, source=command, date=table.date
+    )
+    write_text(folder / "device.toml", tomli_w.dumps({k: v for k, v in msgspec.to_builtins(now).items() if v != ""}))
+    console.say(f"  {proof}")
+    for key, why in table.unsupported.items():
+        console.say(f"  unsupported: {plan.space.blocks()[key][0].label}: {why}")
+
+
+def _folder(name: str, device: Device) -> Path:
+    """Where the tables of a device go.
+
+    Raises:
+        DeviceError: the name is the host's, which is measured anew in every run, or cannot be a folder's.
+    """
+    known = catalog.folder("latency_models") / name / "device.toml"
+    if known.exists() and load_device(str(known.parent)).at_hand:
+        raise DeviceError(
+            f"device {name} is whatever machine a run is on, and is measured anew in every run: its tables have no "
+            f"folder. Give this machine a name of its own: --as NAME."
+        )
+    if not name or Path(name).name != name:
+        raise DeviceError(f"{name!r} cannot name a device: letters, digits, - and _ make a name.")
+    return Path("latency_models") / name
