@@ -92,6 +92,12 @@ def to_bytes(model: Any) -> bytes:
     return model.SerializeToString(deterministic=True)
 
 
+def nchw(images: np.ndarray) -> np.ndarray:
+    """Images [n, height, width, channels] as the models read them: float32 [n, channels, height, width]."""
+    images = np.asarray(images, np.float32)
+    return np.ascontiguousarray(images.transpose(0, 3, 1, 2) if images.ndim == 4 else images)
+
+
 def load(path: Path) -> Any:
     """The `onnx.ModelProto` in a file.
 

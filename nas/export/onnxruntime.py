@@ -68,7 +68,7 @@ class _Session:
         self._ort, self._session = ort, session
 
     def __call__(self, images: Images) -> np.ndarray:
-        (output,) = self._session.run(None, {writer.INPUT: _nchw(images)})
+        (output,) = self._session.run(None, {writer.INPUT: writer.nchw(images)})
         return output.transpose(0, 2, 3, 1) if output.ndim == 4 else output
 
     def prepare(self, images: Images) -> Callable[[int], None]:
@@ -76,7 +76,7 @@ class _Session:
         output = self._session.get_outputs()[0]
         shape = (len(images), *output.shape[1:])
         binding = self._session.io_binding()
-        binding.bind_ortvalue_input(writer.INPUT, place(_nchw(images)))
+        binding.bind_ortvalue_input(writer.INPUT, place(writer.nchw(images)))
         binding.bind_ortvalue_output(output.name, place(np.empty(shape, np.float32)))
         run = self._session.run_with_iobinding
 
@@ -85,11 +85,6 @@ class _Session:
                 run(binding)
 
         return inferences
-
-
-def _nchw(images: Images) -> np.ndarray:
-    images = np.asarray(images, np.float32)
-    return np.ascontiguousarray(images.transpose(0, 3, 1, 2) if images.ndim == 4 else images)
 
 
 def _library() -> Any:

@@ -65,7 +65,7 @@ class Runtime(Protocol):
         Raises:
             ExportError: the graph cannot be written, the runtime does not have the precision, or `quantisation` is
                 missing, not asked for, or of another graph.
-            DeviceError: a library that writing needs is not installed, or this machine does not have the precision.
+            DeviceError: a library that writing needs is not installed.
         """
         ...
 
@@ -74,7 +74,7 @@ class Runtime(Protocol):
 
         Raises:
             ExportError: it is not a model that the runtime can run.
-            DeviceError: the runtime is not installed.
+            DeviceError: the runtime is not installed, or would compute in another precision than the model's here.
         """
         ...
 

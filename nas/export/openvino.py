@@ -1,0 +1,114 @@
+"""OpenVINO on CPU."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+
+from nas.errors import DeviceError, ExportError
+from nas.export import onnx as writer
+from nas.export.runtime import Images, Session, check_precision
+from nas.ops import Graph
+from nas.quantise import Quantisation
+
+_PRECISION = "nas.precision"  # the property of a file that says what to compute in
+# Always given: left alone, OpenVINO computes float32 models in bfloat16 where the CPU has that.
+_HINTS = {"float32": "f32", "int8": "f32", "bfloat16": "bf16", "float16": "f16"}
+
+
+class OpenVino:
+    """Models as ONNX, run by OpenVINO's CPU plugin."""
+
+    precisions: ClassVar[tuple[str, ...]] = ("float32", "float16", "bfloat16", "int8")
+    suffix: ClassVar[str] = ".onnx"
+
+    def version(self) -> str:
+        """See `Runtime`."""
+        return _library().__version__.partition("-")[0]
+
+    def emit(
+        self,
+        graph: Graph,
+        params: Mapping[str, np.ndarray],
+        *,
+        precision: str = "float32",
+        quantisation: Quantisation | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> bytes:
+        """See `Runtime`. In float16 and bfloat16 the file holds float32 weights and says what to compute in."""
+        check_precision(precision, self.precisions, quantisation)
+        properties = {**(metadata or {}), _PRECISION: precision}
+        return writer.to_bytes(writer.to_onnx(graph, params, quantisation, properties))
+
+    def open(self, model: bytes | Path, *, threads: int = 1) -> Session:
+        """See `Runtime`. An ONNX file of another writer is computed in float32."""
+        ov = _library()
+        core = ov.Core()
+        try:
+            network = core.read_model(model if isinstance(model, bytes) else str(model))
+        except Exception as e:  # the library raises RuntimeError, TypeError and others
+            what = "the model" if isinstance(model, bytes) else str(model)
+            raise ExportError(f"OpenVINO {self.version()} cannot load {what}: {e}. Export it again.") from e
+        where = ["framework", _PRECISION]
+        precision = str(network.get_rt_info(where).astype(str)) if network.has_rt_info(where) else "float32"
+        session = _Session(ov, core, network, _HINTS.get(precision, "f32"), threads)
+        got = session.precision()
+        if got != _HINTS.get(precision, "f32"):
+            raise DeviceError(
+                f"the model is to be computed in {precision}, and OpenVINO would compute it in {got} on this CPU, "
+                f"which lacks the instructions (it has {', '.join(core.get_property('CPU', 'OPTIMIZATION_CAPABILITIES'))}"
+                f"). Choose another precision of the device, or another machine."
+            )
+        return session
+
+    def check(self, model: Path) -> None:
+        """See `Runtime`: ONNX's full check."""
+        writer.check(writer.load(model))
+
+
+class _Session:
+    """See `Session`."""
+
+    def __init__(self, ov: Any, core: Any, network: Any, hint: str, threads: int):
+        self._ov, self._core, self._network = ov, core, network
+        self._options = {
+            "INFERENCE_PRECISION_HINT": hint,
+            "INFERENCE_NUM_THREADS": threads,
+            "NUM_STREAMS": 1,
+            "PERFORMANCE_HINT": "LATENCY",
+            "ENABLE_CPU_PINNING": False,  # the process is held on its CPUs already
+        }
+        self._compiled = core.compile_model(network, "CPU", self._options)
+        self._request = self._compiled.create_infer_request()
+
+    def precision(self) -> str:
+        """What it computes in, as OpenVINO says: f32, f16 or bf16."""
+        return self._compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
+
+    def __call__(self, images: Images) -> np.ndarray:
+        output = self._request.infer([writer.nchw(images)], share_inputs=True)[0]
+        return output.transpose(0, 2, 3, 1) if output.ndim == 4 else output
+
+    def prepare(self, images: Images) -> Callable[[int], None]:
+        fixed = self._network.clone()  # compiled for this batch size, as one would deploy it
+        fixed.reshape([len(images), *(d.get_length() for d in list(fixed.input(0).partial_shape)[1:])])
+        request = self._core.compile_model(fixed, "CPU", self._options).create_infer_request()
+        request.set_input_tensor(self._ov.Tensor(writer.nchw(images)))
+
+        def inferences(n: int) -> None:
+            for _ in range(n):
+                request.start_async()  # `infer` would copy the results
+                request.wait()
+
+        return inferences
+
+
+def _library() -> Any:
+    try:
+        import openvino
+    except ImportError as e:
+        raise DeviceError(
+            "openvino is not installed; models cannot be run or measured with it: pip install 'nas[openvino]'"
+        ) from e
+    return openvino
