@@ -33,6 +33,7 @@ ENTERS = {
     "openvino": ["export/openvino.py"],
     "ai_edge_litert": ["export/litert.py", "export/tflite.py"],
     "flatbuffers": ["export/tflite.py"],
+    "iree": ["export/iree.py"],
     "sklearn": ["data/digits.py"],
     "grain": ["train/batches.py"],
     "pyarrow": ["data/parquet.py"],

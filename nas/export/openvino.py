@@ -1,5 +1,6 @@
 """OpenVINO on CPU."""
 
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -55,10 +56,10 @@ class OpenVino:
         session = _Session(ov, core, network, _HINTS.get(precision, "f32"), threads)
         got = session.precision()
         if got != _HINTS.get(precision, "f32"):
+            has = ", ".join(core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"))
             raise DeviceError(
                 f"the model is to be computed in {precision}, and OpenVINO would compute it in {got} on this CPU, "
-                f"which lacks the instructions (it has {', '.join(core.get_property('CPU', 'OPTIMIZATION_CAPABILITIES'))}"
-                f"). Choose another precision of the device, or another machine."
+                f"which lacks the instructions (it has {has}). Choose another precision of the device, or another machine."
             )
         return session
 
@@ -105,10 +106,16 @@ class _Session:
 
 
 def _library() -> Any:
+    # Imported, OpenVINO reports that over the network, from a process that it forks; a fork of a process that runs JAX
+    # can hang. Without this package it takes a stub that does nothing, as it does where that is not installed.
+    told = sys.modules.setdefault("openvino_telemetry", None)  # pyright: ignore[reportArgumentType]
     try:
         import openvino
     except ImportError as e:
         raise DeviceError(
             "openvino is not installed; models cannot be run or measured with it: pip install 'nas[openvino]'"
         ) from e
+    finally:
+        if told is None:
+            del sys.modules["openvino_telemetry"]
     return openvino

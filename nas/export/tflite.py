@@ -125,7 +125,9 @@ class _Writer:
 
     def value(self, name: str, shape: Shape) -> int:
         """Adds the tensor of an activation; `shape` is without batch."""
-        return self.tensor(name=name, type=self.schema.TensorType.FLOAT32, shape=[1, *shape], shapeSignature=[-1, *shape])
+        return self.tensor(
+            name=name, type=self.schema.TensorType.FLOAT32, shape=[1, *shape], shapeSignature=[-1, *shape]
+        )
 
     def constant(self, data: Any, dtype: type = np.float32) -> int:
         """The tensor that holds `data`; equal constants are one."""
@@ -190,7 +192,12 @@ class _Writer:
                 return self.node(kind, name, [x, self.constant([1, 2], np.int32)], shape, schema.ReducerOptionsT(True))
             case Pool():
                 kind = "AVERAGE_POOL_2D" if op.reduce == "mean" else "MAX_POOL_2D"
-                place = {"filterHeight": op.window, "filterWidth": op.window, "strideH": op.stride, "strideW": op.stride}
+                place = {
+                    "filterHeight": op.window,
+                    "filterWidth": op.window,
+                    "strideH": op.stride,
+                    "strideW": op.stride,
+                }
                 return self.node(kind, name, [x], shape, schema.Pool2DOptionsT(padding=schema.Padding.SAME, **place))
             case Add():
                 return self.node("ADD", name, inputs, shape, schema.AddOptionsT(**clipped))
@@ -260,7 +267,9 @@ class _Writer:
         )
         context = product("context", keys, part(2, "values"), (heads, dim, dim), adjX=True)
         pixel_axis = self.constant([2], np.int32)
-        total = self.node("SUM", f"{name}/keys/total", [keys, pixel_axis], (heads, 1, dim), schema.ReducerOptionsT(True))
+        total = self.node(
+            "SUM", f"{name}/keys/total", [keys, pixel_axis], (heads, 1, dim), schema.ReducerOptionsT(True)
+        )
         weight = product("weight", queries, total, (heads, pixels, 1), adjY=True)
         positive = [weight, self.constant(ATTENTION_EPSILON)]
         weight = self.node("ADD", f"{name}/weight/positive", positive, (heads, pixels, 1), schema.AddOptionsT())
