@@ -35,7 +35,10 @@ class Iree:
         quantisation: Quantisation | None = None,
         metadata: Mapping[str, str] | None = None,
     ) -> bytes:
-        """See `Runtime`. Code for the CPU of this machine and a batch of 1; the format has no place for `metadata`."""
+        """See `Runtime`. Code for the CPU of this machine and a batch of 1; the format has no place for `metadata`.
+
+        Equal arguments give files that compute the same; IREE's compiler does not give equal bytes.
+        """
         check_precision(precision, self.precisions, quantisation)
         compiler = _compiler()
         program = stablehlo.to_exported(graph, params, precision=precision, batch=1).mlir_module()
@@ -71,7 +74,8 @@ class _Session:
             self._device = library.get_driver("local-sync").create_default_device()
         else:
             library.flags.parse_flags(f"--task_topology_group_count={threads}")
-            self._device = library.create_hal_driver("local-task").create_default_device()
+            # Not `get_driver`, which keeps the first pool of the process whatever the flag says.
+            self._device = library._binding.create_hal_driver("local-task").create_default_device()
         instance = library.VmInstance()
         hal = library.create_hal_module(instance, self._device)
         module = library.VmModule.copy_buffer(instance, content)
@@ -86,7 +90,7 @@ class _Session:
             results = self._library.VmVariantList(1)
             self._context.invoke(self._main, self._arguments(image[None]), results)
             view = results.get_as_object(0, self._library.HalBufferView)
-            out.append(np.array(self._library.DeviceArray(self._device, view, implicit_host_transfer=True)))
+            out.append(self._library.DeviceArray(self._device, view).to_host())
         return np.concatenate(out)
 
     def prepare(self, images: Images) -> Callable[[int], None]:

@@ -59,7 +59,7 @@ class OpenVino:
             has = ", ".join(core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"))
             raise DeviceError(
                 f"the model is to be computed in {precision}, and OpenVINO would compute it in {got} on this CPU, "
-                f"which lacks the instructions (it has {has}). Choose another precision of the device, or another machine."
+                f"which lacks the instructions (it has {has}). Choose another precision or another machine."
             )
         return session
 

@@ -56,7 +56,9 @@ class Runtime(Protocol):
         quantisation: Quantisation | None = None,
         metadata: Mapping[str, str] | None = None,
     ) -> bytes:
-        """The model file of an unfolded graph with its batch-norm statistics. Equal arguments give equal bytes.
+        """The model file of an unfolded graph with its batch-norm statistics.
+
+        Equal arguments give equal bytes, unless the runtime says why not.
 
         Args:
             precision: one of `precisions`. Images and outputs are float32 in all of them.
