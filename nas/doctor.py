@@ -41,6 +41,9 @@ _PARTS = (
     ("matplotlib", "matplotlib", "notebooks", "notebook"),
 )
 
+# runtime -> its package; the extra of the runtime's name brings it
+_RUNTIME_PACKAGES = {"openvino": "openvino", "litert": "ai-edge-litert", "iree": "iree-base-compiler"}
+
 
 def diagnosis() -> Iterator[str]:
     """Lines about versions, hardware, runtimes, and what is missing for what."""
@@ -154,7 +157,8 @@ def _runtimes() -> Iterator[str]:
             made = runtime()
             yield f"runtime {name} {made.version()}: {', '.join(made.precisions)}"
         except NasError as e:
-            yield f"runtime {name}: {e}"
+            package, reason = _RUNTIME_PACKAGES.get(name), str(e).partition(";")[0]
+            yield f"runtime {name}: {reason}. {install_line(package, name)}" if package else f"runtime {name}: {e}"
 
 
 def listing(what: str) -> Iterator[str]:

@@ -46,8 +46,10 @@ def same_padding(size: int, kernel: int, stride: int) -> tuple[int, int]:
     return total // 2, total - total // 2
 
 
-def conv(x: Array, w: Array, *, stride: int = 1, groups: int = 1) -> Array:
+def conv(x: Array, w: Array, *, stride: int = 1, groups: int = 1, portable: bool = False) -> Array:
     """SAME convolution of `x` [N, H, W, Cin] with `w` [kh, kw, Cin / groups, Cout]: [N, ceil(H/s), ceil(W/s), Cout].
+
+    `portable` keeps to XLA's own ops, as a program that leaves this process must.
 
     Raises ValueError where the channels of `x`, `w` and `groups` do not fit together.
     """
@@ -60,7 +62,7 @@ def conv(x: Array, w: Array, *, stride: int = 1, groups: int = 1) -> Array:
     if not on_cpu():
         return _lax_conv(x, w, stride, groups)
     if groups > 1 and groups == x.shape[-1] == cout:
-        return depthwise(x, w, stride)
+        return depthwise(x, w, stride, portable=portable)
     if groups > 1:
         # Zeros between the groups cost `groups` times the arithmetic: still 8-40x faster than a grouped lax.conv.
         blocks = w.reshape(kh, kw, 1, width, groups, -1) * jnp.eye(groups, dtype=w.dtype)[:, None, :, None]
@@ -72,7 +74,7 @@ def conv(x: Array, w: Array, *, stride: int = 1, groups: int = 1) -> Array:
     return out.reshape(*patches.shape[:3], cout)
 
 
-def depthwise(x: Array, w: Array, stride: int = 1) -> Array:
+def depthwise(x: Array, w: Array, stride: int = 1, *, portable: bool = False) -> Array:
     """SAME convolution of each channel of `x` [N, H, W, C] with its own kernel, `w` [kh, kw, 1, C]: [N, H', W', C].
 
     Any kernel size, stride and image size. Sums are kept in float32 (or wider), whatever the type of `x`.
@@ -80,7 +82,7 @@ def depthwise(x: Array, w: Array, stride: int = 1) -> Array:
     """
     if not on_cpu():
         return _lax_conv(x, w, stride, x.shape[-1])
-    if x.dtype == w.dtype == jnp.float32 and native.available():
+    if x.dtype == w.dtype == jnp.float32 and not portable and native.available():
         return native.depthwise(x, w, stride)
     small = x.shape[1] * x.shape[2] <= TOEPLITZ_AREA * w.shape[0] * w.shape[1]
     return (_toeplitz_depthwise if small else _shifted_depthwise)(x, w, stride)

@@ -47,6 +47,15 @@ def test_what_is_missing_is_told_with_its_purpose_and_the_line_that_brings_it(mi
     assert "install 'nas" not in told
 
 
+def test_a_runtime_that_is_missing_is_told_with_the_extra_that_brings_it():
+    told = without(["openvino", "ai_edge_litert", "iree"], "doctor")
+    for name, package in doctor._RUNTIME_PACKAGES.items():
+        line = re.search(rf"^runtime {name}: [a-z-]+ is not installed. (.*)$", told, re.MULTILINE)
+        assert line, told
+        assert line[1] == doctor.install_line(package, name)
+    assert re.search(r"^runtime onnxruntime \d.*: float32, int8$", told, re.MULTILINE)
+
+
 @pytest.mark.parametrize("what", ["blocks", "devices"])
 def test_names_are_listed_without_the_heavy_packages(what):
     assert without(set(EVERYTHING) - {"numpy"}, "list", what)

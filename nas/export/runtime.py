@@ -38,7 +38,9 @@ class Runtime(Protocol):
         quantisation: Quantisation | None = None,
         metadata: Mapping[str, str] | None = None,
     ) -> bytes:
-        """The model file of an unfolded graph with its batch-norm statistics. Equal arguments give equal bytes.
+        """The model file of an unfolded graph with its batch-norm statistics.
+
+        Equal arguments give equal bytes, unless the runtime says why not.
 
         Args:
             precision: one of `precisions`. Images and outputs are float32 in all of them.
@@ -47,7 +49,7 @@ class Runtime(Protocol):
         Raises:
             ExportError: the graph cannot be written, the runtime does not have the precision, or `quantisation` is
                 missing, not asked for, or of another graph.
-            DeviceError: a library that writing needs is not installed, or this machine does not have the precision.
+            DeviceError: a library that writing needs is not installed.
         """
         ...
 
@@ -56,7 +58,7 @@ class Runtime(Protocol):
 
         Raises:
             ExportError: it is not a model that the runtime can run.
-            DeviceError: the runtime is not installed.
+            DeviceError: the runtime is not installed, or would compute in another precision than the model's here.
         """
         ...
 

@@ -12,12 +12,12 @@ from nas.ondevice.sessions import Images, Session, nchw
 
 def version() -> str:
     """See `nas.ondevice.sessions`."""
-    return library().__version__
+    return _library().__version__
 
 
 def open_model(model: bytes | Path, *, threads: int = 1) -> Session:
     """See `nas.ondevice.sessions`."""
-    ort = library()
+    ort = _library()
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
@@ -62,7 +62,7 @@ class _Session:
         return inferences
 
 
-def library() -> Any:
+def _library() -> Any:
     """The imported library.
 
     Raises:

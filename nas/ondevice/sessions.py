@@ -15,7 +15,11 @@ Images = NDArray[np.float32]  # [n, height, width, channels]
 
 # Each module has `open_model(model, *, threads) -> Session` and `version() -> str`.
 SESSIONS: dict[str, str] = {
+    "iree": "nas.ondevice.iree",
+    "litert": "nas.ondevice.litert",
     "onnxruntime": "nas.ondevice.onnxruntime",
+    "openvino": "nas.ondevice.openvino",
+    "xla": "nas.ondevice.xla",
 }
 
 
