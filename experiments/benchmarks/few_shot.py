@@ -279,7 +279,8 @@ def lines(task: str, found: dict[str, Any]) -> Iterable[str]:
                 ]
                 yield f"| {task} | {name} | {method} | {' | '.join(cells)} |"
     if ceiling := found.get("spearman_of_twins"):
-        yield f"Isomorphic cells of the same ops, Spearman with one another: {', '.join(f'{k} {v:.3f}' for k, v in ceiling.items())}"
+        each = ", ".join(f"{device} {rho:.3f}" for device, rho in ceiling.items())
+        yield f"Spearman of isomorphic cells of the same ops with one another: {each}"
 
 
 def main() -> None:
