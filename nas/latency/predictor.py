@@ -10,11 +10,13 @@ the measurements (in standard deviations): the jackknife form of conformal predi
 arXiv:1905.02928) with a scale for each network. So they are as wide as errors were, whatever the model thinks.
 """
 
+import contextlib
 import dataclasses
 import io
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -131,20 +133,29 @@ class Predictor:
         half = deviation * np.interp(rank, np.arange(len(self.errors)), self.errors)
         return Prediction(np.exp(mean), np.exp(mean - half), np.exp(mean + half), level)
 
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """Everything, by name; `of_arrays` takes it back."""
+        out: dict[str, NDArray[Any]] = {f"known{i}": g for i, g in enumerate(self.known)}
+        out |= {f"mean{i}": m for i, m in enumerate(self.scaling.mean)}
+        out |= {f"factor{i}": f for i, f in enumerate(self.scaling.factor)}
+        out |= {"kernel": self.kernel.log, "weights": self.weights, "inverse": self.inverse, "errors": self.errors}
+        return out | {"level_log_ms": np.asarray(self.level_log_ms)}
+
+    @classmethod
+    def of_arrays(cls, found: Mapping[str, NDArray[Any]]) -> "Predictor":
+        """What `arrays` gave."""
+        groups = range((len(found["kernel"]) - 2) // 3)
+        mean, factor, known = (tuple(found[f"{n}{i}"] for i in groups) for n in ("mean", "factor", "known"))
+        arrays = {name: found[name] for name in ("weights", "inverse", "errors")}
+        return cls(Kernel(found["kernel"]), Scaling(mean, factor), known, float(found["level_log_ms"]), **arrays)
+
     def save(self, path: Path) -> None:
         """Writes an `.npz` file, atomically.
 
         Raises:
             RunError: it cannot be written.
         """
-        arrays = {f"known{i}": g for i, g in enumerate(self.known)}
-        arrays |= {f"mean{i}": m for i, m in enumerate(self.scaling.mean)}
-        arrays |= {f"factor{i}": f for i, f in enumerate(self.scaling.factor)}
-        arrays |= {"kernel": self.kernel.log, "weights": self.weights, "inverse": self.inverse, "errors": self.errors}
-        arrays |= {"level_log_ms": np.float64(self.level_log_ms), "format": np.int64(_FORMAT)}
-        buffer = io.BytesIO()
-        np.savez(buffer, allow_pickle=False, **arrays)
-        write_bytes(path, buffer.getvalue())
+        write_arrays(path, self.arrays())
 
     @classmethod
     def load(cls, path: Path) -> "Predictor":
@@ -153,18 +164,36 @@ class Predictor:
         Raises:
             LatencyError: the file is missing, damaged, or of another version.
         """
-        try:
-            with np.load(path, allow_pickle=False) as file:
-                found = {name: file[name] for name in file.files}
-            if found["format"] != _FORMAT:
-                raise ValueError(f"it has format {found['format']}, not {_FORMAT}")
-            groups = range((len(found["kernel"]) - 2) // 3)
-            mean, factor, known = (tuple(found[f"{n}{i}"] for i in groups) for n in ("mean", "factor", "known"))
-            arrays = {name: found[name] for name in ("weights", "inverse", "errors")}
-            level = float(found["level_log_ms"])
-        except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as e:
-            raise LatencyError(f"{path}: not a saved predictor: {e}. Fit it again and save it.") from e
-        return cls(Kernel(found["kernel"]), Scaling(mean, factor), known, level, **arrays)
+        with reading(path) as found:
+            return cls.of_arrays(found)
+
+
+def write_arrays(path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
+    """An `.npz` file of `arrays`, written atomically.
+
+    Raises:
+        RunError: it cannot be written.
+    """
+    buffer = io.BytesIO()
+    np.savez(buffer, allow_pickle=False, **{"format": np.asarray(_FORMAT), **arrays})
+    write_bytes(path, buffer.getvalue())
+
+
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[dict[str, NDArray[Any]]]:
+    """The arrays of a file by `write_arrays`.
+
+    Raises:
+        LatencyError: the file is missing, damaged or of another version; or what is sought in it is not there.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            found = {name: file[name] for name in file.files}
+        if found["format"] != _FORMAT:
+            raise ValueError(f"it has format {found['format']}, not {_FORMAT}")
+        yield found
+    except (OSError, ValueError, KeyError, TypeError, EOFError, AttributeError, zipfile.BadZipFile) as e:
+        raise LatencyError(f"{path}: not a saved predictor: {e}. Fit it again and save it.") from e
 
 
 def fit(features: Groups, latency_ms: ArrayLike) -> Predictor:

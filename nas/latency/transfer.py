@@ -2,12 +2,16 @@
 
 The new device is a Gaussian process (`nas.latency.predictor`) over the logarithms of the known devices' latencies and
 the networks' own features. Ten measurements cannot tell how smooth such a function is or how far devices follow one
-another, so that is learned before from the known devices: each in turn plays the new one. What is compared with is
-`most_similar`: the known device that orders the measured networks best, scaled to them.
+another, so that is learned before from the known devices: each in turn plays the new one.
+
+The simplest answer, and often a good one, is `most_similar`: the known device that orders the measured networks best,
+scaled to them. Its errors are others than those of the process, so the estimate is a weighted geometric mean of both
+(stacking; Wolpert 1992, doi:10.1016/S0893-6080(05)80023-1), whose weight has the smallest leave-one-out error.
 """
 
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -27,7 +31,9 @@ from nas.latency.predictor import (
     condition,
     learn,
     logarithms,
+    reading,
     spread,
+    write_arrays,
 )
 from nas.latency.table import Table
 from nas.space import Space
@@ -37,6 +43,7 @@ Indices = NDArray[np.intp]
 
 _LEARN_FROM = 100  # networks of each known device; the cost is cubic
 _CANDIDATES = 400
+_SHARE, _SHARE_WORTH = 0.8, 20.0  # of the process before anything is measured, worth so many measurements
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,9 +56,12 @@ class Prior:
 
 @dataclasses.dataclass(frozen=True)
 class Transfer:
-    """Predicts the new device. It is its predictor's arrays: `Transfer(Predictor.load(path))` brings it back."""
+    """Predicts the new device: latency = process ^ share * (scale * similar device) ^ (1 - share)."""
 
-    predictor: Predictor
+    predictor: Predictor  # the process
+    share: float
+    similar: int  # number of the most similar known device
+    log_scale: float
 
     def predict(self, features: Groups, known_ms: ArrayLike, *, level: float = 0.8) -> Prediction:
         """Of networks with groups of `features` [n, columns], and latencies `known_ms` [n, devices] as in `fit`.
@@ -59,7 +69,31 @@ class Transfer:
         Raises:
             LatencyError: other columns or devices than fitted on, NaN, or a level too high for the measurements.
         """
-        return self.predictor.predict(_groups(features, known_ms), level=level)
+        groups = _groups(features, known_ms)
+        process = self.predictor.predict(groups, level=level)
+        away = groups[0][:, self.similar] + self.log_scale - np.log(process.latency_ms)
+        factor = np.exp((1 - self.share) * away)
+        return Prediction(process.latency_ms * factor, process.low_ms * factor, process.high_ms * factor, level)
+
+    def save(self, path: Path) -> None:
+        """Writes an `.npz` file, atomically; what `load` makes of it predicts the same to the last bit.
+
+        Raises:
+            RunError: it cannot be written.
+        """
+        mixture = {"share": self.share, "similar": self.similar, "log_scale": self.log_scale}
+        write_arrays(path, self.predictor.arrays() | {name: np.asarray(v) for name, v in mixture.items()})
+
+    @classmethod
+    def load(cls, path: Path) -> "Transfer":
+        """What `save` wrote.
+
+        Raises:
+            LatencyError: the file is missing, damaged, of another version, or of a predictor without known devices.
+        """
+        with reading(path) as found:
+            mixture = float(found["share"]), int(found["similar"]), float(found["log_scale"])
+            return cls(Predictor.of_arrays(found), *mixture)
 
 
 def learn_prior(features: Groups, known_ms: ArrayLike) -> Prior:
@@ -98,7 +132,19 @@ def fit(
     rows = _rows(indices, len(groups[0]))
     log_ms = logarithms(measured_ms, len(rows))
     prior = learn_prior(features, known_ms) if prior is None else prior
-    return Transfer(condition(prior.kernel, prior.scaling, prior.scaling([g[rows] for g in groups]), log_ms))
+    process = condition(prior.kernel, prior.scaling, prior.scaling([g[rows] for g in groups]), log_ms)
+    known = groups[0][rows]
+    similar = _similar(known, log_ms)
+    ratios = log_ms - known[:, similar]
+    # Both as they predict each measurement from the others.
+    precision = np.diag(process.inverse)
+    ours = process.weights / precision
+    simple = ratios - [np.median(np.delete(ratios, i)) for i in range(len(rows))]
+    gap = simple - ours
+    before = _SHARE_WORTH * np.mean(gap**2)
+    share = float(np.clip((gap @ simple + before * _SHARE) / max(gap @ gap + before, 1e-300), 0.0, 1.0))
+    errors = np.sort(np.abs(share * ours + (1 - share) * simple) * np.sqrt(precision))
+    return Transfer(dataclasses.replace(process, errors=errors), share, similar, float(np.median(ratios)))
 
 
 def choose(features: Groups, known_ms: ArrayLike, count: int, *, prior: Prior | None = None) -> Indices:
@@ -106,6 +152,9 @@ def choose(features: Groups, known_ms: ArrayLike, count: int, *, prior: Prior | 
 
     Greedily, one after the other (Seo et al. 2000, doi:10.1109/IJCNN.2000.861310: active learning after Cohn); no
     latency of the new device is needed. Beyond `_CANDIDATES` networks, so many of them stand for all.
+
+    Estimates get better than from networks drawn at random, intervals less certain: they assume that the measured
+    networks are like the others, and these are unlike them on purpose.
 
     Raises:
         LatencyError: as `learn_prior`, or more networks asked for than there are candidates.
@@ -138,13 +187,17 @@ def most_similar(known_ms: ArrayLike, measured_ms: ArrayLike, indices: ArrayLike
     (known,) = _groups([], known_ms)
     rows = _rows(indices, len(known))
     log_ms = logarithms(measured_ms, len(rows))
-    ratios = log_ms[:, None] - known[rows]
-    ranks = stats.rankdata(np.c_[log_ms, known[rows]], axis=0)
+    best = _similar(known[rows], log_ms)
+    return np.exp(known[:, best] + np.median(log_ms - known[rows, best]))
+
+
+def _similar(known: Floats, log_ms: Floats) -> int:
+    """Number of the device, of logarithms [m, devices], that is most similar to `log_ms` [m]."""
+    ranks = stats.rankdata(np.c_[log_ms, known], axis=0)
     ranks = ranks - ranks.mean(0)
     sizes = np.sqrt((ranks**2).sum(0))
     alike = np.round(ranks[:, 0] @ ranks[:, 1:] / np.maximum(sizes[0] * sizes[1:], 1e-12), 9)
-    best = int(np.lexsort((ratios.std(0), -alike))[0])
-    return np.exp(known[:, best] + np.median(ratios[:, best]))
+    return int(np.lexsort(((log_ms[:, None] - known).std(0), -alike))[0])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from nas.errors import LatencyError, SpaceError, UnmeasuredBlock
-from nas.latency import Correction, Entry, Predictor, Table, Transfer, transfer
+from nas.latency import Correction, Entry, Table, Transfer, transfer
 from nas.space import Space, load_space
 
 BENCHMARK = Path(__file__).parents[2] / "experiments" / "benchmarks" / "few_shot.py"
@@ -104,17 +104,19 @@ def test_intervals_hold_their_share_on_average(known):
         assert 0.75 < np.mean(shares) < 0.87
 
 
-def test_chosen_networks_tell_more_than_random_ones(known):
+def test_chosen_networks_leave_less_variance_than_random_ones(known):
     features, latency, prior = known
     truth = latency[:, 3]
 
-    def error(rows) -> float:
-        fitted = transfer.fit(features, latency[:, :3], truth[rows], rows, prior=prior)
-        return float(np.abs(fitted.predict(features, latency[:, :3]).latency_ms / truth - 1).mean())
+    def left(rows) -> float:
+        process = transfer.fit(features, latency[:, :3], truth[rows], rows, prior=prior).predictor
+        groups = process.scaling([np.log(latency[:, :3]), *features])
+        across = process.kernel.between(groups, process.known)
+        return float((process.kernel.variance(groups) - ((across @ process.inverse) * across).sum(1)).mean())
 
     chosen = transfer.choose(features, latency[:, :3], 10, prior=prior)
     assert len(set(chosen.tolist())) == 10
-    assert error(chosen) < np.mean([error(np.random.default_rng(s).permutation(300)[:10]) for s in range(20)])
+    assert left(chosen) < min(left(np.random.default_rng(s).permutation(300)[:10]) for s in range(20))
 
 
 def test_a_choice_of_fewer_is_the_beginning_of_one_of_more(known):
@@ -134,10 +136,13 @@ def test_one_known_device_is_enough(known):
 def test_a_saved_transfer_comes_back_to_the_last_bit(known, tmp_path):
     features, latency, prior = known
     fitted = transfer.fit(features, latency[:, :3], latency[:10, 3], np.arange(10), prior=prior)
-    fitted.predictor.save(tmp_path / "device.npz")
-    again = Transfer(Predictor.load(tmp_path / "device.npz"))
+    fitted.save(tmp_path / "device.npz")
+    again = Transfer.load(tmp_path / "device.npz")
     a, b = (t.predict(features, latency[:, :3]) for t in (fitted, again))
     assert (a.latency_ms.tolist(), a.low_ms.tolist()) == (b.latency_ms.tolist(), b.low_ms.tolist())
+    fitted.predictor.save(tmp_path / "process.npz")
+    with pytest.raises(LatencyError, match="not a saved predictor: 'share'"):
+        Transfer.load(tmp_path / "process.npz")
 
 
 @pytest.mark.parametrize(
@@ -176,6 +181,14 @@ def test_other_devices_than_fitted_on_are_refused(known):
     fitted = transfer.fit(features, latency[:, :3], latency[:10, 3], np.arange(10), prior=prior)
     with pytest.raises(LatencyError, match=r"\[2, 4\] columns by group.*fitted on \[3, 4\]"):
         fitted.predict(features, latency[:, :2])
+
+
+def test_the_simple_answer_gets_more_weight_where_it_is_right(known):
+    features, latency, prior = known
+    shares = []
+    for truth in (3 * latency[:, 1], latency[:, 3]):
+        shares.append(transfer.fit(features, latency[:, :3], truth[:30], np.arange(30), prior=prior).share)
+    assert 0 <= shares[0] < shares[1] <= 1
 
 
 @pytest.mark.parametrize("count", [0, -1, 301])
