@@ -3,24 +3,27 @@
 import functools
 import math
 
-from nas.ops import Conv, Dense, Graph, LinearAttention, weights
+from nas.ops import AnyOp, Conv, Dense, Graph, LinearAttention, weights
 
 
 @functools.lru_cache(maxsize=65536)
 def macs(graph: Graph) -> int:
-    """Multiply-accumulates of convolutions, dense layers and attention, biases not counted.
+    """Multiply-accumulates of all ops, see `op_macs`."""
+    return sum(op_macs(graph, op) for op in graph.ops)
+
+
+def op_macs(graph: Graph, op: AnyOp) -> int:
+    """Multiply-accumulates of one op of `graph`: convolution, dense layer or attention, biases not counted.
 
     Attention has two products, of `dim` by `dim` for each pixel and head, and the sum of the weights beside each.
     """
-    total = 0
-    for op in graph.ops:
-        if isinstance(op, Conv):
-            total += math.prod(op.shape) * op.kernel**2 * graph.shape_of(op.inputs[0])[-1] // op.groups
-        elif isinstance(op, Dense):
-            total += math.prod(graph.shape_of(op.inputs[0])) * op.shape[-1]
-        elif isinstance(op, LinearAttention):
-            total += 2 * math.prod(op.shape) * (op.dim + 1)
-    return total
+    if isinstance(op, Conv):
+        return math.prod(op.shape) * op.kernel**2 * graph.shape_of(op.inputs[0])[-1] // op.groups
+    if isinstance(op, Dense):
+        return math.prod(graph.shape_of(op.inputs[0])) * op.shape[-1]
+    if isinstance(op, LinearAttention):
+        return 2 * math.prod(op.shape) * (op.dim + 1)
+    return 0
 
 
 @functools.lru_cache(maxsize=65536)

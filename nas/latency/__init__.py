@@ -1,11 +1,15 @@
-"""What is known about latency: tables, how they are calibrated, and the proof of what they are worth."""
+"""What is known about latency: tables, how they are calibrated, their proof, and what is learned beyond them."""
 
+from nas.latency import transfer
 from nas.latency.calibration import Correction, calibrate, op_counts
 from nas.latency.device import load_device
+from nas.latency.features import feature_groups, features
 from nas.latency.imported import FORMATS, Imported, import_table
+from nas.latency.predictor import Prediction, Predictor
 from nas.latency.proof import Proof, Row, prove
 from nas.latency.shelf import device_folder, find_table
 from nas.latency.table import Anchor, Entry, Table
+from nas.latency.transfer import SpaceTransfer, Transfer
 
 __all__ = [
     "FORMATS",
@@ -13,14 +17,21 @@ __all__ = [
     "Correction",
     "Entry",
     "Imported",
+    "Prediction",
+    "Predictor",
     "Proof",
     "Row",
+    "SpaceTransfer",
     "Table",
+    "Transfer",
     "calibrate",
     "device_folder",
+    "feature_groups",
+    "features",
     "find_table",
     "import_table",
     "load_device",
     "op_counts",
     "prove",
+    "transfer",
 ]

@@ -1,0 +1,267 @@
+"""A new device from a handful of measurements: other devices' latencies of all networks tell most of the rest.
+
+The new device is a Gaussian process (`nas.latency.predictor`) over the logarithms of the known devices' latencies and
+the networks' own features. Ten measurements cannot tell how smooth such a function is or how far devices follow one
+another, so that is learned before from the known devices: each in turn plays the new one.
+
+The simplest answer, and often a good one, is `most_similar`: the known device that orders the measured networks best,
+scaled to them. Its errors are others than those of the process, so the estimate is a weighted geometric mean of both
+(stacking; Wolpert 1992, doi:10.1016/S0893-6080(05)80023-1), whose weight has the smallest leave-one-out error.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy import stats
+
+from nas.errors import LatencyError
+from nas.latency.features import feature_groups
+from nas.latency.predictor import (
+    FEWEST,
+    Floats,
+    Groups,
+    Kernel,
+    Prediction,
+    Predictor,
+    Scaling,
+    checked,
+    condition,
+    learn,
+    logarithms,
+    reading,
+    spread,
+    write_arrays,
+)
+from nas.latency.table import Table
+from nas.space import Space
+from nas.space.space import Genotypes
+
+Indices = NDArray[np.intp]
+
+_LEARN_FROM = 100  # networks of each known device; the cost is cubic
+_CANDIDATES = 400
+_SHARE, _SHARE_WORTH = 0.8, 20.0  # of the process before anything is measured, worth so many measurements
+
+
+@dataclasses.dataclass(frozen=True)
+class Prior:
+    """What the known devices tell about any other: learned once, for however many new devices."""
+
+    kernel: Kernel
+    scaling: Scaling
+
+
+@dataclasses.dataclass(frozen=True)
+class Transfer:
+    """Predicts the new device: latency = process ^ share * (scale * similar device) ^ (1 - share)."""
+
+    predictor: Predictor  # the process
+    share: float
+    similar: int  # number of the most similar known device
+    log_scale: float
+
+    def predict(self, features: Groups, known_ms: ArrayLike, *, level: float = 0.8) -> Prediction:
+        """Of networks with groups of `features` [n, columns], and latencies `known_ms` [n, devices] as in `fit`.
+
+        Raises:
+            LatencyError: other columns or devices than fitted on, NaN, or a level too high for the measurements.
+        """
+        groups = _groups(features, known_ms)
+        process = self.predictor.predict(groups, level=level)
+        away = groups[0][:, self.similar] + self.log_scale - np.log(process.latency_ms)
+        factor = np.exp((1 - self.share) * away)
+        return Prediction(process.latency_ms * factor, process.low_ms * factor, process.high_ms * factor, level)
+
+    def save(self, path: Path) -> None:
+        """Writes an `.npz` file, atomically; what `load` makes of it predicts the same to the last bit.
+
+        Raises:
+            RunError: it cannot be written.
+        """
+        mixture = {"share": self.share, "similar": self.similar, "log_scale": self.log_scale}
+        write_arrays(path, self.predictor.arrays() | {name: np.asarray(v) for name, v in mixture.items()})
+
+    @classmethod
+    def load(cls, path: Path) -> "Transfer":
+        """What `save` wrote.
+
+        Raises:
+            LatencyError: the file is missing, damaged, of another version, or of a predictor without known devices.
+        """
+        with reading(path) as found:
+            mixture = float(found["share"]), int(found["similar"]), float(found["log_scale"])
+            return cls(Predictor.of_arrays(found), *mixture)
+
+
+def learn_prior(features: Groups, known_ms: ArrayLike) -> Prior:
+    """From groups of features [networks, columns] and the known devices' latencies [networks, devices].
+
+    Raises:
+        LatencyError: no device, fewer than `FEWEST` networks, unequal lengths, NaN, or latencies not above 0.
+    """
+    groups = _groups(features, known_ms)
+    known = groups[0]
+    if len(known) < FEWEST:
+        raise LatencyError(f"{len(known)} networks of known devices: at least {FEWEST} are needed.")
+    some = spread(known.mean(1), [np.sort(known, axis=1), *groups[1:]], _LEARN_FROM)
+    tasks = []
+    for device in range(known.shape[1]):
+        task = [np.delete(known, device, axis=1), *groups[1:]]
+        tasks.append(([g[some] for g in Scaling.of(task)(task)], known[some, device]))
+    return Prior(learn(tasks), Scaling.of(groups))
+
+
+def fit(
+    features: Groups, known_ms: ArrayLike, measured_ms: ArrayLike, indices: ArrayLike, *, prior: Prior | None = None
+) -> Transfer:
+    """The transfer to a device on which the networks `indices` [m] were measured, `measured_ms` [m].
+
+    Args:
+        features: groups [networks, columns].
+        known_ms: of all networks on the known devices, [networks, devices].
+        prior: if it was learned before, from the same networks and devices.
+
+    Raises:
+        LatencyError: fewer than `FEWEST` measurements, unequal lengths, NaN, latencies not above 0, or indices that
+            come twice or are not of a network.
+    """
+    groups = _groups(features, known_ms)
+    rows = _rows(indices, len(groups[0]))
+    log_ms = logarithms(measured_ms, len(rows))
+    prior = learn_prior(features, known_ms) if prior is None else prior
+    process = condition(prior.kernel, prior.scaling, prior.scaling([g[rows] for g in groups]), log_ms)
+    known = groups[0][rows]
+    similar = _similar(known, log_ms)
+    ratios = log_ms - known[:, similar]
+    # Both as they predict each measurement from the others.
+    precision = np.diag(process.inverse)
+    ours = process.weights / precision
+    simple = ratios - [np.median(np.delete(ratios, i)) for i in range(len(rows))]
+    gap = simple - ours
+    before = _SHARE_WORTH * np.mean(gap**2)
+    share = float(np.clip((gap @ simple + before * _SHARE) / max(gap @ gap + before, 1e-300), 0.0, 1.0))
+    errors = np.sort(np.abs(share * ours + (1 - share) * simple) * np.sqrt(precision))
+    return Transfer(dataclasses.replace(process, errors=errors), share, similar, float(np.median(ratios)))
+
+
+def choose(features: Groups, known_ms: ArrayLike, count: int, *, prior: Prior | None = None) -> Indices:
+    """Which `count` networks to measure on a new device: those that leave the least variance in all of them.
+
+    Greedily, one after the other (Seo et al. 2000, doi:10.1109/IJCNN.2000.861310: active learning after Cohn); no
+    latency of the new device is needed. Beyond `_CANDIDATES` networks, so many of them stand for all.
+
+    Estimates get better than from networks drawn at random, intervals less certain: they assume that the measured
+    networks are like the others, and these are unlike them on purpose. (In experiments/benchmarks/few_shot.py 80 %
+    intervals hold 77-81 % on NAS-Bench-201, but only 64-74 % on Accel-NASBench.)
+
+    Raises:
+        LatencyError: as `learn_prior`, or more networks asked for than there are candidates.
+    """
+    prior = learn_prior(features, known_ms) if prior is None else prior
+    groups = _groups(features, known_ms)
+    candidates = spread(groups[0].mean(1), [np.sort(groups[0], axis=1), *groups[1:]], _CANDIDATES)
+    if not 0 < count <= len(candidates):
+        raise LatencyError(f"{count} networks to choose: between 1 and {len(candidates)} can be chosen here.")
+    scaled = prior.scaling([g[candidates] for g in groups])
+    left, chosen = prior.kernel.between(scaled, scaled), []
+    for _ in range(count):
+        gain = (left**2).sum(1) / (np.diag(left) + prior.kernel.noise)
+        gain[chosen] = -np.inf
+        best = int(gain.argmax())
+        chosen.append(best)
+        left = left - np.outer(left[best], left[best]) / (left[best, best] + prior.kernel.noise)
+    return candidates[chosen]
+
+
+def most_similar(known_ms: ArrayLike, measured_ms: ArrayLike, indices: ArrayLike) -> Floats:
+    """The baseline: latency_ms [networks] of the most similar known device, scaled.
+
+    Most similar is the device of greatest Spearman correlation with `measured_ms` [m] on the networks `indices` [m]
+    (of equals, that whose ratio to them varies least); the scale is the median ratio.
+
+    Raises:
+        LatencyError: as `fit`.
+    """
+    (known,) = _groups([], known_ms)
+    rows = _rows(indices, len(known))
+    log_ms = logarithms(measured_ms, len(rows))
+    best = _similar(known[rows], log_ms)
+    return np.exp(known[:, best] + np.median(log_ms - known[rows, best]))
+
+
+def _similar(known: Floats, log_ms: Floats) -> int:
+    """Number of the device, of logarithms [m, devices], that is most similar to `log_ms` [m]."""
+    ranks = stats.rankdata(np.c_[log_ms, known], axis=0)
+    ranks = ranks - ranks.mean(0)
+    sizes = np.sqrt((ranks**2).sum(0))
+    alike = np.round(ranks[:, 0] @ ranks[:, 1:] / np.maximum(sizes[0] * sizes[1:], 1e-12), 9)
+    return int(np.lexsort(((log_ms[:, None] - known).std(0), -alike))[0])
+
+
+@dataclasses.dataclass(frozen=True)
+class SpaceTransfer:
+    """Predicts a new device for any genotype of a space."""
+
+    space: Space
+    tables: tuple[Table, ...]
+    transfer: Transfer
+
+    def predict(self, genotypes: Genotypes, *, level: float = 0.8) -> Prediction:
+        """Of genotypes [n, genes].
+
+        Raises:
+            SpaceError: they are not of the space.
+        """
+        known_ms = _prices(self.tables, self.space, genotypes)
+        return self.transfer.predict(feature_groups(self.space, genotypes), known_ms, level=level)
+
+
+def fit_space(
+    tables: Sequence[Table], space: Space, genotypes: Genotypes, measured_ms: ArrayLike, *, seed: int = 0
+) -> SpaceTransfer:
+    """A new device from known devices' tables and measurements [m] of genotypes [m, genes].
+
+    The prior is learned from the tables' prices of random networks of the space; `seed` is that of their draw.
+
+    Raises:
+        LatencyError: no table, fewer than `FEWEST` measurements, unequal lengths, NaN, or latencies not above 0.
+        UnmeasuredBlock: a table lacks a block of the space.
+        SpaceError: genotypes of another space.
+    """
+    drawn = space.sample(np.random.default_rng(seed), _CANDIDATES)
+    pool = np.concatenate([space.check(genotypes), drawn])
+    known_ms = _prices(tables, space, pool)
+    found = fit(feature_groups(space, pool), known_ms, measured_ms, np.arange(len(pool) - len(drawn)))
+    return SpaceTransfer(space, tuple(tables), found)
+
+
+def _prices(tables: Sequence[Table], space: Space, genotypes: Genotypes) -> Floats:
+    if not tables:
+        raise LatencyError("no table of a known device: at least one is needed. `nas measure` makes one.")
+    return np.stack([table.price(space, genotypes) for table in tables], axis=1)
+
+
+def _groups(features: Groups, known_ms: ArrayLike) -> list[Floats]:
+    """Logarithms of the known devices' latencies, then the features."""
+    known = np.asarray(known_ms, np.float64)
+    if known.ndim != 2 or not known.shape[1] or not (np.isfinite(known) & (known > 0)).all():
+        bad = known[~(np.isfinite(known) & (known > 0))]
+        came = f"has {len(bad)} values like {bad[0]}" if len(bad) else f"has shape {known.shape}"
+        raise LatencyError(
+            f"known_ms {came}: milliseconds above 0, [networks, devices], of at least one device are needed. Leave out "
+            f"the networks that failed on one."
+        )
+    return checked([np.log(known), *features])
+
+
+def _rows(indices: ArrayLike, networks: int) -> Indices:
+    rows = np.asarray(indices)
+    whole = rows.ndim == 1 and (np.issubdtype(rows.dtype, np.integer) or not len(rows))
+    if not whole or len(set(rows.tolist())) < len(rows) or ((rows < 0) | (rows >= networks)).any():
+        raise LatencyError(
+            f"indices {rows.tolist()} of measured networks: different whole numbers in 0..{networks - 1} are needed."
+        )
+    return rows.astype(np.intp)
