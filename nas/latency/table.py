@@ -61,6 +61,7 @@ class _Header(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     overhead_ms: float  # of a call that computes next to nothing; already part of the first block's entry
     correction: Correction
     anchors: tuple[Anchor, ...]
+    kind: str = "measured"  # or "estimated": no device had a part in it
     notes: tuple[str, ...] = ()  # what else to know before trusting it: load, drift
 
 

@@ -66,11 +66,11 @@ def measure(
         LatencyError: the machine was too uneven to measure on.
     """
     rng = np.random.default_rng(seed)
-    networks = _networks(space, settings, rng)
-    graphs = _graphs(space, networks)
+    networks = choose_networks(space, settings, rng)
+    graphs = graphs_to_time(space, networks)
     busy = machine.load()
     with machine.pinned(device.threads):  # before the sessions are built: their threads inherit it
-        report = _reporter(progress, "building", clock)
+        report = reporter(progress, "building", clock)
         calls: dict[Hashable, Call] = {}
         for index, (what, graph) in enumerate(graphs.items(), 1):
             calls[what] = prepare(graph, device, precision, seed=seed)
@@ -80,7 +80,7 @@ def measure(
             seconds=settings.seconds,
             min_rounds=settings.min_rounds,
             seed=seed,
-            progress=_reporter(progress, "timing", clock),
+            progress=reporter(progress, "timing", clock),
             clock=clock,
         )
     return _evaluate(space, device, precision, samples, networks, command=command, busy=busy, seed=seed)
@@ -92,6 +92,11 @@ def runtime_class(device: Device) -> type[Runtime]:
     Raises:
         DeviceError: it is unknown, or does not have one of the device's precisions.
     """
+    if device.runtime == "tpu_compiler":
+        raise DeviceError(
+            f"nothing can be run on device {device.device!r}: `nas.measure.tpu.estimate_table` makes its tables. "
+            f"Choose a device that is at hand for an experiment."
+        )
     if device.runtime not in RUNTIMES:
         hint = nearest(device.runtime, RUNTIMES, kind="runtime")
         raise DeviceError(f"device {device.device!r} has the unknown runtime `{device.runtime}`.{hint}")
@@ -142,7 +147,7 @@ def prepare(graph: Graph, device: Device, precision: str, *, seed: int = 0) -> C
 # what is measured
 
 
-def _networks(space: Space, settings: config.Latency, rng: np.random.Generator) -> dict[str, Genotypes]:
+def choose_networks(space: Space, settings: config.Latency, rng: np.random.Generator) -> dict[str, Genotypes]:
     """Genotypes of anchors and of held-out networks, [n, genes] each, no network in both.
 
     Held-out networks are uniformly random, stratified: random networks in order of MACs are cut into as many equal
@@ -184,7 +189,7 @@ def _spread(features: NDArray[np.float64], count: int) -> list[int]:
     return chosen
 
 
-def _graphs(space: Space, networks: dict[str, Genotypes]) -> dict[Hashable, Graph]:
+def graphs_to_time(space: Space, networks: dict[str, Genotypes]) -> dict[Hashable, Graph]:
     """Everything that is timed, by what it is."""
     graphs: dict[Hashable, Graph] = {}
     shapes: dict[Shape, None] = {}
@@ -216,7 +221,7 @@ def _convs(shape: Shape, count: int) -> Graph:
     return net.graph()
 
 
-def _reporter(progress: Progress | None, what: str, clock: Clock) -> Callable[[float], None]:
+def reporter(progress: Progress | None, what: str, clock: Clock) -> Callable[[float], None]:
     """Turns a share that is done into `progress` with the seconds that are left."""
     start = clock()
 
@@ -267,7 +272,7 @@ def _evaluate(
         date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         command=command,
         notes=tuple(notes),
-        **_entries(space, networks["anchor"], timings),
+        **entries(space, networks["anchor"], timings),
     )
     held_out = [timings[name] for name in names["held_out"]]
     proof = prove(
@@ -282,7 +287,7 @@ def _evaluate(
     return table, proof
 
 
-def _entries(space: Space, anchors: Genotypes, timings: dict[Hashable, Timing]) -> dict:
+def entries(space: Space, anchors: Genotypes, timings: dict[Hashable, Timing]) -> dict:
     """The fields of a table that come from timings."""
 
     def reference(kind: str, shape: Shape) -> float:

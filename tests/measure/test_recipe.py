@@ -84,7 +84,7 @@ def test_a_space_without_choices_is_refused(monkeypatch, space, device, tmp_path
 
 def test_the_same_seed_measures_the_same_networks_none_of_them_twice(space):
     settings = Latency(anchors=16, holdout=24)
-    first, again = (recipe._networks(space, settings, np.random.default_rng(5)) for _ in range(2))
+    first, again = (recipe.choose_networks(space, settings, np.random.default_rng(5)) for _ in range(2))
     assert all((first[k] == again[k]).all() for k in first)
     both = np.concatenate([first["anchor"], first["held_out"]])
     assert len(np.unique(both, axis=0)) == 16 + 24
