@@ -14,8 +14,10 @@ import dataclasses
 import datetime
 import functools
 import math
+import os
 import re
 import time
+import warnings
 from collections.abc import Hashable, Iterator
 from importlib import metadata
 from pathlib import Path
@@ -144,7 +146,10 @@ def compile_lowered(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
         DeviceError: the compiler refuses it.
     """
     try:
-        return lowered.compile()
+        with warnings.catch_warnings():
+            # JAX's own cache keeps programs for a TPU, but cannot load them where there is none
+            warnings.filterwarnings("ignore", "Error reading persistent compilation cache")
+            return lowered.compile()
     except jax.errors.JaxRuntimeError as e:
         reason = str(e).splitlines()[0]
         raise DeviceError(f"the TPU compiler refuses this program: {reason} A smaller batch needs less memory.") from e
@@ -259,13 +264,13 @@ def sharding_of(generation: str) -> Sharding:
 
     version()
     found = GENERATIONS[generation]
+    if jax.default_backend() != "tpu":  # nothing to keep other processes from, or to ask the cloud about
+        for name, value in _NO_TPU.items():
+            os.environ.setdefault(name, value)
     try:
         topology = topologies.get_topology_desc(found.topology, "tpu", **dict(found.options))
     except (jax.errors.JaxRuntimeError, RuntimeError, ValueError) as e:
-        raise DeviceError(
-            f"libtpu does not give TPU {generation}: {e}. Is another process on this machine using a TPU? Then set "
-            f"ALLOW_MULTIPLE_LIBTPU_LOAD=1."
-        ) from e
+        raise DeviceError(f"libtpu cannot compile for TPU {generation}: {str(e).splitlines()[0]}") from e
     return SingleDeviceSharding(topology.devices[0])
 
 
@@ -317,11 +322,19 @@ def _require(name: str, known: dict[str, Any], *, kind: str) -> None:
         raise DeviceError(f"unknown TPU {kind} `{name}`.{nearest(name, known, kind=kind)} Known: {', '.join(known)}.")
 
 
+# Without them libtpu locks /tmp/libtpu_lockfile against a second process, and looks for the TPU it is attached to.
+_NO_TPU = {
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v2-8",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+}
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?(%[\w.\-]+) = (.*?) ([a-z][a-z\-]*)\((.*)$")
 _SHAPE = re.compile(r"\b(pred|[a-z]+\d+\w*)\[([\d,]*)\](?:\{([\d,]*)(?::([^{}]*))?\})?")
 _TILE = re.compile(r"T\(([\d,]+)\)")
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _FREE = {"parameter", "constant", "bitcast", "tuple", "get-tuple-element"}  # names for what is there
+_MOVES = {"reshape", "copy", "transpose", "broadcast", "slice", "concatenate", "pad"}  # where without cycles: its bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -344,18 +357,24 @@ def play(text: str, generation: Generation) -> Schedule:
     if "is_scheduled=true" not in header or "\nENTRY " not in rest:
         raise DeviceError("the TPU compiler prints a program without a schedule: nas cannot read this libtpu's.")
     seconds = waiting = copied = 0.0  # `copied`: when the last copy that was started has ended
+    hbm, clock = generation.hbm_gbps * 1e9, generation.clock_ghz * 1e9
     ends: dict[str, float] = {}  # of copies under way
+    sizes: dict[str, int] = {}
     cycles: list[int] = []
     for name, shape, op, operands, line in _instructions(rest):
+        sizes[name] = nbytes(shape)
         if op == "copy-start":
-            copied = max(copied, seconds) + nbytes(shape) / (generation.hbm_gbps * 1e9)
+            copied = max(copied, seconds) + sizes[name] / hbm
             ends[name] = copied
         elif op == "copy-done":
             late = max(ends[operands[0]] - seconds, 0.0)
             seconds, waiting = seconds + late, waiting + late
         elif found := _CYCLES.search(line):
             cycles.append(int(found[1]))
-            seconds += cycles[-1] / (generation.clock_ghz * 1e9)
+            seconds += cycles[-1] / clock
+        elif op in _MOVES:
+            cycles.append(0)
+            seconds += (sizes[name] + sum(sizes[operand] for operand in operands)) / hbm
         elif op not in _FREE:
             raise DeviceError(f"the TPU compiler does not say what `{op}` costs ({name}): nas cannot estimate this.")
     return Schedule(seconds, waiting, sum(cycles), len(cycles))
@@ -372,6 +391,8 @@ def _instructions(text: str) -> Iterator[tuple[str, str, str, list[str], str]]:
 def nbytes(shape: str) -> int:
     """Bytes of an array as the compiler prints its shape, padded to its tiles; of a tuple, those of its first array."""
     match = _SHAPE.search(shape)
+    if shape == "()":
+        return 0
     if match is None:
         raise DeviceError(f"the TPU compiler prints a shape that nas cannot read: {shape[:80]}.")
     kind, sizes, order, layout = match.groups()
