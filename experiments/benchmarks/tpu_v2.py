@@ -7,11 +7,11 @@ DATA is `accel_nasbench_half.npz`: networks of Accel-NASBench (Ahmad et al. 2024
 throughput on a TPUv2. By their account (github.com/afzalxo/ANB-DatasetCollection, README and
 measure_throughput_tpu.py) that is one core, batch 64, 224 px, PyTorch/XLA 1.13 with XLA_USE_BF16, ReLU, evaluation mode
 but *without* `torch.no_grad()`. So every tensor that autograd keeps for a backward pass that never comes was still
-referenced when the step was cut, and PyTorch/XLA made it a result of the program, written to HBM. Two forms are
-compiled, by `--form`:
+referenced when the step was cut, and PyTorch/XLA made it a result of the program, written to HBM. By `--form`:
 
     as_run    that program: norms not folded, all that autograd keeps is a result, in the layouts that PyTorch/XLA
               gives to arrays on TPUs (torch_xla/csrc/layout_manager.cpp)
+    blocks    the same, each block compiled alone and summed, as a latency table does: 170 programs for all networks
     deployed  what nas estimates for a device: norms folded, logits the only result
 
 Nothing is fitted to the measured throughput, but for the rows `calibrated`: the correction that a latency table gets
@@ -19,6 +19,7 @@ Nothing is fitted to the measured throughput, but for the rows `calibrated`: the
 """
 
 import argparse
+import functools
 import time
 from pathlib import Path
 
@@ -36,35 +37,43 @@ from nas.blocks.rounding import expanded
 from nas.files import read_as, write_json
 from nas.latency import calibrate, op_counts
 from nas.measure import tpu
-from nas.ops import NORM_EPSILON, Act, Add, Graph, Norm, Recorder, Shape, Value, weights
+from nas.ops import NORM_EPSILON, Act, Add, Block, Graph, Network, Norm, Recorder, Shape, weights
 from nas.run import compute
 
 GENERATION, PRECISION, BATCH, PIXELS = "v2", "bfloat16", 64, 224
-FORMS = ("as_run", "deployed")
+FORMS = ("as_run", "blocks", "deployed")
 ANCHORS, DRAWS = 10, 200
 
 
-def network(data: dict[str, np.ndarray], row: int) -> Graph:
+def network(data: dict[str, np.ndarray], row: int) -> Network:
     """One network of the benchmark: stem, seven stages of inverted residuals, head."""
     net = Recorder((PIXELS, PIXELS, 3))
-    x = net.act(
-        net.norm(net.conv(net.input, "stem", int(data["stage_in"][0]), kernel=3, stride=2), "stem_norm"), "relu"
-    )
+    conv = net.conv(net.input, "conv", int(data["stage_in"][0]), kernel=3, stride=2)
+    net.act(net.norm(conv, "norm"), "relu")
+    blocks = [Block("stem", "stem", net.graph())]
     for stage in range(7):
         expand, kernel, layers = (int(data[name][row, stage]) for name in "ekl")
-        width, stride = int(data["stage_out"][stage]), int(data["stage_stride"][stage])
+        width, stride, se = (
+            int(data["stage_out"][stage]),
+            int(data["stage_stride"][stage]),
+            bool(data["se"][row, stage]),
+        )
         for layer in range(layers):
-            inner = net.under(f"stage{stage}/layer{layer}")
-            first = stride if layer == 0 else 1
-            x = residual(inner, x, width, kernel, expand, first, bool(data["se"][row, stage]))
-    x = net.act(net.norm(net.conv(x, "head", 4 * x.channels), "head_norm"), "relu")
+            options = (width, kernel, expand, stride if layer == 0 else 1, se)
+            graph = residual(blocks[-1].graph.shape, *options)
+            blocks.append(Block(f"stage{stage}/layer{layer}", f"residual {options}", graph))
+    net = Recorder(blocks[-1].graph.shape)
+    x = net.act(net.norm(net.conv(net.input, "conv", 4 * net.input.channels), "norm"), "relu")
     net.dense(net.pool(x), "logits", 1000)
-    return net.graph()
+    return Network((*blocks, Block("head", "head", net.graph())))
 
 
-def residual(net: Recorder, x: Value, width: int, kernel: int, expand: int, stride: int, se: bool) -> Value:
+@functools.cache
+def residual(shape: Shape, width: int, kernel: int, expand: int, stride: int, se: bool) -> Graph:
     """`nas.blocks.mbconv`, but for a squeeze to a quarter of the block's input, not of its hidden channels."""
-    hidden, y = expanded(x.channels, expand), x
+    net = Recorder(shape)
+    x = y = net.input
+    hidden = expanded(x.channels, expand)
     if hidden != x.channels:
         y = net.act(net.norm(net.conv(y, "expand", hidden), "expand_norm"), "relu")
     y = net.conv(y, "depthwise", hidden, kernel=kernel, stride=stride, groups=hidden)
@@ -73,7 +82,9 @@ def residual(net: Recorder, x: Value, width: int, kernel: int, expand: int, stri
         squeezed = net.act(net.conv(net.pool(y), "se_reduce", x.channels // 4, bias=True), "relu")
         y = net.mul(y, net.act(net.conv(squeezed, "se_expand", hidden, bias=True), "hard_sigmoid"))
     y = net.norm(net.conv(y, "project", width), "project_norm")
-    return net.add(x, y) if y.shape == x.shape else y
+    if y.shape == x.shape:
+        net.add(x, y)
+    return net.graph()
 
 
 # the program that was measured
@@ -153,7 +164,7 @@ def compile_as_run(graph: Graph) -> jax.stages.Compiled:
 
 
 def estimate(graph: Graph, form: str, cache: Path) -> tpu.Estimate:
-    """Of one network in one form; kept in `cache`."""
+    """Of a network or block, kept in `cache`."""
     if form == "deployed":
         return tpu.estimate(graph, GENERATION, PRECISION, BATCH, cache=cache)
     path = cache / "as_run" / f"{graph.key}.json"
@@ -161,6 +172,24 @@ def estimate(graph: Graph, form: str, cache: Path) -> tpu.Estimate:
         found = tpu.describe(compile_as_run(graph), GENERATION, PRECISION, BATCH)
         write_json(path, msgspec.to_builtins(found))
     return read_as(path, tpu.Estimate)
+
+
+def estimates(networks: list[Network], form: str, cache: Path, seconds: float) -> dict[str, np.ndarray] | None:
+    """Columns [networks] of milliseconds, the compiler's lower bound and bytes; None if that took too long."""
+    parts = [[b.graph for b in n.blocks] if form == "blocks" else [n.flat()] for n in networks]
+    found: dict[Graph, tpu.Estimate] = {}
+    distinct, begin = list(dict.fromkeys(graph for graphs in parts for graph in graphs)), time.monotonic()
+    for index, graph in enumerate(distinct):
+        if time.monotonic() - begin > seconds:
+            print(f"{index} of {len(distinct)} programs are compiled; the same command goes on")
+            return None
+        found[graph] = estimate(graph, form, cache)
+        print(f"{index + 1}/{len(distinct)}: {found[graph].latency_ms:.2f} ms", flush=True)
+    columns = {"estimated latency": "latency_ms", "optimal_seconds": "optimal_seconds", "bytes": "bytes_accessed"}
+    return {
+        name: np.array([sum(getattr(found[graph], field) for graph in graphs) for graphs in parts])
+        for name, field in columns.items()
+    }
 
 
 # what it is worth
@@ -207,23 +236,15 @@ def main() -> None:
     throughput = data["perf"][:, data["perf_names"].tolist().index("throughput_tpuv2")]
     measured = np.flatnonzero(~np.isnan(throughput))
     rows = np.random.default_rng(0).permutation(measured)[: options.networks]
-    begin, estimates = time.monotonic(), []
-    for index, row in enumerate(rows, 1):
-        if time.monotonic() - begin > options.seconds:
-            print(f"{index - 1} of {len(rows)} networks; the same command goes on")
-            return
-        estimates.append(estimate(network(data, row), options.form, options.cache))
-        print(f"{index}/{len(rows)} network {row}: {estimates[-1].latency_ms:.1f} ms", flush=True)
-    graphs = [network(data, row) for row in rows]
+    networks = [network(data, int(row)) for row in rows]
+    columns = estimates(networks, options.form, options.cache, options.seconds)
+    if columns is None:
+        return
+    graphs = [n.flat() for n in networks]
     measured_ms = BATCH / throughput[rows].astype(np.float64) * 1e3
-    estimated_ms = np.array([e.latency_ms for e in estimates])
-    columns = {
-        "estimated latency": estimated_ms,
-        "compiler's optimal_seconds": np.array([e.optimal_seconds for e in estimates]),
-        "bytes accessed": np.array([e.bytes_accessed for e in estimates]),
-        "MACs": np.array([cost.macs(g) for g in graphs], np.float64),
-        "parameters": np.array([cost.parameters(g) for g in graphs], np.float64),
-    }
+    estimated_ms = columns["estimated latency"]
+    columns["MACs"] = np.array([cost.macs(g) for g in graphs], np.float64)
+    columns["parameters"] = np.array([cost.parameters(g) for g in graphs], np.float64)
     ratio = estimated_ms / measured_ms
     print(f"\n{len(rows)} networks, {options.form}; Kendall tau with measured latency [95 % bootstrap interval]")
     found = {name: agreement(column, measured_ms) for name, column in columns.items()}

@@ -38,13 +38,13 @@ def test_networks_have_the_published_numbers_of_parameters(script, real_data):
     with np.load(real_data / "accel_nasbench_half.npz") as file:
         data = dict(file)
     for row in range(0, len(data["e"]), 50):
-        graph = script.network(data, row)
+        graph = script.network(data, row).flat()
         assert cost.parameters(graph) / 1e6 == pytest.approx(float(data["params_M"][row]), rel=1e-5)
         assert 0.85 < cost.macs(graph) / 1e6 / data["macs_M"][row] < 0.97  # theirs count norms and pooling as well
 
 
 def test_autograd_keeps_all_but_norms_that_are_replaced_in_place(script):
-    graph = script.network(one(layers=2, se=True), 0)
+    graph = script.network(one(layers=2, se=True), 0).flat()
     kept = [graph.ops[index] for index in script.kept(graph)]
     assert sum(isinstance(op, Conv) for op in kept) == sum(isinstance(op, Conv) for op in graph.ops)
     assert sum(isinstance(op, Act) for op in kept) == sum(isinstance(op, Act) for op in graph.ops)
@@ -54,7 +54,7 @@ def test_autograd_keeps_all_but_norms_that_are_replaced_in_place(script):
 
 def test_what_is_kept_ends_with_the_logits_that_nas_computes(script, monkeypatch):
     monkeypatch.setattr(script, "PIXELS", 32)
-    graph = script.network(one(), 0)
+    graph = script.network(one(), 0).flat()
     rng = np.random.default_rng(0)
     params = {w.name: rng.random(w.shape, np.float32) / 10 + (w.role == "var") for w in weights(graph)}
     images = rng.standard_normal((2, 32, 32, 3)).astype(np.float32)
