@@ -4,8 +4,8 @@ Run: python experiments/benchmarks/tpu_v2.py DATA --cache FOLDER [--networks 64]
      [--json FILE]       about 20 s a network on one core; cut off, or out of --seconds, the same command goes on
 
 DATA is `accel_nasbench_half.npz`: networks of Accel-NASBench (Ahmad et al. 2024, arXiv:2404.08005) with their measured
-throughput on a TPUv2. By their account (github.com/afzalxo/ANB-DatasetCollection, README and
-measure_throughput_tpu.py) that is one core, batch 64, 224 px, PyTorch/XLA 1.13 with XLA_USE_BF16, ReLU, evaluation mode
+throughput on a TPUv2. By their account (github.com/afzalxo/ANB-DatasetCollection: README, measure_throughput_tpu.py and
+trainval/trainval_tpu.py) that is one core, batch 64, 224 px, PyTorch/XLA 1.13 with XLA_USE_BF16, ReLU, evaluation mode
 but *without* `torch.no_grad()`. So every tensor that autograd keeps for a backward pass that never comes was still
 referenced when the step was cut, and PyTorch/XLA made it a result of the program, written to HBM. By `--form`:
 
@@ -167,7 +167,7 @@ def estimate(graph: Graph, form: str, cache: Path) -> tpu.Estimate:
     """Of a network or block, kept in `cache`."""
     if form == "deployed":
         return tpu.estimate(graph, GENERATION, PRECISION, BATCH, cache=cache)
-    path = cache / "as_run" / f"{graph.key}.json"
+    path = cache / tpu.version() / "as_run" / f"{graph.key}.json"
     if not path.exists():
         found = tpu.describe(compile_as_run(graph), GENERATION, PRECISION, BATCH)
         write_json(path, msgspec.to_builtins(found))

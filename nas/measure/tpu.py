@@ -56,8 +56,8 @@ class Generation:
     options: tuple[tuple[str, str], ...] = ()
 
 
-# v2, v3: Norrie et al. 2021, "The Design Process for Google's Training Chips: TPUv2 and TPUv3", IEEE Micro 41(2),
-# table 1 (0.70 and 0.94 GHz, 700 and 900 GB/s a chip of two cores). v4: Jouppi et al. 2023, arXiv:2304.01433, table 4.
+# v2, v3: Jouppi et al. 2020, "A Domain-Specific Supercomputer for Training Deep Neural Networks", CACM 63(7): 0.70 and
+# 0.94 GHz, 700 and 900 GB/s a chip of two cores. v4: Jouppi et al. 2023, arXiv:2304.01433: 1.05 GHz, 1200 GB/s.
 # v5e, v5p, v6e: cloud.google.com/tpu/docs gives 197, 459 and 918 bfloat16 TFLOP/s and 819, 2765 and 1640 GB/s; clocks
 # are not published, these are TFLOP/s over the 131072, 262144 and 524288 operations a cycle that libtpu counts on for a
 # large matmul (by the same division v2, v3 and v4 come out at their published clocks).
