@@ -6,9 +6,11 @@ sums are written as matmuls and shifted slices. Accelerators get `lax`. Each for
 `python experiments/benchmarks/kernels.py` prints run and compile times beside those of `lax`.
 """
 
+import contextlib
+import contextvars
 import itertools
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial, reduce
 
 import jax
@@ -29,7 +31,20 @@ TILED_TAPS = 25  # from which such tiles pay in the gradient of a kernel; of 3x3
 
 def on_cpu() -> bool:
     """Whether to write convolutions out for XLA on CPU. Asked at trace time; tests replace it to force a form."""
-    return jax.default_backend() == "cpu"
+    return not _for_accelerator.get() and jax.default_backend() == "cpu"
+
+
+_for_accelerator = contextvars.ContextVar("for_accelerator", default=False)
+
+
+@contextlib.contextmanager
+def for_accelerator() -> Iterator[None]:
+    """What is traced inside is written for accelerators, wherever this process computes: to compile ahead of time."""
+    token = _for_accelerator.set(True)
+    try:
+        yield
+    finally:
+        _for_accelerator.reset(token)
 
 
 def fuses(*operands: ArrayLike) -> bool:

@@ -131,6 +131,11 @@ def runtime_class(device: Device) -> type[Runtime]:
     Raises:
         DeviceError: it is unknown, or does not have one of the device's precisions.
     """
+    if device.runtime == "tpu_compiler":
+        raise DeviceError(
+            f"nothing can be run on device {device.device!r}: `nas.measure.tpu.estimate_table` makes its tables. "
+            f"Choose a device that is at hand for an experiment."
+        )
     if device.runtime not in RUNTIMES:
         hint = nearest(device.runtime, RUNTIMES, kind="runtime")
         raise DeviceError(f"device {device.device!r} has the unknown runtime `{device.runtime}`.{hint}")

@@ -149,7 +149,7 @@ def evaluate(
         unsupported={
             name.removeprefix("block "): why for name, why in recording.unsupported.items() if name.startswith("block ")
         },
-        **_entries(plan, timings),
+        **entries(plan, timings),
     )
     return table, proof_of(plan, recording, table)
 
@@ -181,7 +181,7 @@ def proof_of(plan: Plan, recording: Recording, table: Table, *, at_level: bool =
     )
 
 
-def _entries(plan: Plan, timings: Mapping[str, Timing]) -> dict:
+def entries(plan: Plan, timings: Mapping[str, Timing]) -> dict:
     """The fields of a table that come from timings."""
 
     def reference(name: str) -> float:
