@@ -2,6 +2,7 @@
 
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,8 @@ sys.path.insert(0, str(ROOT / "tests"))
 # Subprocesses inherit it too. Compiling is most of what the tests do; a second run finds it done.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "xla"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+
+os.environ.setdefault("NAS_LOCKS", tempfile.mkdtemp(prefix="nas-locks-"))  # test processes measure beside each other
 
 
 @pytest.fixture(scope="session")

@@ -358,6 +358,8 @@ def _blamed(results: Path) -> str | None:
 def _alone(results: Path) -> Iterator[None]:
     """One measuring on this machine at a time: two would time each other.
 
+    NAS_LOCKS names the folder of the lock, where several jobs are to be let alone with each other (as tests are).
+
     Raises:
         LatencyError: another is running.
     """
@@ -368,7 +370,7 @@ def _alone(results: Path) -> Iterator[None]:
         return
     results.parent.mkdir(parents=True, exist_ok=True)
     user = os.getuid() if hasattr(os, "getuid") else ""
-    path = Path(tempfile.gettempdir()) / f"nas-measuring-{user}.lock"
+    path = Path(os.environ.get("NAS_LOCKS") or tempfile.gettempdir()) / f"nas-measuring-{user}.lock"
     with open(path, "a+", encoding="utf-8") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
