@@ -1,7 +1,8 @@
 """Question: does the TPU compiler order networks as a TPU that runs them does, and how well does it know their speed?
 
-Run: python experiments/benchmarks/tpu_v2.py DATA --cache FOLDER [--networks 64] [--form as_run] [--seconds 240]
-     [--json FILE]       about 20 s a network on one core; cut off, or out of --seconds, the same command goes on
+Run: python experiments/benchmarks/tpu_v2.py DATA --cache FOLDER [--form blocks] [--networks N] [--seconds 240]
+     [--json experiments/results/tpu_v2.json]
+     3 to 5 s a block, 15 to 25 s a whole network on one core; cut off, or out of --seconds, the same command goes on
 
 DATA is `accel_nasbench_half.npz`: networks of Accel-NASBench (Ahmad et al. 2024, arXiv:2404.08005) with their measured
 throughput on a TPUv2. By their account (github.com/afzalxo/ANB-DatasetCollection: README, measure_throughput_tpu.py and
@@ -226,8 +227,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
     parser.add_argument("--cache", type=Path, required=True, help="a folder that keeps estimates")
-    parser.add_argument("--networks", type=int, default=64)
-    parser.add_argument("--form", choices=FORMS, default="as_run")
+    parser.add_argument("--networks", type=int, help="so many, drawn at random; without it all that were measured")
+    parser.add_argument("--form", choices=FORMS, default="blocks")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no compilation after so many")
     parser.add_argument("--json", type=Path, help="write everything there as well")
     options = parser.parse_args()
@@ -270,8 +271,6 @@ def main() -> None:
             "ratio": {"median": float(np.median(ratio)), "p5": float(np.quantile(ratio, 0.05)),
                       "p95": float(np.quantile(ratio, 0.95))},
             "versions": tpu.version(),
-            "rows": [{"network": int(row), "measured_ms": float(m), "estimated_ms": float(e)}
-                     for row, m, e in zip(rows, measured_ms, estimated_ms, strict=True)],
         }  # fmt: skip
         write_json(options.json, result)
 
