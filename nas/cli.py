@@ -260,6 +260,32 @@ def import_(
     click.echo(import_table(file, form=form, space=space, device=device, out=out, unit=unit))
 
 
+@cli.command()
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option("--runtime", default="onnxruntime", show_default=True, help="A name of `nas list runtimes`.")
+@click.option("--threads", default=1, show_default=True, help="CPUs that it is held on.")
+@click.option("--batch", default=1, show_default=True, help="Images an inference.")
+@click.option("--seconds", default=2.0, show_default=True, help="For throughput and energy.")
+@click.option(
+    "--image", metavar="HxWxC", help="Shape of an image; that of architecture.json beside MODEL if not given."
+)
+@click.option("--energy", is_flag=True, help="Ask for energy, which not every machine counts.")
+def footprint(
+    model: Path, runtime: str, threads: int, batch: int, seconds: float, image: str | None, energy: bool
+) -> None:
+    """Size, start, memory and throughput of a MODEL file in a runtime, measured in a process of its own.
+
+    Example: nas footprint runs/quickstart/winners/winner_1/model.onnx --batch 8
+    """
+    from nas.architecture import load_architecture
+    from nas.measure import footprint as measured
+
+    shape = load_architecture(model.parent).input.shape if image is None else _shape(image)
+    found = measured(model, runtime, shape, threads=threads, batch=batch, seconds=seconds, energy=energy)
+    for line in found.lines():
+        click.echo(line)
+
+
 @cli.command("list")
 @click.argument("what", type=click.Choice(["spaces", "devices", "blocks", "strategies", "runtimes", "data"]))
 def list_(what: str) -> None:

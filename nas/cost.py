@@ -3,7 +3,7 @@
 import functools
 import math
 
-from nas.ops import AnyOp, Conv, Dense, Graph, LinearAttention, weights
+from nas.ops import Act, Add, AnyOp, Conv, Dense, Graph, LinearAttention, Norm, weights
 
 
 @functools.lru_cache(maxsize=65536)
@@ -34,10 +34,29 @@ def parameters(graph: Graph) -> int:
 
 @functools.lru_cache(maxsize=65536)
 def peak_activation_bytes(graph: Graph, *, bytes_per_element: int = 4) -> int:
-    """Largest sum of live values while the ops run in order, input and output included, nothing done in place."""
-    last_use = [max(users, default=len(graph.ops)) for users in graph.consumers()]
-    peak = 0
+    """Largest sum of live values while the ops run in order, for one image, as a runtime plans memory for inference.
+
+    The input stays, since whoever runs the network owns it. A norm folded into the layer that it reads, and a ReLU that
+    alone reads a layer or a sum, have no value of their own; nothing else is done in place. What kernels need for
+    themselves (im2col of large dense convolutions) is not counted.
+    """
+    readers = graph.consumers()
+    holder = list(range(len(graph.ops) + 1))  # the value in whose memory each value lies
+    for index, op in enumerate(graph.ops):
+        source = op.inputs[0]
+        before = graph.ops[source - 1] if source else None
+        within = isinstance(op, Norm) or (isinstance(op, Act) and op.function in ("relu", "relu6"))
+        while within and isinstance(before, Norm) and holder[before.inputs[0]] == holder[source]:
+            before = graph.ops[before.inputs[0] - 1]
+        layers = (Conv, Dense) if isinstance(op, Norm) else (Conv, Dense, Add)
+        if within and isinstance(before, layers) and len(readers[source]) == 1:
+            holder[index + 1] = holder[source]
+    last_use = [0] * len(holder)
+    for value, users in enumerate(readers):
+        last_use[holder[value]] = max(last_use[holder[value]], *users, len(graph.ops) if not users else 0)
+    sizes = [math.prod(graph.shape_of(v)) for v in range(len(holder))]
+    peak = sizes[0]
     for index in range(len(graph.ops)):
-        live = [v for v in range(index + 2) if last_use[v] >= index]
-        peak = max(peak, sum(math.prod(graph.shape_of(v)) for v in live))
+        live = {v for v in holder[1 : index + 2] if v and last_use[v] >= index}
+        peak = max(peak, sizes[0] + sum(sizes[v] for v in live))
     return peak * bytes_per_element

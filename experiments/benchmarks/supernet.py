@@ -39,7 +39,7 @@ import jax.numpy as jnp
 import numpy as np
 import psutil
 from contestants import BATCH, Alone, Case, Ours, Torch
-from nas.measure.machine import busiest, hardware
+from nas.measure import busiest, hardware
 
 from nas import config, cost, native
 from nas.evaluate import SubnetEvaluator

@@ -20,6 +20,7 @@ class Iree:
 
     precisions: ClassVar[tuple[str, ...]] = ("float32",)
     suffix: ClassVar[str] = ".vmfb"
+    layout: ClassVar[str] = "NHWC"
 
     def version(self) -> str:
         """See `Runtime`."""

@@ -21,6 +21,7 @@ class LiteRt:
     # approximate hard-swish and sums, so a file could not be the network that `nas.quantise` simulates.
     precisions: ClassVar[tuple[str, ...]] = ("float32",)
     suffix: ClassVar[str] = ".tflite"
+    layout: ClassVar[str] = "NHWC"
 
     def version(self) -> str:
         """See `Runtime`."""

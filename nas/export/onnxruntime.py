@@ -19,6 +19,7 @@ class OnnxRuntime:
 
     precisions: ClassVar[tuple[str, ...]] = ("float32", "int8")
     suffix: ClassVar[str] = ".onnx"
+    layout: ClassVar[str] = "NCHW"
 
     def version(self) -> str:
         """See `Runtime`."""

@@ -20,6 +20,7 @@ class OpenVino:
 
     precisions: ClassVar[tuple[str, ...]] = ("float32", "float16", "bfloat16", "int8")
     suffix: ClassVar[str] = ".onnx"
+    layout: ClassVar[str] = "NCHW"
 
     def version(self) -> str:
         """See `Runtime`."""

@@ -20,6 +20,7 @@ class Runtime(Protocol):
 
     precisions: ClassVar[tuple[str, ...]]  # of `PRECISIONS`, those that it has on some machine
     suffix: ClassVar[str]  # of the files it writes, with the dot
+    layout: ClassVar[str]  # of images in its files: "NCHW" or "NHWC"; a `Session` takes NHWC whatever this is
 
     def version(self) -> str:
         """The library's version.

@@ -21,6 +21,7 @@ class Xla:
 
     precisions: ClassVar[tuple[str, ...]] = ("float32", "float16", "bfloat16")
     suffix: ClassVar[str] = ".stablehlo"
+    layout: ClassVar[str] = "NHWC"
 
     def version(self) -> str:
         """See `Runtime`."""

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from nas import cost
-from nas.architecture import Architecture
+from nas.architecture import Architecture, Input
 from nas.data import Dataset
 from nas.export import Runtime
 from nas.files import write_bytes, write_json, write_text
@@ -15,6 +15,8 @@ from nas.ops import Graph, flatten
 from nas.pipeline.finish import Finished, finished
 from nas.pipeline.job import Job
 from nas.quantise import Quantisation, calibrate
+
+_AXES = {"NCHW": "batch, channels, height, width", "NHWC": "batch, height, width, channels"}
 
 
 def export(job: Job) -> None:
@@ -64,7 +66,7 @@ def model_file(
     spec = architecture.input
     metadata = {
         "name": architecture.name,
-        "input": "float32 [batch, channels, height, width], (pixel / 255 - mean) / std, pixel 0..255",
+        "input": f"float32 [{_AXES[runtime.layout]}], (pixel / 255 - mean) / std, pixel 0..255",
         "mean": ",".join(map(repr, spec.mean)),
         "std": ",".join(map(repr, spec.std)),
         "classes": "\n".join(architecture.classes),
@@ -117,13 +119,7 @@ Classifies {height}x{width} images with {channels} channel{"s" if channels > 1 e
 ## Use
 
 ```python
-import numpy as np, onnxruntime
-
-session = onnxruntime.InferenceSession("model.onnx")  # or model.int8.onnx
-mean = np.array({list(spec.mean)}, np.float32).reshape(1, -1, 1, 1)
-std = np.array({list(spec.std)}, np.float32).reshape(1, -1, 1, 1)
-pixels = np.zeros((1, {channels}, {height}, {width}), np.uint8)  # your images: batch, channels, height, width
-logits = session.run(None, {{session.get_inputs()[0].name: (pixels / np.float32(255) - mean) / std}})[0]
+{_usage(job, spec)}
 ```
 
 `nas.load_architecture("architecture.json")` rebuilds the network in JAX; `nas export` writes these files anew.
@@ -134,6 +130,28 @@ logits = session.run(None, {{session.get_inputs()[0].name: (pixels / np.float32(
 |---|---|---|
 {blocks}
 """
+
+
+def _usage(job: Job, spec: Input) -> str:
+    """Lines of Python that run the file; without this package where another program is sure to read it."""
+    height, width, channels = spec.shape
+    if job.runtime.layout == "NCHW":
+        return f"""import numpy as np, onnxruntime
+
+session = onnxruntime.InferenceSession("model.onnx")  # or model.int8.onnx
+mean = np.array({list(spec.mean)}, np.float32).reshape(1, -1, 1, 1)
+std = np.array({list(spec.std)}, np.float32).reshape(1, -1, 1, 1)
+pixels = np.zeros((1, {channels}, {height}, {width}), np.uint8)  # your images: batch, channels, height, width
+logits = session.run(None, {{session.get_inputs()[0].name: (pixels / np.float32(255) - mean) / std}})[0]"""
+    return f"""from pathlib import Path
+
+import numpy as np
+from nas.export import RUNTIMES
+
+session = RUNTIMES["{job.device.runtime}"]().open(Path("model{job.runtime.suffix}"))
+mean, std = np.array({list(spec.mean)}, np.float32), np.array({list(spec.std)}, np.float32)
+pixels = np.zeros((1, {height}, {width}, {channels}), np.uint8)  # your images: batch, height, width, channels
+logits = session((pixels / np.float32(255) - mean) / std)"""
 
 
 def _size(graph: Graph) -> str:

@@ -1,0 +1,74 @@
+import importlib
+import re
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from nas.cli import cli
+from nas.errors import DeviceError, ExportError
+from nas.export import RUNTIMES
+from nas.measure import footprint
+from nas.ops import Recorder, weights
+
+SHAPE = (16, 16, 8)
+
+
+def model(folder, width, name="onnxruntime"):
+    """A file of two convolutions, `width` channels between them."""
+    net = Recorder(SHAPE)
+    x = net.act(net.conv(net.input, "a", width, kernel=3), "relu")
+    net.dense(net.pool(net.conv(x, "b", 8, kernel=3)), "logits", 4)
+    params = {w.name: np.full(w.shape, 0.01, np.float32) for w in weights(net.graph())}
+    path = folder / f"{width}{RUNTIMES[name].suffix}"
+    path.write_bytes(RUNTIMES[name]().emit(net.graph(), params))
+    return path
+
+
+def test_a_larger_network_takes_more_of_everything(tmp_path):
+    small, large = (footprint(model(tmp_path, w), "onnxruntime", SHAPE, seconds=0.2) for w in (8, 2048))
+    assert large.size_bytes > 100 * small.size_bytes / 2
+    assert large.images_per_second < small.images_per_second / 4
+    assert large.first_inference_ms > small.first_inference_ms
+    if small.peak_memory_bytes is not None and large.peak_memory_bytes is not None:
+        assert large.peak_memory_bytes > large.size_bytes
+        assert large.peak_memory_bytes > small.peak_memory_bytes
+    assert small.cold_start_ms > 0
+    assert small.energy_mj is None
+
+
+def test_the_command_prints_it_and_wants_a_shape(tmp_path):
+    path = str(model(tmp_path, 8))
+    told = CliRunner().invoke(cli, ["footprint", path, "--image", "16x16x8", "--batch", "2", "--seconds", "0.1"])
+    assert told.exit_code == 0, told.output
+    for word in ("file", "cold start", "first inference", "peak memory", "throughput"):
+        assert re.search(rf"^{word}\s+\S", told.output, re.MULTILINE), told.output
+    assert "like 32x32x3" in CliRunner().invoke(cli, ["footprint", path, "--image", "16x16"]).output
+
+
+def test_mistakes_are_named(tmp_path):
+    with pytest.raises(DeviceError, match="Did you mean `onnxruntime`"):
+        footprint(tmp_path / "x.onnx", "onnxruntim", SHAPE)
+    with pytest.raises(ExportError, match="no such model file"):
+        footprint(tmp_path / "x.onnx", "onnxruntime", SHAPE)
+    (tmp_path / "x.onnx").write_text("nothing")
+    with pytest.raises(ExportError, match="cannot load"):
+        footprint(tmp_path / "x.onnx", "onnxruntime", SHAPE)
+
+
+def test_energy_is_read_from_the_counters_of_the_packages_also_when_they_start_again(tmp_path, monkeypatch):
+    module = importlib.import_module("nas.measure.footprint")  # the package has a function of that name
+    monkeypatch.setattr(module, "_POWERCAP", tmp_path)
+    monkeypatch.setattr(module, "_nvml_counter", lambda: None)
+    with pytest.raises(DeviceError, match="no energy counter"):
+        module.energy_counter()
+    for name in ("intel-rapl:0", "intel-rapl:0:0", "intel-rapl:1"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "energy_uj").write_text("900000")
+        (tmp_path / name / "max_energy_range_uj").write_text("999999")
+    source, read = module.energy_counter()
+    assert source == "RAPL, 2 packages"
+    (tmp_path / "intel-rapl:0" / "energy_uj").write_text("950000")
+    (tmp_path / "intel-rapl:1" / "energy_uj").write_text("100000")  # it has started again
+    assert read() == pytest.approx(0.05 + 0.2)
+    assert read() == pytest.approx(0.25)
