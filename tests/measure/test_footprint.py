@@ -43,7 +43,7 @@ def test_the_command_prints_it_and_wants_a_shape(tmp_path):
     assert told.exit_code == 0, told.output
     for word in ("file", "cold start", "first inference", "peak memory", "throughput"):
         assert re.search(rf"^{word}\s+\S", told.output, re.MULTILINE), told.output
-    assert "like 32x32x3" in CliRunner().invoke(cli, ["footprint", path, "--image", "16x16"]).output
+    assert "such as 32x32x3" in CliRunner().invoke(cli, ["footprint", path, "--image", "16x16"]).output
 
 
 def test_mistakes_are_named(tmp_path):
