@@ -60,7 +60,7 @@ def to_exported(
 @contextlib.contextmanager
 def _without_tracebacks() -> Iterator[None]:
     """Keeps the lines of Python that lead here out of the program, so that equal networks give equal bytes."""
-    before = jax.config.jax_traceback_in_locations_limit
+    before = jax.config.read("jax_traceback_in_locations_limit")
     jax.config.update("jax_traceback_in_locations_limit", 0)
     try:
         yield

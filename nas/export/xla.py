@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Mapping
+from importlib import metadata as packages
 from pathlib import Path
 from typing import ClassVar
 
@@ -27,7 +28,7 @@ class Xla:
 
     def version(self) -> str:
         """See `Runtime`; with the platform, since one jaxlib serves several."""
-        return f"{jax.lib.__version__} {jax.default_backend()}"
+        return f"{packages.version('jaxlib')} {jax.default_backend()}"
 
     def emit(
         self,

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from nas import cost
-from nas.architecture import Architecture
+from nas.architecture import Architecture, Input
 from nas.data import Dataset
 from nas.export import Runtime
 from nas.files import write_bytes, write_json, write_text
@@ -15,7 +15,6 @@ from nas.ops import Graph, flatten
 from nas.pipeline.finish import Finished, finished
 from nas.pipeline.job import Job
 from nas.quantise import Quantisation, calibrate
-
 
 _AXES = {"NCHW": "batch, channels, height, width", "NHWC": "batch, height, width, channels"}
 
