@@ -39,12 +39,12 @@ import jax.numpy as jnp
 import numpy as np
 import psutil
 from contestants import BATCH, Alone, Case, Ours, Torch
-from nas.measure import busiest, hardware
 
 from nas import config, cost, native
 from nas.evaluate import SubnetEvaluator
 from nas.evaluate.batches import calibration_batches, labelled_batches
 from nas.files import write_json
+from nas.measure import busiest, hardware
 from nas.search import nsga2, trial_rng
 from nas.space import Space
 from nas.space.load import space_file

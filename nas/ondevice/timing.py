@@ -10,6 +10,7 @@ minimum 11.1 and 5.2 %. With 200 rounds all but the minimum come within 0.3 % of
 
 import dataclasses
 import gc
+import math
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Generic, TypeVar
@@ -24,6 +25,8 @@ Call = Callable[[int], object]
 Floats = NDArray[np.float64]
 
 _SAMPLE_SECONDS = 100e-6  # a sample of tiny calls repeats them to last so long: timer and loop cost stay below 0.1 %
+_FIXED_SHARE = 0.01  # of a sample, at most, for what comes once a call: waiting for an accelerator to end
+_FIXED_TOLD = 0.2  # of the quickest call: less cannot be told from the noise of a CPU
 _NEIGHBOURS = 15  # samples that a level is the median of: a few milliseconds, shorter than the machine's moods
 _QUARTILE = 25  # percentile of levelled samples that stands for a call
 _QUIET = 10  # percentile of the level that results are stated at: this machine when others leave it alone
@@ -123,7 +126,7 @@ def rounds(
         wanted: the numbers of the calls to time in the next round; all of them where it is None.
         clock: seconds; for tests.
     """
-    repeats = [_repeats(call, clock) for call in calls]
+    repeats = _repeats(calls, clock)
     while True:
         numbers = range(len(calls)) if wanted is None else wanted()
         order = tuple(np.random.default_rng([seed, done]).permutation(np.array(numbers, np.intp)).tolist())
@@ -191,14 +194,32 @@ def measure_files(
         return interleave(calls, seconds=seconds, min_rounds=min_rounds, seed=seed).timings()
 
 
-def _repeats(call: Call, clock: Callable[[], float]) -> int:
-    """How many inferences one sample takes."""
+def _repeats(calls: Sequence[Call], clock: Callable[[], float]) -> list[int]:
+    """How many inferences one sample of each call takes.
+
+    As many as fill a sample, and as many as make what comes once a call, like waiting for an accelerator, a hundredth.
+    """
+    alone = [_fastest(call, 1, clock) for call in calls]
+    fixed = _once(calls[int(np.argmin(alone))], min(alone), clock) if alone else 0.0
+    each = [max(seconds - fixed, 1e-7) for seconds in alone]
+    return [max(1, min(1000, math.ceil(max(_SAMPLE_SECONDS, fixed / _FIXED_SHARE) / seconds))) for seconds in each]
+
+
+def _once(call: Call, alone: float, clock: Callable[[], float]) -> float:
+    """Seconds that come once in `call(n)`, whatever n is; 0 where they are too few to tell from noise."""
+    many = 8
+    fixed = alone - (_fastest(call, many, clock) - alone) / (many - 1)
+    return fixed if fixed > _FIXED_TOLD * alone else 0.0
+
+
+def _fastest(call: Call, count: int, clock: Callable[[], float]) -> float:
+    """Seconds of the quickest of five `call(count)`."""
     fastest = float("inf")
     for _ in range(5):
         begin = clock()
-        call(1)
+        call(count)
         fastest = min(fastest, clock() - begin)
-    return max(1, min(1000, round(_SAMPLE_SECONDS / max(fastest, 1e-7) + 0.49)))
+    return max(fastest, 1e-7)
 
 
 def _percentiles(values: Floats, q: tuple[float, ...]) -> Floats:

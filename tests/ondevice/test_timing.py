@@ -71,7 +71,17 @@ def test_tiny_calls_are_repeated_within_a_sample():
         machine.now += 2e-6 * n
 
     interleave({"tiny": tiny}, seconds=0.0, min_rounds=10, seed=0, clock=machine.clock)
-    assert 500 <= count <= 600  # 10 rounds of 50 and one to warm up, 5 to find that out
+    assert 500 <= count <= 600  # 10 rounds of 50 and one to warm up, 5 and 40 to find that out
+
+
+def test_what_comes_once_a_call_is_spread_over_many_inferences():
+    machine = Machine()
+
+    def queued(n: int) -> None:
+        machine.now += 40e-6 + 20e-6 * n  # the host waits once for all that it enqueued
+
+    timings = interleave({"a": queued}, seconds=0.0, min_rounds=5, seed=0, clock=machine.clock).timings()
+    assert timings["a"].latency_ms == pytest.approx(0.020, rel=0.011)
 
 
 def test_disagreement_sees_uneven_changes_only():
