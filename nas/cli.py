@@ -141,7 +141,8 @@ def measure(
     if results is not None:
         if name is None:
             raise click.UsageError("--import needs --as NAME: whose tables they become.")
-        click.echo(measured.import_results(results, name=name, space=what, command=command))
+        settings = measured.settings_of(overrides)
+        click.echo(measured.import_results(results, name=name, space=what, settings=settings, command=command))
         return
     if what is None:
         raise click.UsageError("WHAT is missing: a space, or an experiment.")

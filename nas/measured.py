@@ -91,6 +91,7 @@ def import_results(
     *,
     name: str,
     space: str | None = None,
+    settings: config.Latency = STRICT,
     command: str = "nas measure --import",
     console: Console | None = None,
 ) -> Path:
@@ -98,6 +99,7 @@ def import_results(
 
     Args:
         space: that the bundle was made of, if not one of `nas.list_spaces()`: its path.
+        settings: `max_drift` and `max_busy` decide what is refused.
 
     Raises:
         LatencyError: the file is damaged, not complete, of a space that has changed, or of too uneven a machine.
@@ -125,7 +127,7 @@ def import_results(
         blocks=said["blocks"],
         seed=said["seed"],
     )
-    publish(plan, recording, STRICT, _folder(name, device), command=command, console=console or Console())
+    publish(plan, recording, settings, _folder(name, device), command=command, console=console or Console())
     return _folder(name, device) / of.name
 
 
