@@ -60,7 +60,8 @@ def measure_space(
         plan = for_table(space, about, precision, settings, seed=seed)
         console.start(f"{space.name} on {about.device}, {precision}: {len(plan.graphs)} models")
         recording = record(plan, settings, folder=work, progress=console.share)
-        publish(plan, recording, settings, folder, command=command, console=console)
+        with bundle.kept_if_accepted(work):
+            publish(plan, recording, settings, folder, command=command, console=console)
         shutil.rmtree(work)
     return folder / space.name
 

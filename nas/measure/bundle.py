@@ -1,5 +1,6 @@
 """A plan as a folder that can be measured anywhere: models, a manifest, and the program that times them."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -9,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import msgspec
@@ -118,6 +119,17 @@ def run(folder: Path, *, progress: Progress | None = None) -> Recording:
         kind = DeviceError if "not installed" in said else LatencyError
         raise kind(said.strip().rpartition("error: ")[2] or f"the measuring program ended with exit status {code}.")
     return program.read(folder / RESULTS)
+
+
+@contextlib.contextmanager
+def kept_if_accepted(folder: Path | None) -> Iterator[None]:
+    """Removes the results in `folder` if what is done with them inside ends in a refusal: the next call times anew."""
+    try:
+        yield
+    except LatencyError:
+        if folder is not None:
+            (folder / RESULTS).unlink(missing_ok=True)
+        raise
 
 
 def _copy_program(folder: Path) -> None:

@@ -58,7 +58,9 @@ def measure(
         LatencyError: the machine was too uneven to measure on; `folder` holds something else.
     """
     plan = for_table(space, device, precision, settings, seed=seed)
-    return evaluate(plan, record(plan, settings, folder=folder, progress=progress), settings, command=command)
+    recording = record(plan, settings, folder=folder, progress=progress)
+    with bundle.kept_if_accepted(folder):
+        return evaluate(plan, recording, settings, command=command)
 
 
 def record(

@@ -2,6 +2,7 @@
 
 import datetime
 import platform
+import shutil
 import subprocess
 from importlib import metadata
 from pathlib import Path
@@ -55,15 +56,19 @@ def measure(job: Job) -> None:
 def _measured(job: Job, precision: str) -> tuple[Table, Proof | None]:
     """The table, measured on this machine."""
     job.console.start(f"measure: {len(job.space.blocks())} blocks in {precision} on {job.experiment.device}")
-    return measure_table(
+    work = job.path / "latency" / f".measuring.{precision}"
+    measured = measure_table(
         job.space,
         job.device,
         precision,
         job.experiment.latency,
         seed=job.experiment.seed,
+        folder=work,
         progress=job.console.share,
         command=f"nas measure (experiment {job.experiment.name})",
     )
+    shutil.rmtree(work)
+    return measured
 
 
 def _kept(job: Job, precision: str) -> tuple[Table, Proof | None]:

@@ -186,6 +186,9 @@ def test_a_real_table_is_complete_ranks_networks_and_comes_back_from_disk(space,
     assert again == table
     with pytest.raises(LatencyError, match="another bundle"):
         measure(space, device, "float32", settings, seed=1, folder=folder)
+    with pytest.raises(LatencyError, match="at most -1% can be used"):
+        measure(space, device, "float32", settings_of(max_busy=-0.01), seed=0, folder=folder)
+    assert not (folder / "results.jsonl").exists()  # what was refused is timed anew
 
 
 def test_an_int8_block_runs_without_data(space, device):
