@@ -283,7 +283,7 @@ def lines(task: str, found: dict[str, Any]) -> Iterable[str]:
         yield f"Spearman of isomorphic cells of the same ops with one another: {each}"
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--data", type=Path, default=HERE.parents[3] / "shared" / "data", help="folder of the benchmarks"
@@ -292,7 +292,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, help="draws; default 20")
     parser.add_argument("--only", help="one task")
     parser.add_argument("--json", type=Path, help="write everything there as well; other tasks in it are kept")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     known = json.loads(options.json.read_text()) if options.json and options.json.exists() else {}
     result = known.get("few_shot", {})
     print(

@@ -32,6 +32,7 @@ class Proof(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     tau_low: float  # 95 % bootstrap interval over networks
     tau_high: float
     repeat_mape: float | None = None  # of one half of the measuring against the other, a common factor set aside
+    repeat_tau: float | None = None  # of one half of the measuring with the other
     drift: float | None = None  # the same for the anchors, first third against last
     rows: tuple[Row, ...] = ()
 
@@ -51,6 +52,7 @@ def prove(
     genotypes: Sequence[Sequence[int]] | NDArray[np.uint8] | None = None,
     p90_ms: Floats | None = None,
     repeat_mape: float | None = None,
+    repeat_tau: float | None = None,
     drift: float | None = None,
     seed: int = 0,
 ) -> Proof:
@@ -83,6 +85,7 @@ def prove(
         tau_low=rank.low,
         tau_high=rank.high,
         repeat_mape=repeat_mape,
+        repeat_tau=repeat_tau,
         drift=drift,
         rows=rows,
     )

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from nas import config
+from nas.agreement import agreement
 from nas.config import Device
 from nas.errors import LatencyError
 from nas.latency import Anchor, Entry, Proof, Table, calibrate, op_counts, prove
@@ -178,6 +179,7 @@ def proof_of(plan: Plan, recording: Recording, table: Table, *, at_level: bool =
         genotypes=genotypes,
         p90_ms=np.array([timings[n].p90_ms for n in names]) / level,
         repeat_mape=samples.disagreement(names, parts=2),
+        repeat_tau=agreement(*samples.apart(names, parts=2)).tau,
         drift=samples.disagreement(plan.anchor_names, parts=3),
         seed=plan.seed,
     )

@@ -87,14 +87,19 @@ class Samples(Generic[K]):
 
         A factor common to all is set aside: it is the machine's level, which anchors take out of every comparison.
         """
+        first, last = self.apart(names, parts=parts)
+        ratio = np.log(last / first)
+        return float(np.abs(np.expm1(ratio - np.median(ratio))).mean())
+
+    def apart(self, names: Sequence[K], *, parts: int) -> tuple[Floats, Floats]:
+        """Milliseconds [names] by the first and by the last of `parts` equal parts in time."""
         size = max(len(self.times_ms) // parts, 1)
         columns = [self.names.index(n) for n in names]
         first, last = (
-            _percentiles(self._levelled(rows)[:, columns], (_QUARTILE,))[0]
+            np.exp(_percentiles(self._levelled(rows)[:, columns], (_QUARTILE,))[0])
             for rows in (slice(size), slice(-size, None))
         )
-        ratio = last - first
-        return float(np.abs(np.expm1(ratio - np.median(ratio))).mean())
+        return first, last
 
     def _levelled(self, rows: slice) -> Floats:
         """Log of the given rounds' samples [rounds, names], as they would be at the machine's quiet level."""

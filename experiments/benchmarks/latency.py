@@ -1,0 +1,146 @@
+"""Question: how far may the latency tables of this machine be trusted, and what is predicted without measuring?
+
+Run: python experiments/benchmarks/latency.py [--quick] [--devices NAME,...] [--pixels 32,224] [--json FILE]
+     pip install 'nas[openvino,litert]' for the devices of those runtimes; a device whose runtime is missing is left out
+     wants the machine for itself: tables whose anchors drift are refused, and the refusal is printed in their place
+     with --quick one table of 32 pixels and 40 networks, in less than 6 minutes
+
+A table is made, and then, when all tables are made, proved on random networks that had no part in it: so the two are
+measured at different times, and only the anchors of the table, timed anew, tie them together. `repeat_tau` is how far
+the proof's own two halves agree in order: no prediction can be expected to do better.
+
+Beside it, from the data folder `../shared/data` of the checkout where that is present: a new device from a few
+measurements (few_shot.py) and estimates of TPUv2 latency by the TPU compiler (tpu_v2.py has made the result that is
+read here: it takes hours), and the time to price a million networks (price.py).
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import few_shot
+import msgspec
+import numpy as np
+import price
+
+from nas import config
+from nas.console import Console
+from nas.errors import NasError
+from nas.files import write_json
+from nas.latency import Proof, Table, load_device
+from nas.measure import busiest, hardware, load, measure, prove_again, runtime_of
+from nas.space import Space, load_space
+
+ROOT = Path(__file__).resolve().parents[2]
+DATA = ROOT.parent / "shared" / "data"
+SPACES = {32: "mobilenet_v3_32", 224: "mobilenet_v3"}
+DEVICES = {
+    "host_onnxruntime": ("float32", "int8"),
+    "host_openvino": ("float32", "int8"),
+    "host_litert": ("float32",),
+    "host_xla": ("float32",),
+}
+FULL = config.Latency(seconds=90.0, min_rounds=40, patience=3.0, max_drift=0.03, max_busy=0.25)
+QUICK = config.Latency(seconds=40.0, min_rounds=30, patience=1.5, max_drift=0.05, max_busy=0.5)
+
+
+def space_at(pixels: int) -> Space:
+    """The space that is measured at that size."""
+    return load_space(SPACES[pixels], input_shape=(pixels, pixels, 3), classes=10 if pixels == 32 else 1000)
+
+
+def tables(
+    wanted: dict[str, tuple[str, ...]], pixels: list[int], settings: config.Latency, networks: int, console: Console
+) -> dict[str, dict[str, Any]]:
+    """For each device and precision, and each size: the proof of a table at another time than the table."""
+    out: dict[str, dict[str, Any]] = {}
+    made: list[tuple[str, str, int, Table]] = []
+    for device, precisions in wanted.items():
+        about = load_device(device)
+        try:
+            runtime_of(about)
+        except NasError as e:
+            console.say(f"{device}: left out: {e}")
+            continue
+        for precision in precisions:
+            for px in pixels:
+                console.start(f"table: {device}, {precision}, {px} pixels")
+                try:
+                    table, _ = measure(space_at(px), about, precision, settings, seed=0, progress=console.share)
+                except NasError as e:
+                    refused(out, device, precision, px, e, console)
+                    continue
+                made.append((device, precision, px, table))
+    for device, precision, px, table in made:
+        console.start(f"proof: {device}, {precision}, {px} pixels, {networks} networks")
+        about = load_device(device)
+        try:
+            proof = prove_again(table, space_at(px), about, settings, networks=networks, seed=1, progress=console.share)
+        except NasError as e:
+            refused(out, device, precision, px, e, console)
+            continue
+        console.say(f"  {proof}; repeat tau {proof.repeat_tau:.2f}")
+        out.setdefault(f"{device}.{precision}", {})[str(px)] = row(proof)
+    return out
+
+
+def refused(out: dict[str, Any], device: str, precision: str, px: int, error: NasError, console: Console) -> None:
+    """A table that could not be had is told as that."""
+    console.say(f"  refused: {error}")
+    out.setdefault(f"{device}.{precision}", {})[str(px)] = {"refused": str(error)}
+
+
+def row(proof: Proof) -> dict[str, Any]:
+    """What is written of a proof."""
+    names = ("networks", "mape", "within_5", "within_10", "bias", "kendall_tau", "tau_low", "tau_high")
+    found = {name: getattr(proof, name) for name in (*names, "repeat_tau", "repeat_mape", "drift")}
+    errors = np.abs([r.predicted_ms / r.measured_ms - 1 for r in proof.rows])
+    return {**found, "worst": float(errors.max())}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="one table, fewer networks, fewer draws")
+    parser.add_argument("--devices", help=f"of {', '.join(DEVICES)}")
+    parser.add_argument("--pixels", help="32, 224 or both")
+    parser.add_argument("--networks", type=int, help="of each proof; 100, with --quick 40")
+    parser.add_argument("--json", type=Path, help="write everything there as well")
+    options = parser.parse_args()
+    names = options.devices.split(",") if options.devices else ["host_onnxruntime"] if options.quick else list(DEVICES)
+    if unknown := set(names) - DEVICES.keys():
+        parser.error(f"--devices {', '.join(sorted(unknown))}: known are {', '.join(DEVICES)}")
+    wanted = {name: DEVICES[name][:1] if options.quick else DEVICES[name] for name in names}
+    pixels = [int(p) for p in (options.pixels or ("32" if options.quick else "32,224")).split(",")]
+    if unknown := set(pixels) - SPACES.keys():
+        parser.error(f"--pixels {unknown}: known are {', '.join(map(str, SPACES))}")
+    console = Console(sys.stdout)
+    settings, networks = (QUICK, 40) if options.quick else (FULL, 100)
+    result: dict[str, Any] = {
+        "question": __doc__.partition("\n")[0].removeprefix("Question: "),
+        "machine": {"hardware": hardware(), "load": load(), "using_cpu": busiest()},
+        "settings": msgspec.to_builtins(settings),
+        "tables": tables(wanted, pixels, settings, options.networks or networks, console),
+        "price_million_seconds": {name: found["seconds"] for name, found in price.price_million_seconds(3).items()},
+    }
+    for name, seconds in result["price_million_seconds"].items():
+        console.say(f"a million networks of {name} priced in {seconds:.3f} s")
+    if DATA.is_dir():
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "few_shot.json"
+            few_shot.main(["--data", str(DATA), "--json", str(path), *(["--quick"] if options.quick else [])])
+            result["few_shot"] = json.loads(path.read_text())["few_shot"]
+    else:
+        console.say("few_shot: left out: the data are not beside the checkout")
+    known = ROOT / "experiments" / "results" / "tpu_v2.json"
+    if known.exists():
+        result["tpu_v2"] = json.loads(known.read_text())["tpu_v2"]
+        console.say(f"tpu_v2, as tpu_v2.py has found it: {result['tpu_v2']}")
+    if options.json:
+        write_json(options.json, result)
+
+
+if __name__ == "__main__":
+    main()
