@@ -84,7 +84,7 @@ def load_winner(path: str | Path, *, params: str | Path | None = None) -> Winner
 def export_network(
     source: str | Path, *, params: str | Path | None = None, runtime: str = "onnxruntime", out: str | Path | None = None
 ) -> Sequence[Path]:
-    """Writes one file for each precision that the network has; returns their paths.
+    """Writes a file for each precision, of float32 and int8, that the network and the runtime have; gives the paths.
 
     `out` names the float32 file; int8 lies beside it, as name.int8.onnx.
     """
@@ -93,6 +93,6 @@ def export_network(
     suffix = chosen.suffix if chosen else ""
     first = Path(out) if out else winner.folder / file_name("float32", suffix)
     written = [winner.export(first, runtime=runtime)]
-    if winner.quantisation is not None:
+    if winner.quantisation is not None and "int8" in chosen.precisions:
         written.append(winner.export(first.with_suffix(f".int8{first.suffix}"), precision="int8", runtime=runtime))
     return written

@@ -12,8 +12,8 @@ from nas.config import Device
 from nas.console import Console
 from nas.errors import ConfigError, DeviceError, LatencyError
 from nas.files import write_json, write_text
-from nas.latency import Proof, Table, find_table, load_device
-from nas.measure import Plan, bundle, evaluate, for_table, hardware, prove_again, record, runtime_of
+from nas.latency import Proof, Table, device_folder, find_table, load_device
+from nas.measure import Plan, bundle, evaluate, for_table, hardware, prove_again, record, runtime_of, tpu
 from nas.ondevice import program
 from nas.space import Space, load_space
 
@@ -47,7 +47,9 @@ def measure_space(
     """
     console = console or Console()
     about = load_device(device)
-    folder = _folder(name or Path(device).name, about)
+    folder = _folder(name or Path(device).name)
+    if about.runtime == tpu.RUNTIME:
+        return _estimate(space, about, settings, folder, precisions, seed=seed, command=command, console=console)
     here = hardware()
     if not about.at_hand and about.hardware != here:
         raise DeviceError(
@@ -63,6 +65,34 @@ def measure_space(
         with bundle.kept_if_accepted(work):
             publish(plan, recording, settings, folder, command=command, console=console)
         shutil.rmtree(work)
+    return folder / space.name
+
+
+def _estimate(
+    space: Space,
+    device: Device,
+    settings: config.Latency,
+    folder: Path,
+    precisions: tuple[str, ...] | None,
+    *,
+    seed: int,
+    command: str,
+    console: Console,
+) -> Path:
+    """`measure_space` for a TPU's compiler: nothing is timed, unless this machine has that TPU."""
+    for precision in precisions or device.precision:
+        console.start(f"{space.name} on {device.device}, {precision}")
+        table, proof = tpu.estimate_table(
+            space,
+            device,
+            precision,
+            settings,
+            seed=seed,
+            cache=folder / space.name / ".estimates",
+            progress=console.share,
+            command=command,
+        )
+        keep(table, proof, space, device, folder, console=console)
     return folder / space.name
 
 
@@ -128,8 +158,8 @@ def import_results(
         blocks=said["blocks"],
         seed=said["seed"],
     )
-    publish(plan, recording, settings, _folder(name, device), command=command, console=console or Console())
-    return _folder(name, device) / of.name
+    publish(plan, recording, settings, _folder(name), command=command, console=console or Console())
+    return _folder(name) / of.name
 
 
 def prove_table(
@@ -142,7 +172,7 @@ def prove_table(
     seed: int = 1,
     console: Console | None = None,
 ) -> tuple[Table, Proof]:
-    """A table of `device`, and its proof on other random networks, timed now on this machine.
+    """A table of `device`, and its proof on other random networks, timed now on this machine; it replaces the one kept.
 
     Raises:
         DeviceError: the device is not this machine.
@@ -155,6 +185,7 @@ def prove_table(
     table, _ = find_table(device, precision or about.precision[0], space)
     console.start(f"{networks} networks of {space.name} on {about.device}, {table.precision}")
     proof = prove_again(table, space, about, settings, networks=networks, seed=seed, progress=console.share)
+    keep_proof(proof, table.precision, device_folder(device) / table.space)
     console.say(f"  {proof}")
     return table, proof
 
@@ -201,32 +232,45 @@ def publish(
     command: str,
     console: Console,
 ) -> None:
-    """Writes a table, its proof beside those of other precisions, and device.toml, to a device's folder."""
+    """The table and proof of a recording, kept in a device's folder."""
     table, proof = evaluate(plan, recording, settings, command=command)
-    where = folder / plan.space.name
+    keep(table, proof, plan.space, plan.device, folder, console=console)
+
+
+def keep(table: Table, proof: Proof, space: Space, device: Device, folder: Path, *, console: Console) -> None:
+    """Writes a table, its proof beside those of other precisions, and device.toml, to a device's folder."""
+    where = folder / space.name
     table.save(where)
-    try:
-        proofs = msgspec.json.decode((where / "proof.json").read_bytes())["precisions"]
-    except (OSError, ValueError, KeyError, TypeError):
-        proofs = {}
-    write_json(where / "proof.json", {"precisions": {**proofs, plan.precision: msgspec.to_builtins(proof)}})
-    about = load_device(str(folder)) if (folder / "device.toml").exists() else plan.device
-    precisions = tuple(dict.fromkeys((*(about.precision if about is not plan.device else ()), plan.precision)))
-    words = about.device
-    if about.at_hand:
-        words = (
-            f"{table.hardware}, {plan.device.runtime}, {plan.device.threads} thread{'s' * (plan.device.threads > 1)}"
-        )
+    keep_proof(proof, table.precision, where)
+    known = load_device(str(folder)) if (folder / "device.toml").exists() else None
+    precisions = (*(known.precision if known else ()), table.precision)
     now = msgspec.structs.replace(
-        about, device=words, hardware=table.hardware, precision=precisions, source=command, date=table.date
+        known or device,
+        hardware=table.hardware,
+        precision=tuple(dict.fromkeys(precisions)),
+        source=table.command,
+        date=table.date,
     )
+    if (known or device).at_hand:
+        threads = f"{device.threads} thread{'s' if device.threads > 1 else ''}"
+        now = msgspec.structs.replace(now, device=f"{table.hardware}, {device.runtime}, {threads}")
     write_text(folder / "device.toml", tomli_w.dumps({k: v for k, v in msgspec.to_builtins(now).items() if v != ""}))
     console.say(f"  {proof}")
     for key, why in table.unsupported.items():
-        console.say(f"  unsupported: {plan.space.blocks()[key][0].label}: {why}")
+        console.say(f"  unsupported: {space.blocks()[key][0].label}: {why}")
 
 
-def _folder(name: str, device: Device) -> Path:
+def keep_proof(proof: Proof, precision: str, where: Path) -> None:
+    """Writes a proof to proof.json in `where`; those of other precisions stay."""
+    path = where / "proof.json"
+    try:
+        proofs = msgspec.json.decode(path.read_bytes())["precisions"] if path.exists() else {}
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise LatencyError(f"{path}: damaged: {e}. Restore it, or remove it: proofs in it are then lost.") from e
+    write_json(path, {"precisions": {**proofs, precision: msgspec.to_builtins(proof)}})
+
+
+def _folder(name: str) -> Path:
     """Where the tables of a device go.
 
     Raises:

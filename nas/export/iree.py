@@ -62,7 +62,7 @@ class Iree:
 
 def _compiler() -> Any:
     try:
-        from iree.compiler import tools
+        from iree.compiler import tools  # pyright: ignore[reportMissingImports]  it may not be installed
     except ImportError as e:
         raise DeviceError(
             "iree-base-compiler is not installed; networks cannot be written for IREE: pip install 'nas[iree]'"

@@ -86,7 +86,7 @@ class _Session:
 
 def _library() -> Any:
     try:
-        from iree import runtime
+        from iree import runtime  # pyright: ignore[reportAttributeAccessIssue]  it may not be installed
     except ImportError as e:
         raise DeviceError(
             "iree-base-runtime is not installed; models cannot be run or measured with it: pip install 'nas[iree]'"
