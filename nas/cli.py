@@ -104,7 +104,13 @@ def _stage_command(name: str, text: str) -> None:
 @click.option("--precision", "precisions", multiple=True, help="Of the device's, those to measure; all if not given.")
 @click.option("--image", default="32x32x3", show_default=True, help="Of spaces without a resolution of their own.")
 @click.option("--classes", default=10, show_default=True, help="That the networks tell apart.")
-@click.option("--seed", default=0, show_default=True, help="Of anchors, held-out networks and the order of rounds.")
+@click.option(
+    "--seed",
+    default=0,
+    show_default=True,
+    type=click.IntRange(min=0),
+    help="Of anchors, held-out networks and the order of rounds.",
+)
 @click.option("--bundle", type=click.Path(path_type=Path), help="Do not measure: write all that another machine needs.")
 @click.option("--import", "results", type=click.Path(path_type=Path), help="Read the results that it brought back.")
 @click.option("--prove", metavar="N", type=click.IntRange(min=2), help="Prove NAME's table anew, on N other networks.")

@@ -421,6 +421,10 @@ _RANGES = {
     "latency.min_rounds": (2, None),
     "latency.anchors": (1, None),
     "latency.holdout": (2, None),
+    "latency.tolerance": (0.0, None),
+    "latency.patience": (1.0, None),
+    "latency.max_drift": (0.0, None),
+    "latency.max_busy": (0.0, None),
     "train.epochs": (0.0, None),
     "train.batch_size": (2, None),
     "train.random_subnets": (0, None),
@@ -507,6 +511,19 @@ def check(
         if values[key] is not None and values[key] not in names:
             fail(key, f"is {values[key]!r}, which is not known.{nearest(values[key], names, kind='name')}")
     _check_objectives(experiment.objectives, path, text)
+
+
+def check_latency(settings: Latency) -> None:
+    """Nothing, if every number is in its range.
+
+    Raises:
+        ConfigError: one is not.
+    """
+    for name in Latency.__struct_fields__:
+        low, high = _RANGES.get(f"latency.{name}", (None, None))
+        value = getattr(settings, name)
+        if (low is not None and value < low) or (high is not None and value > high):
+            raise ConfigError(f"latency.{name} is {value}: at least {low} is needed.")
 
 
 def _check_objectives(objectives: typing.Sequence[Objective], path: Path | str, text: str) -> None:

@@ -57,13 +57,17 @@ def measure_space(
             f"{space.name} --device {device} --bundle FOLDER`; or give this machine a name of its own with --as."
         )
     runtime_of(about)
+    done: list[Path] = []  # kept until all are, so that none is measured twice
     for precision in precisions or about.precision:
         work = folder / space.name / f".measuring.{precision}"
         plan = for_table(space, about, precision, settings, seed=seed)
         console.start(f"{space.name} on {about.device}, {precision}: {len(plan.graphs)} models")
         recording = record(plan, settings, folder=work, progress=console.share)
         with bundle.kept_if_accepted(work):
-            publish(plan, recording, settings, folder, command=command, console=console)
+            table, proof = evaluate(plan, recording, settings, command=command)
+        keep(table, proof, space, about, folder, console=console)
+        done.append(work)
+    for work in done:
         shutil.rmtree(work)
     return folder / space.name
 
@@ -142,11 +146,13 @@ def import_results(
             f"the device: it goes on from there."
         )
     said = recording.manifest["plan"]
+    if space is None and said["space"] not in catalog.list_spaces():
+        raise LatencyError(f"{path}: it is of space {said['space']!r}, which is not here: give its file as WHAT.")
     of = load_space(space or said["space"], input_shape=tuple(said["input"]), classes=said["classes"])
     if of.digest != said["space_digest"]:
         raise LatencyError(
             f"{path}: it was measured for another {said['space']} (hash {said['space_digest']}; here it has "
-            f"{of.digest}). Bring the space back as it was, name it with --space, or measure again."
+            f"{of.digest}). Bring the space back as it was, give its file as WHAT, or measure again."
         )
     device = msgspec.convert(recording.manifest["device"], Device)
     plan = Plan(
@@ -158,7 +164,8 @@ def import_results(
         blocks=said["blocks"],
         seed=said["seed"],
     )
-    publish(plan, recording, settings, _folder(name), command=command, console=console or Console())
+    table, proof = evaluate(plan, recording, settings, command=command)
+    keep(table, proof, of, device, _folder(name), console=console or Console())
     return _folder(name) / of.name
 
 
@@ -218,31 +225,26 @@ def settings_of(overrides: tuple[str, ...]) -> config.Latency:
             raise ConfigError(f"--set {item}: unknown key `{key}` of latency.{hint}")
         changed[short] = value
     try:
-        return msgspec.convert({**msgspec.to_builtins(STRICT), **changed}, config.Latency, strict=False)
+        settings = msgspec.convert({**msgspec.to_builtins(STRICT), **changed}, config.Latency, strict=False)
     except msgspec.ValidationError as e:
         raise ConfigError(f"--set {' '.join(overrides)}: {e}.") from e
-
-
-def publish(
-    plan: Plan,
-    recording: program.Recording,
-    settings: config.Latency,
-    folder: Path,
-    *,
-    command: str,
-    console: Console,
-) -> None:
-    """The table and proof of a recording, kept in a device's folder."""
-    table, proof = evaluate(plan, recording, settings, command=command)
-    keep(table, proof, plan.space, plan.device, folder, console=console)
+    config.check_latency(settings)
+    return settings
 
 
 def keep(table: Table, proof: Proof, space: Space, device: Device, folder: Path, *, console: Console) -> None:
     """Writes a table, its proof beside those of other precisions, and device.toml, to a device's folder."""
     where = folder / space.name
+    known = load_device(str(folder)) if (folder / "device.toml").exists() else None
+    _require_same(known, device, table, folder)
+    if list(where.glob("table.*.json")) and (kept := next(iter(_tables(where)))).space_digest != space.digest:
+        raise LatencyError(
+            f"{where}: the table here is of another form of {space.name!r} (hash {kept.space_digest}, this one "
+            f"{space.digest}): other images or classes, or the file has changed. Give this one another name with --as, "
+            f"or remove that folder."
+        )
     table.save(where)
     keep_proof(proof, table.precision, where)
-    known = load_device(str(folder)) if (folder / "device.toml").exists() else None
     precisions = (*(known.precision if known else ()), table.precision)
     now = msgspec.structs.replace(
         known or device,
@@ -258,6 +260,24 @@ def keep(table: Table, proof: Proof, space: Space, device: Device, folder: Path,
     console.say(f"  {proof}")
     for key, why in table.unsupported.items():
         console.say(f"  unsupported: {space.blocks()[key][0].label}: {why}")
+
+
+def _require_same(known: Device | None, device: Device, table: Table, folder: Path) -> None:
+    """A name is of one machine and runtime.
+
+    Raises:
+        DeviceError: the folder is of another.
+    """
+    if known is None or known.runtime == "tpu_compiler":
+        return
+    now = {"runtime": device.runtime, "threads": device.threads, "batch": device.batch, "hardware": table.hardware}
+    differs = [f"{k} {getattr(known, k)!r}, not {v!r}" for k, v in now.items() if getattr(known, k) != v]
+    if differs:
+        raise DeviceError(f"{folder} is of {'; '.join(differs)}. Choose another name with --as.")
+
+
+def _tables(where: Path) -> list[Table]:
+    return [Table.load(where, path.name.split(".")[1]) for path in sorted(where.glob("table.*.json"))]
 
 
 def keep_proof(proof: Proof, precision: str, where: Path) -> None:
@@ -276,12 +296,12 @@ def _folder(name: str) -> Path:
     Raises:
         DeviceError: the name is the host's, which is measured anew in every run, or cannot be a folder's.
     """
-    known = catalog.folder("latency_models") / name / "device.toml"
-    if known.exists() and load_device(str(known.parent)).at_hand:
+    there = [f / name for f in catalog.folders("latency_models") if (f / name / "device.toml").exists()]
+    if there and load_device(str(there[0])).at_hand:
         raise DeviceError(
             f"device {name} is whatever machine a run is on, and is measured anew in every run: its tables have no "
             f"folder. Give this machine a name of its own: --as NAME."
         )
-    if not name or Path(name).name != name:
+    if not name or Path(name).name != name or name.startswith("."):
         raise DeviceError(f"{name!r} cannot name a device: letters, digits, - and _ make a name.")
     return Path("latency_models") / name

@@ -37,18 +37,21 @@ def write(plan: Plan, folder: Path, settings: config.Latency, *, progress: Progr
         RunError: the folder cannot be written to.
     """
     if (folder / MANIFEST).exists():
-        found = program.load_manifest(folder)["digest"]
+        manifest = program.load_manifest(folder)
+        found = manifest["digest"]
         if found == plan.digest:
+            write_json(folder / MANIFEST, {**manifest, "settings": _settings(settings)})
             return
         raise LatencyError(
             f"{folder}: there is another bundle here ({found}; this one is {plan.digest}). Remove it, or name another "
             f"folder."
         )
-    files, start = {}, time.perf_counter()
+    files, hashes, start = {}, {}, time.perf_counter()
     suffix = runtime_class(plan.device).suffix
     for number, (name, graph) in enumerate(plan.graphs.items(), 1):
         model = model_of(graph, plan.device, plan.precision, seed=plan.seed)
-        files[name] = f"models/{hashlib.sha256(model).hexdigest()[:16]}{suffix}"
+        hashes[name] = hashlib.sha256(model).hexdigest()
+        files[name] = f"models/{hashes[name][:16]}{suffix}"
         if not (folder / files[name]).exists():
             write_bytes(folder / files[name], model)
         if progress is not None:
@@ -61,26 +64,32 @@ def write(plan: Plan, folder: Path, settings: config.Latency, *, progress: Progr
         "runtime": plan.device.runtime,
         "threads": plan.device.threads,
         "seed": plan.seed,
-        "settings": {
-            "seconds": settings.seconds,
-            "max_seconds": settings.seconds * settings.patience,
-            "min_rounds": settings.min_rounds,
-            "tolerance": settings.tolerance,
-            "busy": _BUSY,
-        },
+        "settings": _settings(settings),
         "device": msgspec.to_builtins(plan.device),
         "plan": plan.about(),
         "calls": [
             {
                 "name": name,
                 "file": files[name],
+                "sha256": hashes[name],
                 "input": [plan.device.batch, *graph.input],
                 "always": plan.always(name),
             }
             for name, graph in plan.graphs.items()
         ],
     }
-    write_json(folder / MANIFEST, manifest)
+    write_json(folder / MANIFEST, {**manifest, "sha256": program.checksum(manifest)})
+
+
+def _settings(settings: config.Latency) -> dict[str, float]:
+    """What the measuring program is to know of them."""
+    return {
+        "seconds": settings.seconds,
+        "max_seconds": settings.seconds * settings.patience,
+        "min_rounds": settings.min_rounds,
+        "tolerance": settings.tolerance,
+        "busy": _BUSY,
+    }
 
 
 def run(folder: Path, *, progress: Progress | None = None) -> Recording:
@@ -101,13 +110,15 @@ def run(folder: Path, *, progress: Progress | None = None) -> Recording:
         assert process.stdout is not None
         try:
             for line in process.stdout:
+                if not line.startswith('{"what"'):
+                    continue  # a runtime's own words
                 told = json.loads(line)
                 if progress is not None:
                     what = f"{told['what']} ({told['more']})" if told["more"] else told["what"]
                     progress(what, told["share"], told["seconds_left"])
             code = process.wait()
         except BaseException:
-            process.send_signal(signal.SIGINT)  # so that it ends its own worker
+            process.send_signal(signal.SIGINT if os.name == "posix" else signal.SIGTERM)  # its worker ends with it
             try:
                 process.wait(_GRACE_SECONDS)
             except subprocess.TimeoutExpired:
@@ -123,12 +134,12 @@ def run(folder: Path, *, progress: Progress | None = None) -> Recording:
 
 @contextlib.contextmanager
 def kept_if_accepted(folder: Path | None) -> Iterator[None]:
-    """Removes the results in `folder` if what is done with them inside ends in a refusal: the next call times anew."""
+    """Sets the results in `folder` aside if what is done with them inside is refused: the next call times anew."""
     try:
         yield
     except LatencyError:
         if folder is not None:
-            (folder / RESULTS).unlink(missing_ok=True)
+            (folder / RESULTS).replace(folder / f"{RESULTS}.refused")
         raise
 
 
@@ -164,5 +175,5 @@ run there
 
 Cut off, the same command goes on. Then bring results.jsonl back to where the bundle was made:
 
-    nas measure --import results.jsonl
+    nas measure --import results.jsonl --as NAME
 """

@@ -28,6 +28,7 @@ from nas.quantise import placeholder
 from nas.space import Space
 from nas.space.space import Genotypes
 
+REFERENCE = ("one conv ", "two convs ")  # how names of what blocks are compared with begin
 REFERENCES = 3  # sessions of each reference: all blocks at a shape share its error, and sessions differ by 1-2 %
 _CANDIDATES = 512  # random networks that anchors are chosen from
 

@@ -22,7 +22,7 @@ from nas.errors import LatencyError
 from nas.latency import Anchor, Entry, Proof, Table, calibrate, op_counts, prove
 from nas.measure import bundle
 from nas.measure.bundle import Progress
-from nas.measure.plan import REFERENCES, Plan, choose_networks, for_table, one_conv, shapes_around, two_convs
+from nas.measure.plan import REFERENCE, REFERENCES, Plan, choose_networks, for_table, one_conv, shapes_around, two_convs
 from nas.ondevice.program import Recording
 from nas.ondevice.timing import Timing
 from nas.ops import Shape
@@ -96,7 +96,16 @@ def prove_again(
     anchors = np.array([a.genotype for a in table.anchors], np.uint8)
     _, held_out = choose_networks(space, 1, networks, np.random.default_rng([seed, 1]))
     plan = Plan(space, device, table.precision, anchors, held_out, blocks=False, seed=seed)
-    return proof_of(plan, record(plan, settings, folder=folder, progress=progress), table, at_level=True)
+    recording = record(plan, settings, folder=folder, progress=progress)
+    with bundle.kept_if_accepted(folder):
+        accept(plan, recording, settings)
+        version = recording.starts[-1]["version"]
+        if version != table.runtime_version:
+            raise LatencyError(
+                f"the table was measured with {table.runtime} {table.runtime_version}, and here is {version}, of which "
+                f"it says nothing. Install that version, or measure a table for this one."
+            )
+        return proof_of(plan, recording, table, at_level=True)
 
 
 def evaluate(
@@ -108,33 +117,9 @@ def evaluate(
         LatencyError: the machine was too uneven or too busy, or the runtime cannot run what all blocks are compared
             with.
     """
-    samples = recording.samples()
-    timings = samples.timings()
-    lost = [name for name in recording.unsupported if plan.always(name)]
-    if lost:
-        raise LatencyError(
-            f"the runtime cannot run `{lost[0]}`, with which blocks are compared: {recording.unsupported[lost[0]]}."
-        )
-    drift = samples.disagreement(plan.anchor_names, parts=3)
-    busy = float(np.nanmedian(recording.others)) if np.isfinite(recording.others).any() else 0.0
+    timings = recording.samples().timings()
+    notes = accept(plan, recording, settings)
     start = recording.starts[-1]
-    notes = [f"{start['load']} before; {len(recording.rounds)} rounds; others took {busy:.0%} of our CPUs"]
-    told = f"Using CPU meanwhile: {recording.busiest or 'nothing that could be named'}."
-    if drift > settings.max_drift and len(recording.rounds) >= _ROUNDS_TO_REFUSE:
-        raise LatencyError(
-            f"the anchor networks, timed at the start and at the end, disagree by {drift:.1%} beyond a common factor; "
-            f"at most {settings.max_drift:.0%} can be used. {told} Measure when the machine is quieter, or longer "
-            f"(latency.seconds)."
-        )
-    if busy > settings.max_busy:
-        raise LatencyError(
-            f"other processes took {busy:.0%} of the time of the CPUs that were measured on; at most "
-            f"{settings.max_busy:.0%} can be used. {told} Measure when the machine is quieter."
-        )
-    if drift > _DRIFT_WARNING:
-        notes.append(f"uneven: networks measured at the start and at the end disagree by {drift:.0%}")
-    if busy > _BUSY:
-        notes.append(f"busy: {told}")
     device, space = plan.device, plan.space
     table = Table(
         device=device.device,
@@ -148,13 +133,56 @@ def evaluate(
         space_digest=space.digest,
         date=datetime.datetime.fromtimestamp(start["time"], datetime.UTC).isoformat(timespec="seconds"),
         command=command,
-        notes=tuple(notes),
+        notes=notes,
         unsupported={
             name.removeprefix("block "): why for name, why in recording.unsupported.items() if name.startswith("block ")
         },
         **entries(plan, timings),
     )
     return table, proof_of(plan, recording, table)
+
+
+def accept(plan: Plan, recording: Recording, settings: config.Latency) -> tuple[str, ...]:
+    """What to know of a recording before trusting it.
+
+    Raises:
+        LatencyError: the machine was too uneven or too busy, or the runtime cannot run what all blocks are compared
+            with.
+    """
+    samples = recording.samples()
+    lost = [name for name in recording.unsupported if name.startswith(REFERENCE)]
+    if lost:
+        raise LatencyError(
+            f"the runtime cannot run `{lost[0]}`, with which blocks are compared: {recording.unsupported[lost[0]]}."
+        )
+    anchors = [name for name in plan.anchor_names if name not in recording.unsupported]
+    if not anchors:
+        raise LatencyError(
+            f"the runtime can run none of the {len(plan.anchors)} anchor networks: "
+            f"{recording.unsupported[plan.anchor_names[0]]}. Take more of them (latency.anchors), or another runtime."
+        )
+    drift = samples.disagreement(anchors, parts=3)
+    known = np.isfinite(recording.others)
+    busy = float(np.mean(np.array(recording.others)[known])) if known.any() else None
+    told = f"Using CPU meanwhile: {recording.busiest or 'nothing that could be named'}."
+    if drift > settings.max_drift and len(recording.rounds) >= _ROUNDS_TO_REFUSE:
+        raise LatencyError(
+            f"the anchor networks, timed at the start and at the end, disagree by {drift:.1%} beyond a common factor; "
+            f"at most {settings.max_drift:.0%} can be used. {told} Measure when the machine is quieter, or longer "
+            f"(latency.seconds)."
+        )
+    if busy is not None and busy > settings.max_busy:
+        raise LatencyError(
+            f"other processes took {busy:.0%} of the time of the CPUs that were measured on; at most "
+            f"{settings.max_busy:.0%} can be used. {told} Measure when the machine is quieter."
+        )
+    others = "others' share of our CPUs is not known" if busy is None else f"others took {busy:.0%} of our CPUs"
+    notes = [f"{recording.starts[-1]['load']} before; {len(recording.rounds)} rounds; {others}"]
+    if drift > _DRIFT_WARNING:
+        notes.append(f"uneven: networks measured at the start and at the end disagree by {drift:.0%}")
+    if busy is not None and busy > _BUSY:
+        notes.append(f"busy: {told}")
+    return tuple(notes)
 
 
 def proof_of(plan: Plan, recording: Recording, table: Table, *, at_level: bool = False) -> Proof:
@@ -170,6 +198,11 @@ def proof_of(plan: Plan, recording: Recording, table: Table, *, at_level: bool =
     predicted = table.price(plan.space, genotypes)
     priced = np.isfinite(predicted)  # the others have a block that the runtime cannot run
     names, genotypes = [n for n, p in zip(names, priced, strict=True) if p], genotypes[priced]
+    if len(names) < 2:
+        raise LatencyError(
+            f"of the {len(plan.held_out)} held-out networks the runtime can run {len(names)}, and a proof needs two. "
+            f"Take more of them (latency.holdout)."
+        )
     level = 1.0
     if at_level:
         level = table.level(np.array([timings[name].latency_ms for name in plan.anchor_names]))
@@ -180,7 +213,7 @@ def proof_of(plan: Plan, recording: Recording, table: Table, *, at_level: bool =
         p90_ms=np.array([timings[n].p90_ms for n in names]) / level,
         repeat_mape=samples.disagreement(names, parts=2),
         repeat_tau=agreement(*samples.apart(names, parts=2)).tau,
-        drift=samples.disagreement(plan.anchor_names, parts=3),
+        drift=samples.disagreement([name for name in plan.anchor_names if name in timings], parts=3),
         seed=plan.seed,
     )
 
@@ -202,7 +235,8 @@ def entries(plan: Plan, timings: Mapping[str, Timing]) -> dict:
         )
         spread = timing.spread * timing.latency_ms / latency_ms
         entries[key] = Entry(latency_ms, spread, block.label, role, timing.rounds)
-    names = [n for n, g in zip(plan.anchor_names, plan.anchors, strict=True) if _known(plan.space, g, entries)]
+    genotypes = dict(zip(plan.anchor_names, plan.anchors, strict=True))
+    names = [n for n, g in genotypes.items() if n in timings and _known(plan.space, g, entries)]
     anchors = plan.anchors[[plan.anchor_names.index(n) for n in names]]
     if not names:
         raise LatencyError(

@@ -11,6 +11,7 @@ goes on. Lines of the results are JSON behind a checksum, so a half-written last
 
 import argparse
 import dataclasses
+import hashlib
 import json
 import os
 import subprocess
@@ -19,13 +20,13 @@ import tempfile
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
 
-from nas.errors import LatencyError, NasError
+from nas.errors import DeviceError, LatencyError, NasError
 from nas.ondevice import machine
 from nas.ondevice.sessions import open_model, version
 from nas.ondevice.timing import Call, Round, Samples, rounds, without_collection
@@ -37,7 +38,9 @@ MANIFEST = "manifest.json"
 _CHECKS = 1.1  # the intervals are looked at when there are so many times as many rounds as the last time
 _SYNC_SECONDS = 1.0  # between writes that wait for the disk: a power cut costs no more than that
 _NAME_SECONDS = 5.0  # between looks at who else uses the CPU
+_TRIES = 3  # of a model, before it is timed
 _OPEN_SECONDS = 600.0  # for one model to open and run once; XLA takes seconds for a block
+_NOBODY_LISTENS = 3  # exit status of a worker whose reader is gone
 _RESTARTS = 3  # after crashes that no model can be blamed for
 
 
@@ -191,6 +194,16 @@ def _open_all(
     folder: Path, manifest: Mapping[str, Any], out: Results, tell: Callable[[str, float, float, str], None]
 ) -> dict[int, Call]:
     """Number of a call -> its inferences; calls that the runtime refuses are noted."""
+    for file, wanted in {call["file"]: call["sha256"] for call in manifest["calls"]}.items():
+        try:
+            found = hashlib.sha256((folder / file).read_bytes()).hexdigest()
+        except OSError as e:
+            raise LatencyError(f"{folder / file}: {e}. Copy the whole bundle again, and run the same command.") from e
+        if found != wanted:
+            raise LatencyError(
+                f"{folder / file} is not what the bundle was made with (was it cut short?). Copy it again, and run the "
+                f"same command."
+            )
     calls: dict[int, Call] = {}
     images = np.random.default_rng(manifest["seed"])
     start = time.perf_counter()
@@ -202,25 +215,18 @@ def _open_all(
         try:
             session = open_model(manifest["runtime"], folder / call["file"], threads=manifest["threads"])
             calls[number] = session.prepare(images.standard_normal(call["input"], np.float32))
-            calls[number](1)
-        except NasError:
-            if not calls and number == 0 and not (folder / call["file"]).exists():
-                raise
-            out.append({"kind": "unsupported", "name": call["name"], "why": _said()})
-            calls.pop(number, None)
-        except Exception:  # a runtime may raise anything; what it said is what the person must know
-            out.append({"kind": "unsupported", "name": call["name"], "why": _said()})
+            for _ in range(_TRIES):
+                calls[number](1)
+        except DeviceError:
+            raise  # of the machine or its settings, whatever the model
+        except Exception as e:  # a runtime may raise anything; what it said is what the person must know
+            why = f"{type(e).__name__}: {e}".replace("\n", " ")[:500]
+            out.append({"kind": "unsupported", "name": call["name"], "why": why})
             calls.pop(number, None)
         share = (number + 1) / len(manifest["calls"])
         tell("building", share, (time.perf_counter() - start) * (1 - share) / share, "")
     attempt.unlink(missing_ok=True)
     return calls
-
-
-def _said() -> str:
-    """The exception that is being handled, in one line."""
-    error = sys.exc_info()[1]
-    return f"{type(error).__name__}: {error}".replace("\n", " ")[:500]
 
 
 def _time(
@@ -250,14 +256,16 @@ def _time(
     with without_collection():
         generator = rounds(list(calls.values()), seed=manifest["seed"], done=len(timed), wanted=lambda: wanted)
         next_check, named = settings["min_rounds"], 0.0
-        while True:
+        supervisor = os.getppid()
+        while os.getppid() == supervisor:  # a worker that outlives it would be timed against the next one
             if len(timed) >= next_check:
                 next_check = max(len(timed) + 5, int(len(timed) * _CHECKS))
                 interval = np.array([t.interval for t in Samples.of(names, timed).timings().values()])
-                needy = np.flatnonzero(interval > settings["tolerance"]).tolist()
+                needy = np.flatnonzero(~(interval <= settings["tolerance"])).tolist()
                 noise = f"noise {np.median(interval):.1%}, {len(needy)} of {len(names)} calls not yet known well enough"
                 if not needy or used >= settings["max_seconds"]:
-                    break
+                    tell("timing", 1.0, 0.0, noise)
+                    return
                 if used >= settings["seconds"]:
                     wanted = sorted({*needy, *always})
             begin, busy, own = time.perf_counter(), machine.busy_seconds(), time.process_time()
@@ -273,7 +281,7 @@ def _time(
             limit = settings["max_seconds" if used >= settings["seconds"] else "seconds"]
             left = max(limit - used, took * (settings["min_rounds"] - len(timed)), 0.0)
             tell("timing", min(used / (used + left), 0.999), left, noise)
-    tell("timing", 1.0, 0.0, noise)
+    os._exit(_NOBODY_LISTENS)
 
 
 def _others(cpus: tuple[int, ...], before: Mapping[int, float], own: float, seconds: float) -> float | None:
@@ -296,19 +304,21 @@ def supervise(folder: Path, results: Path, *, machine_readable: bool, stream: Te
     root = str(Path(__file__).resolve().parents[2])
     path = os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH")) if p)
     restarts = 0
-    with _alone(results):
+    with _alone(results) as held:
+        _attempt(results).unlink(missing_ok=True)  # of a process that was killed: nobody is to blame for that
         while True:
-            worker = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": path})
+            # The worker holds the lock as well: should this process be killed, nobody measures beside what is left.
+            worker = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": path}, pass_fds=held)
             try:
                 code = _wait(worker, results)
             except BaseException:
                 worker.kill()
                 worker.wait()
                 raise
-            if code in (0, 2):
+            if code in (0, 2, _NOBODY_LISTENS):
                 return code
             blamed = _blamed(results)
-            if blamed is not None:
+            if blamed is not None and (code is None or code < 0):  # it hung, or a signal ended it
                 why = f"it brought the process down ({_status(code)})"
                 Results(results, load_manifest(folder)).append({"kind": "unsupported", "name": blamed, "why": why})
                 print(f"{blamed}: {why}; going on without it", file=stream, flush=True)
@@ -323,15 +333,19 @@ def supervise(folder: Path, results: Path, *, machine_readable: bool, stream: Te
 
 def _wait(worker: subprocess.Popen[bytes], results: Path) -> int | None:
     """The exit status of `worker`; None after it was ended because a model took too long to open."""
-    attempt = _attempt(results)
+    trying, since = "", time.monotonic()
     while True:
         try:
             return worker.wait(timeout=1.0)
         except subprocess.TimeoutExpired:
-            if attempt.exists() and time.time() - attempt.stat().st_mtime > _OPEN_SECONDS:
-                worker.kill()
-                worker.wait()
-                return None
+            with suppress(FileNotFoundError):
+                now = _attempt(results).read_text(encoding="utf-8")
+                if now != trying:
+                    trying, since = now, time.monotonic()
+                elif now and time.monotonic() - since > _OPEN_SECONDS:
+                    worker.kill()
+                    worker.wait()
+                    return None
 
 
 def _status(code: int | None) -> str:
@@ -355,8 +369,8 @@ def _blamed(results: Path) -> str | None:
 
 
 @contextmanager
-def _alone(results: Path) -> Iterator[None]:
-    """One measuring on this machine at a time: two would time each other.
+def _alone(results: Path) -> Iterator[tuple[int, ...]]:
+    """One measuring at a time on this machine, by one user: two would time each other. Yields the lock's files.
 
     NAS_LOCKS names the folder of the lock, where several jobs are to be let alone with each other (as tests are).
 
@@ -366,7 +380,7 @@ def _alone(results: Path) -> Iterator[None]:
     try:
         import fcntl
     except ImportError:  # Windows
-        yield
+        yield ()
         return
     results.parent.mkdir(parents=True, exist_ok=True)
     user = os.getuid() if hasattr(os, "getuid") else ""
@@ -383,7 +397,7 @@ def _alone(results: Path) -> Iterator[None]:
         lock.truncate(0)
         lock.write(f"process {os.getpid()}, {results}")
         lock.flush()
-        yield
+        yield (lock.fileno(),)
 
 
 def load_manifest(folder: Path) -> dict[str, Any]:
@@ -399,7 +413,15 @@ def load_manifest(folder: Path) -> dict[str, Any]:
         raise LatencyError(f"{path}: this is no bundle: {e}. Make one with `nas measure SPACE --bundle`.") from e
     if manifest.get("schema") != SCHEMA:
         raise LatencyError(f"{path}: a bundle of schema {manifest.get('schema')}; this program reads {SCHEMA}.")
+    if manifest.get("sha256") != checksum(manifest):
+        raise LatencyError(f"{path}: it was edited or damaged; only `settings` may change. Copy the bundle again.")
     return manifest
+
+
+def checksum(manifest: Mapping[str, Any]) -> str:
+    """Of all that a manifest says, but for `settings`, which only say how long to measure."""
+    deciding = {key: value for key, value in manifest.items() if key not in ("settings", "sha256")}
+    return hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()
 
 
 def main(arguments: list[str] | None = None, *, folder: Path | None = None) -> int:
@@ -424,12 +446,16 @@ def main(arguments: list[str] | None = None, *, folder: Path | None = None) -> i
         print("\ninterrupted; rounds that were timed are kept, and the same command goes on", file=sys.stderr)
         return 130
     if code == 0 and not options.json:
-        print(f"done: {results}. Bring it back, and: nas measure --import {results.name}", flush=True)
+        print(f"done: {results}. Bring it back, and: nas measure --import {results.name} --as NAME", flush=True)
     return code
 
 
 def _json_lines(what: str, share: float, seconds_left: float, more: str) -> None:
-    print(json.dumps({"what": what, "share": share, "seconds_left": seconds_left, "more": more}), flush=True)
+    """Progress for the program that started this one; where that is gone, this one ends too."""
+    try:
+        print(json.dumps({"what": what, "share": share, "seconds_left": seconds_left, "more": more}), flush=True)
+    except BrokenPipeError:
+        os._exit(_NOBODY_LISTENS)
 
 
 class _Lines:

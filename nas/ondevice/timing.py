@@ -105,7 +105,9 @@ class Samples(Generic[K]):
         """Log of the given rounds' samples [rounds, names], as they would be at the machine's quiet level."""
         log_ms, order = np.log(self.times_ms[rows]), self.order[rows]
         ran = np.isfinite(np.take_along_axis(log_ms, order, axis=1))  # in the order of time
-        typical = _percentiles(log_ms, (50,))[0]
+        # Calls that were left out later must not be compared with others at another level: whole rounds come first.
+        whole = np.isfinite(log_ms).all(axis=1)
+        typical = _percentiles(log_ms[whole] if whole.any() else log_ms, (50,))[0]
         level = np.zeros_like(log_ms)
         for _ in range(3):  # typical times and levels explain each other; three passes settle it
             in_time = np.take_along_axis(log_ms - typical, order, axis=1)

@@ -94,7 +94,7 @@ def choose(job: Job) -> list[Candidate]:
     winners = [
         Candidate(f"winner_{i}", "winner", np.array(t.genotype, np.uint8)) for i, t in enumerate(picked, start=1)
     ]
-    hand = {"smallest": job.space.smallest(), "largest": job.space.largest(), "handmade": job.handmade()}
+    hand = dict(zip(BASELINES, (*job.ends(), job.handmade()), strict=True))
     return winners + [Candidate(name, name, hand[name]) for name in BASELINES]
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import numpy as np
 
+from nas import cost
 from nas.config import Device, Experiment
 from nas.console import Console
 from nas.data import Dataset, load_data
@@ -116,7 +117,7 @@ class Job:
                 f"({', '.join(changed)}). Bring device.toml back as it was, measure again with "
                 f"`nas run EXPERIMENT --redo measure`, or start a new run with --out."
             )
-        return tables
+        return together(tables)
 
     @property
     def precision(self) -> str:
@@ -168,6 +169,12 @@ class Job:
         with Checkpoints(self.path / "supernet" / "checkpoints", of) as checkpoints:
             return dict(trained(checkpoints.restore(steps, like)))
 
+    def ends(self) -> tuple[np.ndarray, np.ndarray]:
+        """The genotypes of the fewest and the most MACs, of the networks that the device can run."""
+        unsupported = self.tables[self.precision].unsupported
+        costs = self.space.costs(lambda g: float("inf") if g.key in unsupported else cost.macs(g))
+        return self.space.extreme(costs, largest=False)[0], self.space.extreme(costs, largest=True)[0]
+
     def handmade(self) -> np.ndarray:
         """The genotype of the hand-made network: uniform choices, nearest to the limit from below.
 
@@ -182,6 +189,8 @@ class Job:
             rows.append(self.space.uniform(**picks))
         candidates = np.unique(np.stack(rows), axis=0)
         latency_ms = self.tables[self.precision].price(self.space, candidates)
+        if not np.isfinite(latency_ms).any():  # each has a block that the device cannot run
+            return self.ends()[0]
         within = latency_ms <= self.limit.ms
         order = np.lexsort((np.where(within, -latency_ms, latency_ms), ~within))
         return candidates[order[0]]
@@ -191,6 +200,15 @@ def _written_for(device: Device) -> Device:
     if device.at_hand or device.runtime in RUNTIMES:
         return device
     return msgspec.structs.replace(device, runtime="onnxruntime")
+
+
+def together(tables: dict[str, Table]) -> dict[str, Table]:
+    """Tables of one device's precisions, by precision: a block that one of them cannot run counts so in all.
+
+    A winner is delivered in every precision, so it must run in every one.
+    """
+    unsupported = {key: why for table in tables.values() for key, why in table.unsupported.items()}
+    return {p: msgspec.structs.replace(t, unsupported=unsupported) for p, t in tables.items()}
 
 
 @dataclasses.dataclass(frozen=True)

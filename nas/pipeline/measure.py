@@ -15,7 +15,7 @@ from nas.files import write_json
 from nas.latency import Proof, Table, find_table
 from nas.measure import hardware
 from nas.measure import measure as measure_table
-from nas.pipeline.job import Job
+from nas.pipeline.job import Job, together
 from nas.space import copy_space
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "onnx", "onnxruntime", "ray")
@@ -50,14 +50,16 @@ def measure(job: Job) -> None:
     write_json(job.path / "latency" / "proof.json", {**proofs.get(job.precision, {}), "precisions": proofs})
     copy_space(job.experiment.space, job.path)
     write_json(job.path / "environment.json", environment(job, {p: t.digest for p, t in tables.items()}))
-    job.tables = tables
+    job.tables = together(tables)
+    for work in job.path.glob(".measuring.*"):  # kept until all are done, so that none is measured twice
+        shutil.rmtree(work)
 
 
 def _measured(job: Job, precision: str) -> tuple[Table, Proof | None]:
     """The table, measured on this machine."""
     job.console.start(f"measure: {len(job.space.blocks())} blocks in {precision} on {job.experiment.device}")
-    work = job.path / "latency" / f".measuring.{precision}"
-    measured = measure_table(
+    work = job.path / f".measuring.{precision}"
+    return measure_table(
         job.space,
         job.device,
         precision,
@@ -67,8 +69,6 @@ def _measured(job: Job, precision: str) -> tuple[Table, Proof | None]:
         progress=job.console.share,
         command=f"nas measure (experiment {job.experiment.name})",
     )
-    shutil.rmtree(work)
-    return measured
 
 
 def _kept(job: Job, precision: str) -> tuple[Table, Proof | None]:

@@ -55,6 +55,7 @@ def run(job: Job, on_trial: Callable[[Trial], None] | None = None) -> Trials:
         timeout_seconds=settings.timeout_seconds,
     )
     (job.path / "search").mkdir(exist_ok=True)
+    smallest, largest = job.ends()
     return run_search(
         problem,
         strategy,
@@ -63,7 +64,7 @@ def run(job: Job, on_trial: Callable[[Trial], None] | None = None) -> Trials:
         lag=settings.lag,
         seed=job.experiment.seed,
         journal_path=job.path / "search" / "journal.jsonl",
-        initial=[job.space.smallest(), job.handmade(), job.space.largest()],
+        initial=[smallest, job.handmade(), largest],
         on_trial=on_trial,
     )
 

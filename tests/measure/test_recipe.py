@@ -69,6 +69,12 @@ class Simulated:
         )
 
 
+def networks_of(plan: Plan):
+    """(name, genotype) of the whole networks of a plan."""
+    yield from zip(plan.anchor_names, plan.anchors, strict=True)
+    yield from zip(plan.held_out_names, plan.held_out, strict=True)
+
+
 def settings_of(**options) -> Latency:
     return Latency(**{"anchors": 12, "holdout": 16, **options})
 
@@ -112,8 +118,15 @@ def test_a_busy_machine_is_refused_and_who_uses_it_is_told(space, device):
 
 def test_a_block_that_the_runtime_cannot_run_costs_infinitely_much_and_the_rest_is_searchable(space, device, tmp_path):
     key = next(k for k, (block, role) in space.blocks().items() if role == "middle" and "mul" in op_counts(block.graph))
-    table, proof = simulate(space, device, Simulated(broken=(f"block {key}",)))
+    plan = for_table(space, device, "float32", settings_of(), seed=0)
+    has = {n: any(b.graph.key == key for b in space.decode(g).blocks) for n, g in networks_of(plan)}
+    assert any(has.values())
+    assert not all(has.values())
+    broken = (f"block {key}", *(name for name, broken in has.items() if broken))
+    table, proof = simulate(space, device, Simulated(broken=broken))
     assert table.unsupported == {key: "it fell over"}
+    assert len(table.anchors) == sum(not has[n] for n in plan.anchor_names)
+    assert proof.networks == sum(not has[n] for n in plan.held_out_names)
     assert key not in table.entries
     assert proof.mape < 1e-6
     genotypes = space.sample(np.random.default_rng(0), 500)
@@ -189,6 +202,7 @@ def test_a_real_table_is_complete_ranks_networks_and_comes_back_from_disk(space,
     with pytest.raises(LatencyError, match="at most -1% can be used"):
         measure(space, device, "float32", settings_of(max_busy=-0.01), seed=0, folder=folder)
     assert not (folder / "results.jsonl").exists()  # what was refused is timed anew
+    assert (folder / "results.jsonl.refused").exists()
 
 
 def test_an_int8_block_runs_without_data(space, device):

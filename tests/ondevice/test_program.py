@@ -1,5 +1,6 @@
 """The measuring program: from a bundle to a table, on this machine and where only the runtime is installed."""
 
+import hashlib
 import json
 import os
 import signal
@@ -34,6 +35,11 @@ def plan() -> Plan:
 def folder(plan, tmp_path) -> Path:
     bundle.write(plan, tmp_path / "bundle", QUICK)
     return tmp_path / "bundle"
+
+
+def rewrite(folder: Path, manifest: dict) -> None:
+    """As `nas measure --bundle` would have written it."""
+    (folder / MANIFEST).write_text(json.dumps({**manifest, "sha256": program.checksum(manifest)}))
 
 
 def start(folder: Path, *arguments: str, python: str = sys.executable) -> subprocess.Popen:
@@ -112,10 +118,10 @@ def test_a_model_that_brings_the_process_down_is_left_out_with_what_was_said(pla
     """The first call of one model ends the process, of another raises: both are noted, all else is timed."""
     manifest = json.loads((folder / MANIFEST).read_text())
     blocks = [c for c in manifest["calls"] if c["name"].startswith("block ")]
-    (folder / "fatal.onnx").write_bytes(b"fatal")
-    (folder / "broken.onnx").write_bytes(b"not a model")
-    blocks[3]["file"], blocks[5]["file"] = "fatal.onnx", "broken.onnx"
-    (folder / MANIFEST).write_text(json.dumps(manifest))
+    for block, name in ((blocks[3], "fatal.onnx"), (blocks[5], "broken.onnx")):
+        (folder / name).write_bytes(name.encode())
+        block |= {"file": name, "sha256": hashlib.sha256(name.encode()).hexdigest()}
+    rewrite(folder, manifest)
     patched = folder / "nas" / "ondevice" / "onnxruntime.py"
     text = patched.read_text()
     trap = "    if str(model).endswith('fatal.onnx'):\n        __import__('os').kill(__import__('os').getpid(), 11)\n"
@@ -169,6 +175,56 @@ def test_results_of_another_bundle_or_machine_or_damaged_ones_are_refused(folder
                 read(path)
     with pytest.raises(LatencyError, match="cannot read"):
         read(tmp_path / "none.jsonl")
+
+
+def test_a_bundle_that_was_edited_or_copied_in_part_condemns_no_block(folder):
+    whole = (folder / MANIFEST).read_text()
+    manifest = json.loads(whole)
+    (folder / MANIFEST).write_text(json.dumps({**manifest, "threads": 4}))
+    with pytest.raises(LatencyError, match="edited or damaged"):
+        program.load_manifest(folder)
+    (folder / MANIFEST).write_text(whole)
+    model = folder / manifest["calls"][-1]["file"]
+    content = model.read_bytes()
+    for spoilt in (content[:-7], None):
+        model.unlink()
+        if spoilt is not None:
+            model.write_bytes(spoilt)
+        process = start(folder)
+        said, _ = process.communicate(timeout=60)
+        assert process.returncode == 2
+        assert "opy it again" in said or "Copy the whole bundle again" in said
+    model.write_bytes(content)
+    finished(start(folder))
+    assert not read(folder / RESULTS).unsupported
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals are of POSIX")
+@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGKILL])
+def test_a_killed_supervisor_leaves_no_second_measuring_and_nobody_to_blame(folder, stop):
+    manifest = json.loads((folder / MANIFEST).read_text())
+    manifest["settings"] |= {"seconds": 1e9, "max_seconds": 1e9, "tolerance": 0.0}
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    process, results = start(folder, "--json"), folder / RESULTS
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not (results.exists() and b'"round"' in results.read_bytes()):
+        time.sleep(0.05)
+    process.send_signal(stop)
+    process.stdout.close()
+    process.wait(60)
+    manifest["settings"] |= {"seconds": 0.0, "max_seconds": 0.0, "min_rounds": 3}
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        process = start(folder)
+        said, _ = process.communicate(timeout=120)
+        if process.returncode == 0:
+            break
+        assert "another measuring is running" in said  # what is left of the first one still ends
+        time.sleep(0.2)
+    recording = read(results)
+    assert recording.complete
+    assert not recording.unsupported
 
 
 def test_a_folder_that_is_no_bundle_is_told(tmp_path, capsys):

@@ -110,6 +110,20 @@ def test_calls_left_out_of_some_rounds_are_timed_by_the_others():
     np.testing.assert_allclose(ratios / np.median(ratios), 1, atol=0.02)
 
 
+def test_calls_that_go_on_at_another_speed_of_the_machine_keep_their_ratio_to_those_left_out():
+    machine, speed = Machine(lambda now: speed[0]), [1.0]
+    own = {f"net{i}": 1.0 + 0.01 * i for i in range(60)}
+    wanted, ran = list(range(60)), []
+    generator = rounds([machine.call(ms) for ms in own.values()], seed=0, wanted=lambda: wanted, clock=machine.clock)
+    for number in range(130):
+        if number == 40:
+            wanted, speed[0] = list(range(20)), 1.2
+        ran.append(next(generator))
+    timings = Samples.of(tuple(own), ran).timings()
+    ratios = np.array([timings[n].latency_ms / ms for n, ms in own.items()])
+    np.testing.assert_allclose(ratios / np.median(ratios), 1, atol=0.01)
+
+
 def test_rounds_that_go_on_are_those_of_one_run():
     machine = Machine()
     calls = [machine.call(1.0) for _ in range(9)]
