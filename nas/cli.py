@@ -135,11 +135,11 @@ def measure(
     """Measure latency tables, with proof: of a space (WHAT: its name or file), or the first stage of an experiment.
 
     \b
+    Example: nas measure experiments/quickstart.toml
     This machine:     nas measure mobilenet_v3_32 --device host_onnxruntime --as my_laptop
     Another machine:  nas measure mobilenet_v3_32 --device host_onnxruntime --precision float32 --bundle out/
                       there: python out/measure.py        here: nas measure --import out/ --as my_board
     Still true?       nas measure mobilenet_v3_32 --device my_laptop --prove 100
-    An experiment:    nas measure experiments/quickstart.toml
     """
     from nas import measured
 
