@@ -259,6 +259,7 @@ def tasks(real_data):
     del sys.modules["few_shot"]
 
 
+@pytest.mark.slow  # 15 s
 def test_ten_measurements_of_a_real_device_beat_the_most_similar_one(tasks):
     found = tasks["nb201"]([10], 3, 1500)["random 10"]
     assert found["difference"]["spearman"]["mean"] > 0.02

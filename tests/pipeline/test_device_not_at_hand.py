@@ -38,6 +38,7 @@ def nas_command(*arguments: object) -> int:
     return e.value.code or 0
 
 
+@pytest.mark.slow  # 15 s
 def test_a_whole_run_for_a_device_that_is_not_at_hand_reports_predictions_only(here, capsys):
     table = import_tiny(here)
     assert nas_command("run", "tiny_experiment.toml", "--out", "run", "--device", "board") == 0
