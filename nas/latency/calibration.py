@@ -67,23 +67,29 @@ class Correction(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_d
 
     def block_ms(self, entry: Entry, graph: Graph) -> float:
         """Of one block, without the offset and its borders."""
-        counts = op_counts(graph)
-        latency_ms = max(entry.latency_ms, self.floor_ms * sum(counts.values())) if self.floor_ms else entry.latency_ms
-        ops = sum(self.op_ms.get(kind, 0.0) * n for kind, n in sorted(counts.items()))
+        latency_ms = entry.latency_ms
+        if self.floor_ms:
+            latency_ms = max(latency_ms, self.floor_ms * sum(op_counts(graph).values()))
+        ops = sum(self._op_ms(kind) * n for kind, n in sorted(_kinds(graph).items())) if self.op_ms else 0.0
         weights = self.weights_ms * _megabytes(graph) if self.weights_ms else 0.0
         return self.kind_scale.get(entry.kind, self.scale) * latency_ms + ops + weights
 
+    def _op_ms(self, kind: str) -> float:
+        """Of an op; a depthwise convolution is one like others where no anchor had one."""
+        return self.op_ms.get(kind, self.op_ms.get("conv", 0.0) if kind == "depthwise" else 0.0)
+
     def __str__(self) -> str:
-        parts = [f"{self.scale:.4g} x the sum of blocks", f"{self.offset_ms:+.3g} ms"] if self.form != "" else []
+        parts = [f"{self.scale:.4g} x the sum of blocks"]
+        if self.offset_ms:
+            parts.append(f"{self.offset_ms:+.3g} ms")
         if self.weights_ms:
             parts.append(f"{self.weights_ms:+.3g} ms a megabyte of weights")
         if self.floor_ms:
             parts.append(f"no block below {self.floor_ms:.3g} ms an op")
-        for name, of in (("kind_scale", "x "), ("op_ms", "ms "), ("border_ms", "ms ")):
-            values = getattr(self, name)
+        for values, sign, unit in ((self.kind_scale, "x ", ""), (self.op_ms, "", " ms"), (self.border_ms, "", " ms")):
             if values:
-                parts.append(", ".join(f"{k} {of}{v:.3g}" for k, v in sorted(values.items())))
-        return f"{self.form or 'none'}: {'; '.join(parts)}"
+                parts.append(", ".join(f"{k} {sign}{v:.3g}{unit}" for k, v in sorted(values.items())))
+        return f"{self.form or 'correction'}: {'; '.join(parts)}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,6 +208,11 @@ def _tried(form: str, squares: Floats) -> Tried:
     return Tried(form, middle, low, high)
 
 
+def _kinds(graph: Graph) -> Counter[str]:
+    """`op_counts`, with depthwise convolutions, for which runtimes have kernels of their own, apart."""
+    return Counter(_kind(op) for op in graph.ops if not isinstance(op, Norm))
+
+
 def _kind(op: AnyOp) -> str:
     return "depthwise" if isinstance(op, Conv) and op.groups > 1 else type(op).__name__.lower()
 
@@ -229,15 +240,14 @@ class _Anchors:
             {kind: math.fsum(e.latency_ms for e in network if e.kind == kind) for kind in {e.kind for e in network}}
             for network in of_blocks
         ]
-        ops = [[op_counts(g) for g in network] for network in networks]
         return cls(
             measured_ms,
             np.array([_padded([e.latency_ms for e in network], longest) for network in of_blocks]),
-            np.array([_padded([sum(c.values()) for c in network], longest) for network in ops]),
+            np.array([_padded([sum(op_counts(g).values()) for g in network], longest) for network in networks]),
             np.array([sum(map(_megabytes, network)) for network in networks]),
             {
                 "kind_scale": _table(kinds),
-                "op_ms": _table([sum(map(Counter, network), Counter()) for network in ops]),
+                "op_ms": _table([sum(map(_kinds, network), Counter()) for network in networks]),
                 "border_ms": _table([Counter(filter(None, borders(network))) for network in networks]),
             },
         )
