@@ -8,7 +8,7 @@ from nas.latency.features import feature_groups, features
 from nas.latency.imported import FORMATS, Imported, import_table
 from nas.latency.predictor import Prediction, Predictor
 from nas.latency.proof import Proof, Row, prove
-from nas.latency.shelf import device_folder, find_table
+from nas.latency.shelf import device_folder, find_table, read_proof
 from nas.latency.table import Anchor, Table
 from nas.latency.transfer import SpaceTransfer, Transfer
 
@@ -36,5 +36,6 @@ __all__ = [
     "load_device",
     "op_counts",
     "prove",
+    "read_proof",
     "transfer",
 ]

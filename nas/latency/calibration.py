@@ -74,6 +74,14 @@ class Correction(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_d
         weights = self.weights_ms * _megabytes(graph) if self.weights_ms else 0.0
         return self.kind_scale.get(entry.kind, self.scale) * latency_ms + ops + weights
 
+    @property
+    def choice(self) -> str:
+        """Which form was chosen, and what the others would have been worth."""
+        if not self.tried:
+            return f"correction: {self.form or 'none'}, the anchors being too few to choose among forms"
+        tried = ", ".join(f"{t.form} {t.error:.1%}" for t in self.tried)
+        return f"correction: {self.form}, the simplest within a standard error of the best; left-out anchors: {tried}"
+
     def _op_ms(self, kind: str) -> float:
         """Of an op; a depthwise convolution is one like others where no anchor had one."""
         return self.op_ms.get(kind, self.op_ms.get("conv", 0.0) if kind == "depthwise" else 0.0)
@@ -87,9 +95,10 @@ class Correction(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_d
         if self.floor_ms:
             parts.append(f"no block below {self.floor_ms:.3g} ms an op")
         for values, sign, unit in ((self.kind_scale, "x ", ""), (self.op_ms, "", " ms"), (self.border_ms, "", " ms")):
-            if values:
-                parts.append(", ".join(f"{k} {sign}{v:.3g}{unit}" for k, v in sorted(values.items())))
-        return f"{self.form or 'correction'}: {'; '.join(parts)}"
+            least = 1e-6 * max(map(abs, values.values()), default=0.0)  # what ridge leaves of what says nothing
+            if said := [f"{k} {sign}{v:.3g}{unit}" for k, v in sorted(values.items()) if abs(v) > least]:
+                parts.append(", ".join(said))
+        return f"{self.form}: {'; '.join(parts)}" if self.form else "; ".join(parts)
 
 
 @dataclasses.dataclass(frozen=True)

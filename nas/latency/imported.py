@@ -128,6 +128,8 @@ def import_table(
         hardware=about.hardware,
         space=space.name,
         space_digest=space.digest,
+        input=space.input,
+        classes=space.classes,
         date=about.date or datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         command=f"nas import {path.name} --format {form} --space {space.name} --device {device}",
         overhead_ms=0.0,  # nobody published it apart: it is in the entries

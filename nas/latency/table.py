@@ -56,6 +56,8 @@ class _Header(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     unsupported: dict[str, str] = {}  # key of a block that the device cannot run -> what the runtime said
     kind: Literal["measured", "imported", "estimated"] = "measured"  # here, by others, or not at all
     licence: str = ""  # of the numbers, where others published them
+    input: tuple[int, ...] = ()  # shape of the images that the space was made for; empty in tables without it
+    classes: int = 0  # likewise
 
 
 class Table(_Header, frozen=True, kw_only=True):

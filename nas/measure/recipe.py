@@ -131,7 +131,9 @@ def evaluate(
         hardware=start["hardware"],
         space=space.name,
         space_digest=space.digest,
-        date=datetime.datetime.fromtimestamp(start["time"], datetime.UTC).isoformat(timespec="seconds"),
+        input=space.input,
+        classes=space.classes,
+        date=_iso(start["time"]),
         command=command,
         notes=notes,
         unsupported={
@@ -214,6 +216,8 @@ def proof_of(plan: Plan, recording: Recording, table: Table, *, at_level: bool =
         repeat_mape=samples.disagreement(names, parts=2),
         repeat_tau=agreement(*samples.apart(names, parts=2)).tau,
         drift=samples.disagreement([name for name in plan.anchor_names if name in timings], parts=3),
+        table=table.digest,
+        date=_iso(recording.starts[-1]["time"]),
         seed=plan.seed,
     )
 
@@ -251,6 +255,11 @@ def entries(plan: Plan, timings: Mapping[str, Timing]) -> dict:
         "correction": calibrate(entries, networks, measured),
         "anchors": tuple(Anchor(tuple(map(int, g)), float(m)) for g, m in zip(anchors, measured, strict=True)),
     }
+
+
+def _iso(time: float) -> str:
+    """Seconds since 1970 as a date, UTC."""
+    return datetime.datetime.fromtimestamp(time, datetime.UTC).isoformat(timespec="seconds")
 
 
 def _known(space: Space, genotype: np.ndarray, entries: Mapping[str, Entry]) -> bool:
