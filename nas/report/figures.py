@@ -257,7 +257,7 @@ def numbered(number: int) -> str:
     return f"network {number}"
 
 
-def _dots(x: Sequence[float], y: Sequence[float], texts: Sequence[str], **style: Any) -> Figure:
+def _dots(x: Sequence[float], y: Sequence[float] | Sequence[str], texts: Sequence[str], **style: Any) -> Figure:
     """Points with a text each, shown when pointed at."""
     return {"x": x, "y": y, "text": texts, "hovertemplate": "%{text}<extra></extra>", "mode": "markers", **style}
 
