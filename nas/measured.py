@@ -14,7 +14,7 @@ from nas.errors import ConfigError, DeviceError, LatencyError
 from nas.files import write_json, write_text
 from nas.latency import Proof, Table, device_folder, find_table, load_device
 from nas.measure import Plan, bundle, evaluate, for_table, hardware, prove_again, record, runtime_of, tpu
-from nas.ondevice import program
+from nas.ondevice.results import RESULTS, read
 from nas.space import Space, load_space
 
 STRICT = config.Latency(seconds=60.0, min_rounds=40, holdout=40, patience=4.0, max_drift=0.03, max_busy=0.25)
@@ -139,7 +139,7 @@ def import_results(
     Raises:
         LatencyError: the file is damaged, not complete, of a space that has changed, or of too uneven a machine.
     """
-    recording = program.read(path / program.RESULTS if path.is_dir() else path)
+    recording = read(path / RESULTS if path.is_dir() else path)
     if not recording.complete:
         raise LatencyError(
             f"{path}: the measuring was cut off after {len(recording.rounds)} rounds. Run `python measure.py` again on "

@@ -24,14 +24,14 @@ from nas.ops import Block, Graph, Network
 from nas.space import Space
 from nas.space.space import Genotypes
 
-_COLUMNS = ("key", "label", "role", "latency_ms", "spread", "rounds")
+_COLUMNS = ("key", "label", "role", "latency_ms", "interval_ms", "rounds")
 
 
 class Entry(msgspec.Struct, frozen=True):
     """One block, alone, before any correction."""
 
     latency_ms: float
-    spread: float  # half the interquartile range of the samples it was found from, relative to latency_ms
+    interval_ms: float  # half the 95 % interval of latency_ms, which is a difference of timings; 0 where not known
     label: str
     role: str  # first, middle or last in the chain; the first one's latency includes what a call costs
     rounds: int
@@ -147,7 +147,7 @@ class Table(_Header, frozen=True, kw_only=True):
         """
         values: list[tuple[str, ...]] = [_COLUMNS]
         for key, e in sorted(self.entries.items(), key=lambda item: (item[1].role, item[1].label, item[0])):
-            values.append((key, e.label, e.role, repr(e.latency_ms), repr(e.spread), str(e.rounds)))
+            values.append((key, e.label, e.role, repr(e.latency_ms), repr(e.interval_ms), str(e.rounds)))
         text = io.StringIO()
         csv.writer(text, lineterminator="\n").writerows(values)
         head = {name: msgspec.to_builtins(getattr(self, name)) for name in _Header.__struct_fields__}
@@ -181,7 +181,9 @@ class Table(_Header, frozen=True, kw_only=True):
             header = msgspec.convert(head, _Header)
             rows = list(csv.DictReader(io.StringIO(text)))
             entries = {
-                r["key"]: Entry(float(r["latency_ms"]), float(r["spread"]), r["label"], r["role"], int(r["rounds"]))
+                r["key"]: Entry(
+                    float(r["latency_ms"]), float(r["interval_ms"]), r["label"], r["role"], int(r["rounds"])
+                )
                 for r in rows
             }
         except (msgspec.ValidationError, KeyError, TypeError, ValueError) as e:

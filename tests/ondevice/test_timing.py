@@ -1,5 +1,6 @@
 import gc
 import os
+import time
 from collections.abc import Callable
 
 import numpy as np
@@ -52,6 +53,27 @@ def test_a_machine_that_changes_speed_does_not_change_ratios():
     np.testing.assert_allclose(ratios / np.median(ratios), 1, atol=0.01)
     assert np.median(ratios) == pytest.approx(1.0, rel=0.02)  # stated at the quiet level
     assert timings["net0"].p90_ms > 1.5 * timings["net0"].p10_ms  # the percentiles tell how it was
+
+
+def test_a_machine_that_was_stopped_for_an_hour_or_slept_moves_no_timing():
+    """The clock jumps forward in the middle of a sample; backwards it cannot (time.perf_counter is monotonic)."""
+    machine, jumps = Machine(), iter([0.5, 1.1])
+    due = next(jumps)
+
+    def clock() -> float:
+        nonlocal due
+        if machine.now > due:
+            machine.now, due = machine.now + 3600.0, next(jumps, float("inf")) + 3600.0
+        return machine.now
+
+    calls = {f"net{i}": machine.call(1.0 + i) for i in range(10)}
+    samples = interleave(calls, seconds=0.0, min_rounds=40, seed=0, clock=clock)
+    assert (samples.times_ms > 1e5).sum() == 2
+    for i in range(10):
+        timing = samples.timings()[f"net{i}"]
+        assert timing.latency_ms == pytest.approx(1.0 + i, rel=1e-6)
+        assert timing.median_ms == pytest.approx(1.0 + i)
+    assert time.get_clock_info("perf_counter").monotonic
 
 
 def test_preemption_hardly_moves_a_timing():
