@@ -20,6 +20,7 @@ import numpy as np
 from nas.config import nearest
 from nas.errors import DeviceError, ExportError, NasError
 from nas.export import RUNTIMES, Session
+from nas.ondevice.lock import alone
 from nas.ondevice.machine import pinned
 from nas.ops import Shape
 
@@ -80,6 +81,7 @@ def footprint(
     Raises:
         DeviceError: the runtime is unknown or not installed, or energy was asked for and is not counted here.
         ExportError: the file is missing, or the runtime cannot run it.
+        LatencyError: another measuring is running on this machine.
     """
     path = Path(model)
     if runtime not in RUNTIMES:
@@ -97,7 +99,7 @@ def footprint(
     environment = {**os.environ, "PJRT_NPROC": str(threads), "NAS_KEEP_MEMORY": "0"}
     root = str(Path(__file__).resolve().parents[2])
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-    with pinned(threads):
+    with alone(f"the footprint of {path}"), pinned(threads):
         done = subprocess.run(
             [sys.executable, "-c", _CHILD, json.dumps(asked)], capture_output=True, text=True, env=environment
         )
@@ -175,7 +177,7 @@ def energy_counter() -> tuple[str, Callable[[], float]]:
     gpu = _nvml_counter()
     if gpu is not None:
         return gpu
-    domains = [p for p in sorted(_POWERCAP.glob("*-rapl:*")) if re.fullmatch(r"[a-z-]+-rapl:\d+", p.name)]
+    domains = [p for p in sorted(_POWERCAP.glob("*-rapl:*")) if _is_package(p)]
     if not domains:
         raise DeviceError(
             "this machine offers no energy counter: there is no RAPL domain in /sys/class/powercap (virtual machines "
@@ -199,6 +201,20 @@ def energy_counter() -> tuple[str, Callable[[], float]]:
         return total / 1e6
 
     return f"RAPL, {len(domains)} package{'s' if len(domains) > 1 else ''}", read
+
+
+def _is_package(domain: Path) -> bool:
+    """Whether a powercap zone (docs.kernel.org/power/powercap) counts a whole CPU package.
+
+    Zones within one have a second number; "psys" counts the platform, packages included, and the same package may
+    appear again through another interface (intel-rapl-mmio).
+    """
+    if not re.fullmatch(r"[a-z]+-rapl:\d+", domain.name):
+        return False
+    try:
+        return (domain / "name").read_text().startswith("package")
+    except OSError:
+        return False
 
 
 def _nvml_counter() -> tuple[str, Callable[[], float]] | None:

@@ -1,5 +1,8 @@
 import importlib
+import os
 import re
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -62,8 +65,14 @@ def test_energy_is_read_from_the_counters_of_the_packages_also_when_they_start_a
     monkeypatch.setattr(module, "_nvml_counter", lambda: None)
     with pytest.raises(DeviceError, match="no energy counter"):
         module.energy_counter()
-    for name in ("intel-rapl:0", "intel-rapl:0:0", "intel-rapl:1"):
+    zones = {
+        "intel-rapl:0": "package-0", "intel-rapl:0:0": "core", "intel-rapl:0:1": "dram", "intel-rapl:1": "package-1",
+        "intel-rapl:2": "psys", "intel-rapl-mmio:0": "package-0",
+    }  # fmt: skip
+    (tmp_path / "intel-rapl").mkdir()  # the control type itself
+    for name, what in zones.items():
         (tmp_path / name).mkdir()
+        (tmp_path / name / "name").write_text(f"{what}\n")
         (tmp_path / name / "energy_uj").write_text("900000")
         (tmp_path / name / "max_energy_range_uj").write_text("999999")
     source, read = module.energy_counter()
@@ -72,3 +81,44 @@ def test_energy_is_read_from_the_counters_of_the_packages_also_when_they_start_a
     (tmp_path / "intel-rapl:1" / "energy_uj").write_text("100000")  # it has started again
     assert read() == pytest.approx(0.05 + 0.2)
     assert read() == pytest.approx(0.25)
+    (tmp_path / "intel-rapl:0" / "energy_uj").write_text("949999")  # a whole turn but for one step of the counter
+    assert read() == pytest.approx(0.25 + 0.999999)
+
+
+@pytest.mark.skipif(hasattr(os, "geteuid") and os.geteuid() == 0, reason="root may read everything")
+def test_a_counter_that_this_user_may_not_read_says_so(tmp_path, monkeypatch):
+    """Since CVE-2020-8694 energy_uj is root's alone."""
+    forbidden_counter(tmp_path, monkeypatch).chmod(0)
+    with pytest.raises(DeviceError, match=r"cannot be read: .*energy_uj.*let this user read"):
+        importlib.import_module("nas.measure.footprint").energy_counter()
+
+
+def test_a_counter_that_is_not_there_says_so(tmp_path, monkeypatch):
+    forbidden_counter(tmp_path, monkeypatch).unlink()
+    with pytest.raises(DeviceError, match=r"cannot be read: .*energy_uj.*let this user read"):
+        importlib.import_module("nas.measure.footprint").energy_counter()
+
+
+def forbidden_counter(folder, monkeypatch):
+    """energy_uj of the only package of a machine."""
+    module = importlib.import_module("nas.measure.footprint")
+    monkeypatch.setattr(module, "_POWERCAP", folder)
+    monkeypatch.setattr(module, "_nvml_counter", lambda: None)
+    (folder / "intel-rapl:0").mkdir()
+    for name, value in {"name": "package-0", "max_energy_range_uj": "262143328850", "energy_uj": "5"}.items():
+        (folder / "intel-rapl:0" / name).write_text(f"{value}\n")
+    return folder / "intel-rapl:0" / "energy_uj"
+
+
+def test_the_gpus_counter_comes_first_where_jax_computes_on_one(monkeypatch):
+    module, said = importlib.import_module("nas.measure.footprint"), iter([0, 1500, 4500])
+    nvml = SimpleNamespace(
+        nvmlInit=lambda: None,
+        nvmlDeviceGetHandleByIndex=lambda index: index,
+        nvmlDeviceGetTotalEnergyConsumption=lambda handle: next(said),  # millijoules since the driver was loaded
+    )
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    monkeypatch.setattr("jax.default_backend", lambda: "gpu")
+    source, read = module.energy_counter()
+    assert source == "NVML"
+    assert (read(), read()) == (1.5, 4.5)
