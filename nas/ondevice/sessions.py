@@ -18,6 +18,8 @@ SESSIONS: dict[str, str] = {
     "iree": "nas.ondevice.iree",
     "litert": "nas.ondevice.litert",
     "onnxruntime": "nas.ondevice.onnxruntime",
+    "onnxruntime_cuda": "nas.ondevice.onnxruntime_cuda",
+    "onnxruntime_tensorrt": "nas.ondevice.onnxruntime_tensorrt",
     "openvino": "nas.ondevice.openvino",
     "xla": "nas.ondevice.xla",
 }
