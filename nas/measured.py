@@ -13,7 +13,7 @@ from nas.console import Console
 from nas.errors import ConfigError, DeviceError, LatencyError
 from nas.files import write_json, write_text
 from nas.latency import Proof, Table, device_folder, find_table, load_device
-from nas.measure import Plan, bundle, evaluate, for_table, hardware, prove_again, record, runtime_of, tpu
+from nas.measure import Plan, bundle, evaluate, for_table, hardware, prove_again, record, remote, runtime_of, tpu
 from nas.ondevice.results import RESULTS, read
 from nas.space import Space, load_space
 
@@ -119,6 +119,41 @@ def write_bundle(
     plan = for_table(space, about, precision or about.precision[0], settings, seed=seed)
     bundle.write(plan, folder, settings, progress=(console or Console()).share)
     return plan
+
+
+def measure_over(
+    space: Space,
+    device: str,
+    folder: Path,
+    over: str,
+    settings: config.Latency = STRICT,
+    *,
+    name: str,
+    precision: str | None = None,
+    seed: int = 0,
+    path: str | None = None,
+    command: str = "nas measure",
+    console: Console | None = None,
+) -> Path:
+    """`write_bundle` to `folder`, measured on another machine (`nas.measure.remote`), and `import_results`.
+
+    Args:
+        over: the way there, "ssh://user@host/folder" or "adb".
+        path: of the space, if it is not one of `nas.list_spaces()`.
+
+    Raises:
+        DeviceError: the machine cannot be reached or lacks something; and as of the two.
+        LatencyError: the connection was lost; and as of the two.
+    """
+    console = console or Console()
+    where = _folder(name)  # a name that cannot be is told before an hour of measuring
+    transport = remote.transport_of(over)
+    plan = write_bundle(space, device, folder, settings, precision=precision, seed=seed, console=console)
+    console.start(f"{space.name} on {transport.name}, {plan.precision}: {len(plan.graphs)} models")
+    remote.measure_there(folder, transport, progress=console.share)
+    with bundle.kept_if_accepted(folder):
+        import_results(folder, name=name, space=path, settings=settings, command=command, console=console)
+    return where / space.name
 
 
 def import_results(
