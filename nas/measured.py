@@ -14,7 +14,7 @@ from nas.errors import ConfigError, DeviceError, LatencyError
 from nas.files import write_json, write_text
 from nas.latency import Proof, Table, device_folder, find_table, load_device
 from nas.measure import Plan, bundle, evaluate, for_table, hardware, prove_again, record, remote, runtime_of, tpu
-from nas.ondevice.results import RESULTS, read
+from nas.ondevice.results import RESULTS, Recording, read
 from nas.space import Space, load_space
 
 STRICT = config.Latency(seconds=60.0, min_rounds=40, holdout=40, patience=4.0, max_drift=0.03, max_busy=0.25)
@@ -180,6 +180,18 @@ def import_results(
             f"{path}: the measuring was cut off after {len(recording.rounds)} rounds. Run `python measure.py` again on "
             f"the device: it goes on from there."
         )
+    plan = plan_of(recording, path, space=space)
+    table, proof = evaluate(plan, recording, settings, command=command)
+    keep(table, proof, plan.space, plan.device, _folder(name), console=console or Console())
+    return _folder(name) / plan.space.name
+
+
+def plan_of(recording: Recording, path: Path, *, space: str | None = None) -> Plan:
+    """What was timed, as the results in `path` say; `space` as of `import_results`.
+
+    Raises:
+        LatencyError: they are of a space that is not here, or has changed.
+    """
     said = recording.manifest["plan"]
     if space is None and said["space"] not in catalog.list_spaces():
         raise LatencyError(f"{path}: it is of space {said['space']!r}, which is not here: give its file as WHAT.")
@@ -189,19 +201,15 @@ def import_results(
             f"{path}: it was measured for another {said['space']} (hash {said['space_digest']}; here it has "
             f"{of.digest}). Bring the space back as it was, give its file as WHAT, or measure again."
         )
-    device = msgspec.convert(recording.manifest["device"], Device)
-    plan = Plan(
+    return Plan(
         of,
-        device,
+        msgspec.convert(recording.manifest["device"], Device),
         said["precision"],
         np.array(said["anchors"], np.uint8),
         np.array(said["held_out"], np.uint8),
         blocks=said["blocks"],
         seed=said["seed"],
     )
-    table, proof = evaluate(plan, recording, settings, command=command)
-    keep(table, proof, of, device, _folder(name), console=console or Console())
-    return _folder(name) / of.name
 
 
 def prove_table(

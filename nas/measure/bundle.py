@@ -193,7 +193,8 @@ run there
 
     python measure.py
 
-Cut off, the same command goes on. Then bring results.jsonl back to where the bundle was made:
+Cut off, the same command goes on, on the same CPUs. To choose a core: `taskset -c 7 python measure.py`. Then
+bring results.jsonl back to where the bundle was made:
 
     nas measure --import results.jsonl --as NAME
 """

@@ -45,6 +45,7 @@ class Transport(Protocol):
 
     name: str  # of the machine, in messages
     folder: str  # bundles go below it
+    python: str | None  # its Python, where it is not the one that a shell finds
 
     def run(self, line: str) -> list[str]:
         """Runs a line of its shell, with its exit status and output."""
@@ -70,6 +71,7 @@ class Ssh:
     name: str  # [user@]host
     port: int | None
     folder: str
+    python: str | None = None
 
     def run(self, line: str) -> list[str]:
         """See `Transport`."""
@@ -101,6 +103,7 @@ class Adb:
 
     name: str  # its serial number
     folder: str
+    python: str | None = None
 
     def run(self, line: str) -> list[str]:
         """See `Transport`."""
@@ -123,17 +126,21 @@ class Adb:
 def transport_of(over: str) -> Transport:
     """The way that `over` names: ssh://[user@]host[:port][/folder], or adb[:serial][/folder].
 
-    A folder is absolute; one that begins with /~/ lies in the home folder.
+    A folder is absolute; one that begins with /~/ lies in the home folder. ?python=PATH may follow, as of a virtual
+    environment, absolute or from the home folder on.
 
     Raises:
         DeviceError: it names none; or adb is missing, or has no device, or several and none is named.
     """
+    over, _, python = over.partition("?python=")
+    if not re.fullmatch(r"[\w./+-]*", python):
+        raise DeviceError(f"--over ...?python={python}: the path of a program is needed.")
     ssh = re.fullmatch(r"ssh://((?:[\w.+][\w.+-]*@)?\w[\w.-]*)(?::(\d+))?(/[\w./~+-]*)?", over)
     if ssh:
-        return Ssh(ssh[1], int(ssh[2]) if ssh[2] else None, _folder(ssh[3], _FOLDER))
+        return Ssh(ssh[1], int(ssh[2]) if ssh[2] else None, _folder(ssh[3], _FOLDER), python or None)
     adb = re.fullmatch(r"adb(?::(\w[\w.:-]*))?(/[\w./+-]*)?", over)
     if adb:
-        return Adb(_serial(adb[1]), _folder(adb[2], f"/data/local/tmp/{_FOLDER}"))
+        return Adb(_serial(adb[1]), _folder(adb[2], f"/data/local/tmp/{_FOLDER}"), python or None)
     raise DeviceError(
         f"--over {over}: ssh://[user@]host[:port][/folder] or adb[:serial][/folder] is needed, such as "
         f"ssh://pi@raspberrypi/~/bench or adb."
@@ -147,6 +154,7 @@ def measure_there(folder: Path, transport: Transport, *, progress: Progress | No
         DeviceError: the machine cannot be reached, or lacks Python, NumPy or the runtime.
         LatencyError: the connection was lost, or measuring there was refused.
     """
+    folder = folder.resolve()  # a relative path with a colon would be another machine to scp
     manifest = load_manifest(folder)
     results = folder / RESULTS
     if results.exists() and (found := read(results)).complete and found.manifest["digest"] == manifest["digest"]:
@@ -189,7 +197,9 @@ for folder in ("", "models", "nas", "nas/ondevice"):
         if os.path.isfile(os.path.join(path, name)) and not name.startswith("results"):
             with open(os.path.join(path, name), "rb") as f:
                 files[(folder + "/" + name).lstrip("/")] = hashlib.sha256(f.read()).hexdigest()
-print(json.dumps({"version": list(sys.version_info[:2]), "lacks": [m for m in modules if lacks(m)], "files": files}))
+lacking = [module for module in modules if lacks(module)]
+python = {"python": sys.executable, "version": list(sys.version_info[:2])}
+print(json.dumps(dict(python, lacks=lacking, files=files)))
 """
 
 
@@ -200,7 +210,7 @@ def _look(transport: Transport, there: str, runtime: str) -> tuple[str, Mapping[
         DeviceError: the machine cannot be reached, or lacks something.
     """
     module, package = _NEEDS[runtime]
-    for python in ("python3", "python"):
+    for python in (transport.python,) if transport.python else ("python3", "python"):
         line = shlex.join([python, "-c", _LOOK, there, "numpy", module])
         done = subprocess.run(transport.run(line), capture_output=True, text=True, stdin=subprocess.DEVNULL)
         said = done.stdout + done.stderr
@@ -215,7 +225,8 @@ def _look(transport: Transport, there: str, runtime: str) -> tuple[str, Mapping[
             if isinstance(transport, Adb)
             else "Install Python 3.11 or newer there"
         )
-        raise DeviceError(f"{transport.name} has no `python3` that could be run ({_last(said)}). {hint}.")
+        wanted = transport.python or "python3"
+        raise DeviceError(f"{transport.name} has no `{wanted}` that could be run ({_last(said)}). {hint}.")
     found = json.loads(done.stdout.strip().splitlines()[-1])
     if found["version"] < [3, 11]:
         version = ".".join(map(str, found["version"]))
@@ -226,7 +237,7 @@ def _look(transport: Transport, there: str, runtime: str) -> tuple[str, Mapping[
             f"{transport.name}: {' and '.join(found['lacks'])} cannot be imported by its {python}. Run there: {python} "
             f"-m pip install {packages}"
         )
-    return python, found["files"]
+    return found["python"], found["files"]
 
 
 def _push(
