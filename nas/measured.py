@@ -190,7 +190,7 @@ def plan_of(recording: Recording, path: Path, *, space: str | None = None) -> Pl
     """What was timed, as the results in `path` say; `space` as of `import_results`.
 
     Raises:
-        LatencyError: they are of a space that is not here, or has changed.
+        LatencyError: they are of a space that is not here, or has changed; or of another version of this package.
     """
     said = recording.manifest["plan"]
     if space is None and said["space"] not in catalog.list_spaces():
@@ -201,9 +201,13 @@ def plan_of(recording: Recording, path: Path, *, space: str | None = None) -> Pl
             f"{path}: it was measured for another {said['space']} (hash {said['space_digest']}; here it has "
             f"{of.digest}). Bring the space back as it was, give its file as WHAT, or measure again."
         )
+    try:
+        device = msgspec.convert(recording.manifest["device"], Device)
+    except msgspec.ValidationError as e:
+        raise LatencyError(f"{path}: its bundle was made by another version of nas: {e}. Use that, or this.") from e
     return Plan(
         of,
-        msgspec.convert(recording.manifest["device"], Device),
+        device,
         said["precision"],
         np.array(said["anchors"], np.uint8),
         np.array(said["held_out"], np.uint8),

@@ -23,17 +23,8 @@ from nas.measure import bundle
 from nas.measure.bundle import Progress
 from nas.ondevice.manifest import load_manifest
 from nas.ondevice.results import RESULTS, read
+from nas.ondevice.sessions import needs
 
-# runtime -> the module that the measuring program imports there, and the package that brings it
-_NEEDS = {
-    "iree": ("iree.runtime", "iree-base-runtime"),
-    "litert": ("ai_edge_litert", "ai-edge-litert"),
-    "onnxruntime": ("onnxruntime", "onnxruntime"),
-    "onnxruntime_cuda": ("onnxruntime", "onnxruntime-gpu"),
-    "onnxruntime_tensorrt": ("onnxruntime", "onnxruntime-gpu"),
-    "openvino": ("openvino", "openvino"),
-    "xla": ("jax", "jax"),
-}
 _FOLDER = "nas-measure"  # where bundles go when no folder is named
 _FILES_AT_A_TIME = 32
 _SSH = ["-o", "BatchMode=yes", "-o", "ConnectTimeout=15", "-o", "ServerAliveInterval=10", "-o", "ServerAliveCountMax=3"]
@@ -43,9 +34,20 @@ _SSH_FAILED = 255  # exit status of ssh itself, whatever ran there
 class Transport(Protocol):
     """A way to another machine: the commands here that do something there."""
 
-    name: str  # of the machine, in messages
-    folder: str  # bundles go below it
-    python: str | None  # its Python, where it is not the one that a shell finds
+    @property
+    def name(self) -> str:
+        """Of the machine, in messages."""
+        ...
+
+    @property
+    def folder(self) -> str:
+        """Bundles go below it."""
+        ...
+
+    @property
+    def python(self) -> str | None:
+        """Its Python, where it is not the one that a shell finds."""
+        ...
 
     def run(self, line: str) -> list[str]:
         """Runs a line of its shell, with its exit status and output."""
@@ -209,7 +211,7 @@ def _look(transport: Transport, there: str, runtime: str) -> tuple[str, Mapping[
     Raises:
         DeviceError: the machine cannot be reached, or lacks something.
     """
-    module, package = _NEEDS[runtime]
+    module, package = needs(runtime)
     for python in (transport.python,) if transport.python else ("python3", "python"):
         line = shlex.join([python, "-c", _LOOK, there, "numpy", module])
         done = subprocess.run(transport.run(line), capture_output=True, text=True, stdin=subprocess.DEVNULL)

@@ -23,6 +23,8 @@ _PROVIDERS: dict[str, list[tuple[str, dict[str, str]]]] = {
     TENSORRT: [(TENSORRT, {}), (CUDA, _CUDA_OPTIONS)],
 }
 
+NEEDS = ("onnxruntime", "onnxruntime")
+
 
 def version() -> str:
     """See `nas.ondevice.sessions`."""

@@ -5,6 +5,8 @@ from pathlib import Path
 from nas.ondevice import onnxruntime
 from nas.ondevice.sessions import Session
 
+NEEDS = ("onnxruntime", "onnxruntime-gpu")
+
 
 def version() -> str:
     """See `nas.ondevice.sessions`."""
