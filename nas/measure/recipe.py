@@ -164,6 +164,14 @@ def accept(plan: Plan, recording: Recording, settings: config.Latency) -> tuple[
             f"at most {settings.max_drift:.0%} can be used. {told} Measure when the machine is quieter, or longer "
             f"(latency.seconds)."
         )
+    timings = samples.timings()
+    noise = float(np.sqrt(np.mean([timings[name].interval ** 2 for name in anchors])))
+    if noise > settings.max_drift and len(recording.rounds) >= _ROUNDS_TO_REFUSE:  # what takes the CPU may be invisible
+        raise LatencyError(
+            f"the anchor networks are known to {noise:.1%} only, after {len(recording.rounds)} rounds; at most "
+            f"{settings.max_drift:.0%} can be used. {told} Measure when the machine is quieter, or longer "
+            f"(latency.seconds)."
+        )
     if busy is not None and busy > settings.max_busy:
         raise LatencyError(
             f"other processes took {busy:.0%} of the time of the CPUs that were measured on; at most "

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
 
@@ -48,7 +49,11 @@ def supervise(folder: Path, results: Path, *, machine_readable: bool, stream: Te
     """
     results.parent.mkdir(parents=True, exist_ok=True)
     with alone(str(results)) as held:
-        return _Supervisor(folder, results, machine_readable, stream, held).run()
+        try:
+            return _Supervisor(folder, results, machine_readable, stream, held).run()
+        finally:
+            with suppress(OSError):
+                watch_path(results).unlink(missing_ok=True)
 
 
 class _Supervisor:
@@ -66,11 +71,12 @@ class _Supervisor:
             if code in (0, WRONG_USE, NOBODY_LISTENS):
                 return code
             failures = self._failures(code, before)
-            innocent = [failure for failure in failures if not self._condemned(failure)]
+            # The first innocent one is enough: where company is to blame, hundreds may have failed.
+            innocent = next((failure for failure in failures if not self._condemned(failure)), None)
             unsupported = read(self._path).unsupported
             unexplained = [failure for failure in unexplained if failure.name not in unsupported]
             if innocent or not failures:
-                unexplained.append(innocent[0] if innocent else Failure("", self._status(code), timing=False))
+                unexplained.append(innocent or Failure("", self._status(code), timing=False))
             if len(unexplained) > _RESTARTS:
                 raise LatencyError(self._nobody_to_blame(unexplained[-1]))
 

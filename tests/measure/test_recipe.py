@@ -142,6 +142,24 @@ def test_an_uneven_machine_is_refused_and_who_uses_it_is_told(space, device):
         simulate(space, device, Simulated(changes_at=1.0))
 
 
+def test_samples_that_tell_too_little_are_refused_whatever_the_cause(space, device):
+    """Where nobody says who uses the CPU, as on macOS, the samples themselves do."""
+    settings = settings_of(max_drift=0.03)
+    plan = for_table(space, device, "float32", settings, seed=0)
+    recording, rng = Simulated(others=float("nan")).record(plan), np.random.default_rng(0)
+    noisy = tuple(
+        Round(r.order, tuple(np.array(r.times_ms) * np.exp(0.5 * rng.standard_normal(len(r.order)))))
+        for r in recording.rounds
+    )
+    with pytest.raises(LatencyError, match=r"(disagree by|are known to) \d+\.\d%.*at most 3%"):
+        evaluate(plan, dataclasses.replace(recording, rounds=noisy), settings)
+    two_kinds = tuple(  # alike at the start and at the end, but two speeds, each half of the time
+        Round(r.order, tuple(np.array(r.times_ms) * rng.choice([1.0, 1.6], len(r.order)))) for r in recording.rounds
+    )
+    with pytest.raises(LatencyError, match=r"(disagree by|are known to) \d+\.\d%.*at most 3%"):
+        evaluate(plan, dataclasses.replace(recording, rounds=two_kinds), settings)
+
+
 def test_a_busy_machine_is_refused_and_who_uses_it_is_told(space, device):
     with pytest.raises(LatencyError, match=r"other processes took 60%.*at most 25%.*make \(pid 1\) 90 %"):
         simulate(space, device, Simulated(others=0.6), max_busy=0.25)

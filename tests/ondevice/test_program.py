@@ -18,10 +18,11 @@ from nas.errors import LatencyError
 from nas.latency import load_device
 from nas.measure import bundle, evaluate, for_table
 from nas.measure.plan import Plan
-from nas.ondevice import program
+from nas.ondevice import machine, program
 from nas.ondevice.lock import alone
 from nas.ondevice.manifest import MANIFEST, checksum, load_manifest
 from nas.ondevice.results import RESULTS, Results, read
+from nas.ondevice.sessions import version
 from nas.space import load_space
 
 QUICK = Latency(seconds=1.0, min_rounds=6, anchors=4, holdout=4, patience=1.0)
@@ -192,9 +193,11 @@ def test_a_model_that_brings_the_process_down_is_left_out_with_what_was_said(pla
     ("trap", "why"),
     [
         ("count == 30 and fail()", "RuntimeError: it fell over"),
-        ("count == 30 and os.abort()", "signal 6"),
+        pytest.param("count == 30 and os.abort()", "signal 6", marks=pytest.mark.slow),
         ("count == 30 and time.sleep(1000)", "not ended after 2 s"),
-        ("count == 5 and opened > 1 and fail()", "it fell over, 2 times while it was timed"),
+        pytest.param(
+            "count == 5 and opened > 1 and fail()", "it fell over, 2 times while it was timed", marks=pytest.mark.slow
+        ),
     ],
     ids=["raises", "aborts", "hangs", "raises in company"],
 )
@@ -212,7 +215,10 @@ def test_a_model_that_fails_late_is_left_out_and_the_rounds_before_it_stay(plan,
     assert set(table.unsupported) == {name.removeprefix("block ")}
 
 
-@pytest.mark.parametrize("shortage", ["fail(MemoryError())", "os.kill(os.getpid(), signal.SIGKILL)"])
+@pytest.mark.parametrize(
+    "shortage",
+    ["fail(MemoryError())", pytest.param("os.kill(os.getpid(), signal.SIGKILL)", marks=pytest.mark.slow)],
+)
 def test_a_shortage_of_memory_condemns_no_model(folder, shortage):
     """Whatever model is opened as the sixth cannot be, in every process: nobody is condemned, and it is told."""
     trapped(folder, opening=f"opened > 5 and {shortage}")
@@ -273,6 +279,25 @@ def test_results_of_another_bundle_or_machine_or_damaged_ones_are_refused(folder
                 read(path)
     with pytest.raises(LatencyError, match="cannot read"):
         read(tmp_path / "none.jsonl")
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system cannot pin")
+def test_rounds_go_on_on_the_cpus_they_began_on_or_not_at_all(folder):
+    usable = sorted(os.sched_getaffinity(0))
+    if len(usable) < 2:
+        pytest.skip("one CPU: nothing to pin to")
+    set_settings(folder, seconds=0.0, max_seconds=0.0, min_rounds=2)
+    for cpu in usable:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        results = folder / f"{cpu}.jsonl"
+        now = {"hardware": machine.hardware(), "version": version("onnxruntime")}
+        Results(results, manifest).append({"kind": "start", **now, "cpus": [cpu], "time": 0.0, "load": ""})
+        finished(start(folder, "--out", str(results)))
+        assert [start["cpus"] for start in read(results).starts] == [[cpu], [cpu]]
+    results.unlink()
+    Results(results, manifest).append({"kind": "start", **now, "cpus": [4096], "time": 0.0, "load": ""})
+    with pytest.raises(LatencyError, match="ran on CPU 4096"):
+        program.work(folder, results, lambda *_: None)
 
 
 def test_a_bundle_that_was_edited_or_copied_in_part_condemns_no_block(folder):
