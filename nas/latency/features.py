@@ -20,6 +20,9 @@ _KINDS = (
 _PER_KIND = ("ops", "macs", "elements")
 NAMES = (*(f"{kind}_{what}" for kind in _KINDS for what in _PER_KIND), "depth", "parameters", "input_elements")
 
+_COUNTS = [name.endswith("_ops") or name == "depth" for name in NAMES]
+_PART = 1024  # networks at a time, so that what is made of them stays in cache
+
 
 def features(network: Network) -> dict[str, float]:
     """Of a network, by the names in `NAMES`.
@@ -30,16 +33,46 @@ def features(network: Network) -> dict[str, float]:
     """
     totals = np.sum([_totals(b.graph) for b in network.blocks], axis=0)
     values = np.r_[totals, math.prod(network.input)]
-    counts = [name.endswith("_ops") or name == "depth" for name in NAMES]
-    return dict(zip(NAMES, np.where(counts, values, np.log1p(values)).tolist(), strict=True))
+    return dict(zip(NAMES, _scaled(values[None])[0].tolist(), strict=True))
 
 
 def feature_groups(space: Space, genotypes: Genotypes) -> list[Floats]:
-    """Of genotypes [n, genes], two groups of columns: `features`, and log(1 + MACs) by position, [n, positions]."""
-    checked = space.check(genotypes)
-    totals = np.array([list(features(space.decode(g)).values()) for g in checked])
-    macs = [c[b] for c, b in zip(space.costs(cost.macs), space.branches(checked).T, strict=True)]
-    return [totals, np.log1p(np.stack(macs, 1))]
+    """Of genotypes [n, genes], two groups of columns: `features`, and log(1 + MACs) by position, [n, positions].
+
+    Raises:
+        SpaceError: they are of another space.
+    """
+    return branch_groups(space, space.branches(genotypes))
+
+
+def branch_groups(space: Space, branches: NDArray[np.int32]) -> list[Floats]:
+    """`feature_groups` of networks given by their branches [n, positions]."""
+    totals, macs = _by_branch(space)
+    sums = np.zeros((len(branches), len(NAMES)))
+    for start in range(0, len(branches), _PART):
+        part = slice(start, start + _PART)
+        for position, of in enumerate(totals):
+            sums[part] += of[branches[part, position]]  # whole numbers, so that sums do not depend on their order
+    return [_scaled(sums), np.stack([of[branches[:, p]] for p, of in enumerate(macs)], axis=1)]
+
+
+def _scaled(values: Floats) -> Floats:
+    """Quantities [n, len(NAMES)] as they are told: counts as they are, of all others the logarithm."""
+    out = np.log1p(values)
+    out[:, _COUNTS] = values[:, _COUNTS]
+    return out
+
+
+@functools.lru_cache(maxsize=4)
+def _by_branch(space: Space) -> tuple[list[Floats], list[Floats]]:
+    """For each position of `space`: additive quantities [branches, len(NAMES)], and log(1 + MACs) [branches]."""
+    totals = [np.zeros((len(p.branches), len(NAMES))) for p in space.positions]
+    for number, (position, of) in enumerate(zip(space.positions, totals, strict=True)):
+        for row, block in zip(of, position.branches, strict=True):
+            if block is not None:
+                row[:-1] = _totals(block.graph)
+                row[-1] = 0 if number else math.prod(block.graph.input)
+    return totals, [np.log1p(c) for c in space.costs(cost.macs)]
 
 
 @functools.lru_cache(maxsize=65536)
