@@ -19,7 +19,7 @@ from nas import config
 from nas.agreement import agreement
 from nas.config import Device
 from nas.errors import LatencyError
-from nas.latency import Anchor, Entry, Proof, Table, calibrate, op_counts, prove
+from nas.latency import Anchor, Entry, Proof, Table, calibrate, prove
 from nas.measure import bundle
 from nas.measure.bundle import Progress
 from nas.measure.plan import REFERENCE, REFERENCES, Plan, choose_networks, for_table, one_conv, shapes_around, two_convs
@@ -244,14 +244,11 @@ def entries(plan: Plan, timings: Mapping[str, Timing]) -> dict:
             f"{len(plan.space.blocks())} blocks are so. Choose a space that this runtime supports."
         )
     measured = np.array([timings[n].latency_ms for n in names])
-    sums = plan.space.price(
-        anchors, plan.space.costs(lambda g: entries[g.key].latency_ms if g.key in entries else float("inf"))
-    )
-    counts = [op_counts(plan.space.decode(g).flat()) for g in anchors]
+    networks = [[b.graph for b in plan.space.decode(g).blocks] for g in anchors]
     return {
         "entries": entries,
         "overhead_ms": max(min(2 * one[s] - two[s] for s in one), 0.0),
-        "correction": calibrate(sums, counts, measured),
+        "correction": calibrate(entries, networks, measured),
         "anchors": tuple(Anchor(tuple(map(int, g)), float(m)) for g, m in zip(anchors, measured, strict=True)),
     }
 
