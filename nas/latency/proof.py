@@ -20,6 +20,31 @@ class Row(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     p90_ms: float | None = None  # of single samples, on the machine as busy as it was
 
 
+class Learning(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Of a learned model, beside the simplest answer: the most similar known device, scaled."""
+
+    measured: int  # networks that it was learned from
+    held_out: bool  # False: the proof is of those very networks, each predicted from all others
+    coverage: float  # share of the proof's networks whose latency is in their 80 % interval
+    similar: str  # that device, and its precision
+    similar_mape: float  # on the proof's networks
+    similar_within_10: float
+    similar_tau: float
+    left_out_mape: float  # of the networks that it was learned from, each predicted from all others
+    left_out_similar_mape: float
+
+    def __str__(self) -> str:
+        crossed = (
+            f"; each of the {self.measured} measured predicted from the others {self.left_out_mape:.1%} (against "
+            f"{self.left_out_similar_mape:.1%})"
+        )
+        return (
+            f"80 % intervals hold {self.coverage:.0%}; the most similar known device ({self.similar}), scaled: error "
+            f"{self.similar_mape:.1%}, {self.similar_within_10:.0%} within 10 %, Kendall tau {self.similar_tau:.2f}"
+            f"{crossed if self.held_out else ''}"
+        )
+
+
 class Proof(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Errors are relative to the measured latency. Worth only as much as `repeat_mape` lets it be."""
 
@@ -35,11 +60,16 @@ class Proof(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     repeat_tau: float | None = None  # of one half of the measuring with the other
     drift: float | None = None  # the same for the anchors, first third against last
     rows: tuple[Row, ...] = ()
+    learned: Learning | None = None  # of a learned model
 
     def __str__(self) -> str:
         repeat = "" if self.repeat_mape is None else f"; measured against itself {self.repeat_mape:.1%}"
+        if self.learned is not None:
+            repeat += f"; {self.learned}"
+        held_out = self.learned is None or self.learned.held_out
+        networks = "held-out networks" if held_out else "networks, each predicted from all others"
         return (
-            f"{self.networks} held-out networks: error {self.mape:.1%} ({self.bias:+.1%} on average), "
+            f"{self.networks} {networks}: error {self.mape:.1%} ({self.bias:+.1%} on average), "
             f"{self.within_5:.0%} within 5 %, {self.within_10:.0%} within 10 %, Kendall tau {self.kendall_tau:.2f} "
             f"[{self.tau_low:.2f}, {self.tau_high:.2f}]{repeat}"
         )

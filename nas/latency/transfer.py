@@ -13,7 +13,7 @@ others on purpose, so that errors on them say little of errors on others; the ra
 """
 
 import dataclasses
-from collections.abc import Sequence
+import functools
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +21,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
 from nas.errors import LatencyError
-from nas.latency.features import feature_groups
+from nas.latency.features import branch_groups, feature_groups
 from nas.latency.predictor import (
     FEWEST,
     Floats,
@@ -40,8 +40,9 @@ from nas.latency.predictor import (
     write_arrays,
 )
 from nas.latency.table import Table
+from nas.ops import Network
 from nas.space import Space
-from nas.space.space import Genotypes
+from nas.space.space import Between, Genotypes
 
 Indices = NDArray[np.intp]
 
@@ -207,9 +208,9 @@ def design(
         LatencyError: as `choose`.
     """
     networks = len(np.asarray(known_ms))
-    at_random = rng.permutation(networks)[: count - count // 2]
-    chosen = choose(features, known_ms, count // 2, prior=prior, given=at_random)
-    return np.r_[at_random, chosen], np.arange(count) < len(at_random)
+    drawn = rng.permutation(networks)[: at_random(count).sum()]
+    chosen = choose(features, known_ms, count - len(drawn), prior=prior, given=drawn)
+    return np.r_[drawn, chosen], at_random(count)
 
 
 def most_similar(known_ms: ArrayLike, measured_ms: ArrayLike, indices: ArrayLike) -> Floats:
@@ -237,13 +238,50 @@ def _similar(known: Floats, log_ms: Floats) -> int:
     return int(np.lexsort(((log_ms[:, None] - known).std(0), -alike))[0])
 
 
-@dataclasses.dataclass(frozen=True)
-class SpaceTransfer:
-    """Predicts a new device for any genotype of a space."""
+@dataclasses.dataclass(frozen=True, eq=False)
+class KnownDevices:
+    """Tables of other devices, all of which price the networks of one space.
+
+    Raises:
+        LatencyError: there is no table.
+    """
 
     space: Space
     tables: tuple[Table, ...]
+
+    def __post_init__(self) -> None:
+        if not self.tables:
+            raise LatencyError("no table of a known device: at least one is needed. `nas measure` makes one.")
+
+    def price(self, genotypes: Genotypes) -> Floats:
+        """latency_ms [n, tables] of genotypes [n, genes], to the last bit as `Table.price` has them.
+
+        Raises:
+            UnmeasuredBlock: a table lacks a block of the space.
+            SpaceError: genotypes of another space.
+        """
+        return np.stack([self.space.price(genotypes, *costs) for costs in self._costs], axis=1)
+
+    def network_ms(self, network: Network) -> Floats:
+        """latency_ms [1, tables] of a network."""
+        return np.array([[table.network_ms(network) for table in self.tables]])
+
+    @functools.cached_property
+    def _costs(self) -> list[tuple[list[Floats], Between | None]]:
+        return [(table.costs(self.space), table.between(self.space)) for table in self.tables]
+
+
+@dataclasses.dataclass(frozen=True)
+class SpaceTransfer:
+    """Predicts a new device for any network of a space."""
+
+    known: KnownDevices
     transfer: Transfer
+
+    @property
+    def space(self) -> Space:
+        """Whose networks it predicts."""
+        return self.known.space
 
     def predict(self, genotypes: Genotypes, *, level: float = 0.8) -> Prediction:
         """Of genotypes [n, genes].
@@ -251,33 +289,79 @@ class SpaceTransfer:
         Raises:
             SpaceError: they are not of the space.
         """
-        known_ms = _prices(self.tables, self.space, genotypes)
-        return self.transfer.predict(feature_groups(self.space, genotypes), known_ms, level=level)
+        return self.transfer.predict(feature_groups(self.space, genotypes), self.known.price(genotypes), level=level)
+
+    def predict_network(self, network: Network, *, level: float = 0.8) -> Prediction:
+        """Of one network [1], to the last bit what `predict` gives for its genotype.
+
+        Raises:
+            SpaceError: it is not of the space.
+        """
+        groups = branch_groups(self.space, self.space.branches_of(network)[None])
+        return self.transfer.predict(groups, self.known.network_ms(network), level=level)
+
+
+def space_prior(known: KnownDevices, *, seed: int = 0) -> Prior:
+    """`learn_prior` of random networks of a space; `seed` is that of their draw.
+
+    Raises:
+        LatencyError: a space of fewer than `FEWEST` networks.
+        UnmeasuredBlock: a table lacks a block of the space.
+    """
+    drawn = _drawn(known.space, seed)
+    return learn_prior(feature_groups(known.space, drawn), known.price(drawn))
+
+
+def design_space(
+    known: KnownDevices, count: int, *, prior: Prior, seed: int = 0
+) -> tuple[Genotypes, NDArray[np.bool_]]:
+    """`design` among random networks of a space: genotypes [count, genes], and which were drawn at random.
+
+    Raises:
+        LatencyError: as `design`.
+    """
+    drawn = _drawn(known.space, seed)
+    rng = np.random.default_rng([seed, 1])
+    rows, drawn_at_random = design(feature_groups(known.space, drawn), known.price(drawn), count, rng, prior=prior)
+    return drawn[rows], drawn_at_random
 
 
 def fit_space(
-    tables: Sequence[Table], space: Space, genotypes: Genotypes, measured_ms: ArrayLike, *, seed: int = 0
+    known: KnownDevices,
+    genotypes: Genotypes,
+    measured_ms: ArrayLike,
+    *,
+    prior: Prior | None = None,
+    calibrating: ArrayLike | None = None,
+    seed: int = 0,
 ) -> SpaceTransfer:
-    """A new device from known devices' tables and measurements [m] of genotypes [m, genes].
+    """A new device from known devices and measurements [m] of genotypes [m, genes].
 
-    The prior is learned from the tables' prices of random networks of the space; `seed` is that of their draw.
+    Args:
+        prior: of these devices; None: `space_prior` with this `seed`.
+        calibrating: as of `fit`.
 
     Raises:
-        LatencyError: no table, fewer than `FEWEST` measurements, unequal lengths, NaN, or latencies not above 0.
+        LatencyError: fewer than `FEWEST` measurements, unequal lengths, NaN, or latencies not above 0.
         UnmeasuredBlock: a table lacks a block of the space.
         SpaceError: genotypes of another space.
     """
-    drawn = space.sample(np.random.default_rng(seed), _CANDIDATES)
-    pool = np.concatenate([space.check(genotypes), drawn])
-    known_ms = _prices(tables, space, pool)
-    found = fit(feature_groups(space, pool), known_ms, measured_ms, np.arange(len(pool) - len(drawn)))
-    return SpaceTransfer(space, tuple(tables), found)
+    genotypes = known.space.check(genotypes)
+    logarithms(measured_ms, len(genotypes))  # told before anything is learned
+    prior = space_prior(known, seed=seed) if prior is None else prior
+    groups, rows = feature_groups(known.space, genotypes), np.arange(len(genotypes))
+    known_ms = known.price(genotypes)
+    return SpaceTransfer(known, fit(groups, known_ms, measured_ms, rows, prior=prior, calibrating=calibrating))
 
 
-def _prices(tables: Sequence[Table], space: Space, genotypes: Genotypes) -> Floats:
-    if not tables:
-        raise LatencyError("no table of a known device: at least one is needed. `nas measure` makes one.")
-    return np.stack([table.price(space, genotypes) for table in tables], axis=1)
+def at_random(count: int) -> NDArray[np.bool_]:
+    """Which of the `count` networks of a `design` were drawn at random, [count]: those that come first."""
+    return np.arange(count) < count - count // 2
+
+
+def _drawn(space: Space, seed: int) -> Genotypes:
+    """Different random networks that stand for the space."""
+    return np.unique(space.sample(np.random.default_rng(seed), _CANDIDATES), axis=0)
 
 
 def _groups(features: Groups, known_ms: ArrayLike) -> list[Floats]:

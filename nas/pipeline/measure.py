@@ -12,7 +12,7 @@ import msgspec
 
 from nas.errors import DeviceError
 from nas.files import write_json
-from nas.latency import Proof, Table, find_table
+from nas.latency import LatencyModel, Proof, find_model
 from nas.measure import hardware
 from nas.measure import measure as measure_table
 from nas.pipeline.job import Job, together
@@ -34,7 +34,7 @@ def measure(job: Job) -> None:
         )
     job.space  # noqa: B018  data and space are checked, and told, before the measuring begins
     proofs: dict[str, Any] = {}
-    tables = {}
+    tables: dict[str, LatencyModel] = {}
     for precision in job.device.precision:
         table, proof = (_measured if job.device.at_hand else _kept)(job, precision)
         table.save(job.path / "latency")
@@ -46,6 +46,8 @@ def measure(job: Job) -> None:
         job.console.say(
             f"  {proof.networks} held-out networks: MAPE {proof.mape:.1%}, within 5 % {proof.within_5:.0%}, "
             f"within 10 % {proof.within_10:.0%}, Kendall tau {proof.kendall_tau:.3f}"
+            if proof.learned is None
+            else f"  {proof}"
         )
     write_json(job.path / "latency" / "proof.json", {**proofs.get(job.precision, {}), "precisions": proofs})
     copy_space(job.experiment.space, job.path)
@@ -55,7 +57,7 @@ def measure(job: Job) -> None:
         shutil.rmtree(work)
 
 
-def _measured(job: Job, precision: str) -> tuple[Table, Proof | None]:
+def _measured(job: Job, precision: str) -> tuple[LatencyModel, Proof | None]:
     """The table, measured on this machine."""
     job.console.start(f"measure: {len(job.space.blocks())} blocks in {precision} on {job.experiment.device}")
     work = job.path / f".measuring.{precision}"
@@ -71,11 +73,11 @@ def _measured(job: Job, precision: str) -> tuple[Table, Proof | None]:
     )
 
 
-def _kept(job: Job, precision: str) -> tuple[Table, Proof | None]:
-    """The table that lies in the device's folder: the device is not at hand, so that nothing is measured."""
-    table, proof = find_table(job.experiment.device, precision, job.space)
+def _kept(job: Job, precision: str) -> tuple[LatencyModel, Proof | None]:
+    """The table or learned model in the device's folder: it is not at hand, so that nothing is measured."""
+    table, proof = find_model(job.experiment.device, precision, job.space)
     job.console.start(
-        f"measure: {job.device.device} is not at hand; its {precision} table was {table.kind} by `{table.command}`"
+        f"measure: {job.device.device} is not at hand; its {precision} latencies were {table.kind} by `{table.command}`"
     )
     return table, proof
 

@@ -221,10 +221,11 @@ def a_table(space: Space, seed: int) -> Table:
 
 
 def test_tables_and_a_few_genotypes_predict_a_space(space):
-    tables, new = [a_table(space, s) for s in range(3)], a_table(space, 7)
+    tables, new = tuple(a_table(space, s) for s in range(3)), a_table(space, 7)
+    known = transfer.KnownDevices(space, tables)
     rng = np.random.default_rng(0)
     measured, others = space.sample(rng, 30), space.sample(rng, 300)
-    found = transfer.fit_space(tables, space, measured, new.price(space, measured)).predict(others)
+    found = transfer.fit_space(known, measured, new.price(space, measured)).predict(others)
     truth = new.price(space, others)
     prices = np.stack([t.price(space, np.concatenate([measured, others])) for t in tables], 1)
     baseline = transfer.most_similar(prices, new.price(space, measured), np.arange(30))[30:]
@@ -236,14 +237,14 @@ def test_tables_and_genotypes_that_do_not_fit_are_refused(space):
     table = a_table(space, 0)
     measured = space.sample(np.random.default_rng(0), 10)
     with pytest.raises(LatencyError, match="no table of a known device"):
-        transfer.fit_space([], space, measured, np.ones(10))
+        transfer.KnownDevices(space, ())
     with pytest.raises(LatencyError, match=r"shape \(9,\): one for each of 10"):
-        transfer.fit_space([table], space, measured, np.ones(9))
+        transfer.fit_space(transfer.KnownDevices(space, (table,)), measured, np.ones(9))
     with pytest.raises(SpaceError, match="Is it of another space"):
-        transfer.fit_space([table], space, measured[:, :-1], np.ones(10))
+        transfer.fit_space(transfer.KnownDevices(space, (table,)), measured[:, :-1], np.ones(10))
     less = msgspec.structs.replace(table, entries=dict(list(table.entries.items())[1:]))
     with pytest.raises(UnmeasuredBlock):
-        transfer.fit_space([less], space, measured, np.ones(10))
+        transfer.fit_space(transfer.KnownDevices(space, (less,)), measured, np.ones(10))
 
 
 # real devices
