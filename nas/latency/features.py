@@ -20,7 +20,7 @@ _KINDS = (
 _PER_KIND = ("ops", "macs", "elements")
 NAMES = (*(f"{kind}_{what}" for kind in _KINDS for what in _PER_KIND), "depth", "parameters", "input_elements")
 
-_COUNTS = [name.endswith("_ops") or name == "depth" for name in NAMES]
+_COUNTS = np.array([name.endswith("_ops") or name == "depth" for name in NAMES])
 _PART = 1024  # networks at a time, so that what is made of them stays in cache
 
 
@@ -37,7 +37,9 @@ def features(network: Network) -> dict[str, float]:
 
 
 def feature_groups(space: Space, genotypes: Genotypes) -> list[Floats]:
-    """Of genotypes [n, genes], two groups of columns: `features`, and log(1 + MACs) by position, [n, positions].
+    """Of genotypes [n, genes], two groups of columns: `features`, and log(1 + MACs) by position.
+
+    Columns in which no two networks of the space differ are left out.
 
     Raises:
         SpaceError: they are of another space.
@@ -47,32 +49,38 @@ def feature_groups(space: Space, genotypes: Genotypes) -> list[Floats]:
 
 def branch_groups(space: Space, branches: NDArray[np.int32]) -> list[Floats]:
     """`feature_groups` of networks given by their branches [n, positions]."""
-    totals, macs = _by_branch(space)
-    sums = np.zeros((len(branches), len(NAMES)))
+    totals, counts, macs = _by_branch(space)
+    sums = np.zeros((len(branches), len(counts)))
     for start in range(0, len(branches), _PART):
         part = slice(start, start + _PART)
-        for position, of in enumerate(totals):
-            sums[part] += of[branches[part, position]]  # whole numbers, so that sums do not depend on their order
-    return [_scaled(sums), np.stack([of[branches[:, p]] for p, of in enumerate(macs)], axis=1)]
+        for position, of in totals.items():
+            sums[part] += of.take(branches[part, position], axis=0)  # whole numbers: in any order the same
+    by_position = [of[branches[:, position]] for position, of in macs.items()]
+    return [_scaled(sums, counts), np.stack(by_position, axis=1) if macs else np.zeros((len(branches), 0))]
 
 
-def _scaled(values: Floats) -> Floats:
-    """Quantities [n, len(NAMES)] as they are told: counts as they are, of all others the logarithm."""
-    out = np.log1p(values)
-    out[:, _COUNTS] = values[:, _COUNTS]
+def _scaled(values: Floats, counts: NDArray[np.bool_] = _COUNTS) -> Floats:
+    """Quantities [n, columns] as they are told: counts as they are, of all others the logarithm."""
+    out = values.copy()
+    out[:, ~counts] = np.log1p(values[:, ~counts])
     return out
 
 
 @functools.lru_cache(maxsize=4)
-def _by_branch(space: Space) -> tuple[list[Floats], list[Floats]]:
-    """For each position of `space`: additive quantities [branches, len(NAMES)], and log(1 + MACs) [branches]."""
+def _by_branch(space: Space) -> tuple[dict[int, Floats], NDArray[np.bool_], dict[int, Floats]]:
+    """Of `space`: additive quantities [branches, columns] by position, of which columns, those that vary.
+
+    Then which columns are counts; and log(1 + MACs) [branches] of the positions where they vary.
+    """
     totals = [np.zeros((len(p.branches), len(NAMES))) for p in space.positions]
     for number, (position, of) in enumerate(zip(space.positions, totals, strict=True)):
         for row, block in zip(of, position.branches, strict=True):
             if block is not None:
                 row[:-1] = _totals(block.graph)
                 row[-1] = 0 if number else math.prod(block.graph.input)
-    return totals, [np.log1p(c) for c in space.costs(cost.macs)]
+    varies = np.any([np.ptp(of, axis=0) > 0 for of in totals], axis=0)
+    macs = {number: np.log1p(c) for number, c in enumerate(space.costs(cost.macs)) if np.ptp(c) > 0}
+    return {number: of[:, varies] for number, of in enumerate(totals)}, _COUNTS[varies], macs
 
 
 @functools.lru_cache(maxsize=65536)

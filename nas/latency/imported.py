@@ -124,7 +124,9 @@ def import_networks(
     folder = Path("latency_models") / device if out is None else Path(out)
     about, toml = _device(device, folder, path)
     fit, held_out = ([n for n in networks if (n.role == "held-out") == proof] for proof in (False, True))
-    genotypes, of_proof = (np.array([n.genotype for n in of], np.uint8).reshape(len(of), -1) for of in (fit, held_out))
+    genotypes, of_proof = (
+        np.array([n.genotype for n in of], np.uint8).reshape(len(of), len(space.sizes)) for of in (fit, held_out)
+    )
     factor = UNITS[unit or "ms"]
     fit_ms, proof_ms = (np.array([n.latency_ms for n in of]) * factor for of in (fit, held_out))
     if unit is None and fit:

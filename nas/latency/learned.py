@@ -42,7 +42,7 @@ Floats = NDArray[np.float64]
 LEVEL = 0.8  # of the intervals
 _COLUMNS = ("genotype", "latency_ms", "at_random")
 _STARTS = 16  # networks from which the fastest and the slowest one are sought
-_PART = 65536  # networks priced at a time
+_PART = 4096  # networks priced at a time, so that what is made of them stays in cache
 _FAR = 100.0  # times faster or slower than every known device: more likely another unit
 
 
@@ -135,7 +135,8 @@ class Learned(_Header, frozen=True, kw_only=True, eq=False, dict=True):
             cannot = space.price(genotypes, space.costs(lambda g: float(g.key in self.unsupported))) > 0
             for values in found:
                 values[cannot] = np.inf
-        return Prediction(*found, LEVEL)
+        latency_ms, low_ms, high_ms = found
+        return Prediction(latency_ms, low_ms, high_ms, LEVEL)
 
     def price(self, space: Space, genotypes: Genotypes) -> Floats:
         """latency_ms [n] of genotypes [n, genes]; errors as of `predict`."""
@@ -363,7 +364,8 @@ def prove_learned(
         rows = np.arange(len(latency))
         simple = transfer.most_similar(model.fitted.known.price(pool), latency, rows)[len(latency) :]
     else:
-        genotypes, truth, ours, simple = [m.genotype for m in model.measured], latency, left_out, similar
+        genotypes = np.array([m.genotype for m in model.measured], np.uint8)
+        truth, ours, simple = latency, left_out, similar
     beside = prove(simple, truth, seed=seed)
     learning = Learning(
         measured=len(latency),
@@ -393,7 +395,8 @@ def _left_out(model: Learned) -> tuple[Prediction, Floats]:
         found = _fit(known, others, prior).predict(genotypes[[left]], level=LEVEL)
         ours.append([found.latency_ms[0], found.low_ms[0], found.high_ms[0]])
         simple.append(transfer.most_similar(known_ms, [m.latency_ms for m in others], rest)[left])
-    return Prediction(*np.array(ours).T, LEVEL), np.array(simple)
+    latency_ms, low_ms, high_ms = np.array(ours).T
+    return Prediction(latency_ms, low_ms, high_ms, LEVEL), np.array(simple)
 
 
 def date_of(seconds: float) -> str:
@@ -420,7 +423,7 @@ def require_unit(known: KnownDevices, genotypes: Genotypes, measured_ms: Floats)
 
 
 def _fit(known: KnownDevices, measured: Sequence[Measured], prior: Prior) -> SpaceTransfer:
-    genotypes = np.array([m.genotype for m in measured], np.uint8).reshape(len(measured), -1)
+    genotypes = np.array([m.genotype for m in measured], np.uint8)
     latency = [m.latency_ms for m in measured]
     at_random = np.array([m.at_random for m in measured])
     # A quantile of so few errors does not exist; then all of them must do.

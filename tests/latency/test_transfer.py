@@ -5,9 +5,10 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import pytest
+from synthetic_tables import a_table
 
 from nas.errors import LatencyError, SpaceError, UnmeasuredBlock
-from nas.latency import Correction, Entry, Table, Transfer, transfer
+from nas.latency import Transfer, transfer
 from nas.space import Space, load_space
 
 BENCHMARK = Path(__file__).parents[2] / "experiments" / "benchmarks" / "few_shot.py"
@@ -191,6 +192,25 @@ def test_the_simple_answer_gets_more_weight_where_it_is_right(known):
     assert 0 <= shares[0] < shares[1] <= 1
 
 
+def test_a_design_is_half_random_and_half_chosen_for_those(known):
+    features, latency, prior = known
+    rows, drawn = transfer.design(features, latency[:, :3], 11, np.random.default_rng(0), prior=prior)
+    assert len(set(rows.tolist())) == 11
+    assert drawn.tolist() == [True] * 6 + [False] * 5
+    chosen = transfer.choose(features, latency[:, :3], 5, prior=prior, given=rows[:6])
+    assert chosen.tolist() == rows[6:].tolist()
+
+
+def test_errors_on_chosen_networks_do_not_make_intervals(known):
+    features, latency, prior = known
+    rows, drawn = transfer.design(features, latency[:, :3], 20, np.random.default_rng(0), prior=prior)
+    truth = latency[rows, 3].copy()
+    fitted = transfer.fit(features, latency[:, :3], truth, rows, prior=prior, calibrating=drawn)
+    assert len(fitted.predictor.errors) == drawn.sum()
+    every = transfer.fit(features, latency[:, :3], truth, rows, prior=prior)
+    assert set(fitted.predictor.errors) < set(every.predictor.errors)
+
+
 @pytest.mark.parametrize("count", [0, -1, 301])
 def test_a_number_of_networks_that_cannot_be_chosen_is_refused(known, count):
     features, latency, prior = known
@@ -204,20 +224,6 @@ def test_a_number_of_networks_that_cannot_be_chosen_is_refused(known, count):
 @pytest.fixture(scope="module")
 def space() -> Space:
     return load_space("digits_mixed", input_shape=(16, 16, 1), classes=10)
-
-
-def a_table(space: Space, seed: int) -> Table:
-    rng = np.random.default_rng(seed)
-    base = np.random.default_rng(99)  # what blocks cost everywhere
-    entries = {
-        key: Entry(float(base.lognormal(-5, 1) * rng.lognormal(0, 0.4)), 0.01, block.label, role, 15)
-        for key, (block, role) in space.blocks().items()
-    }
-    return Table(
-        device=f"device {seed}", runtime="onnxruntime", runtime_version="1", precision="float32", threads=1, batch=1,
-        hardware="none", space=space.name, space_digest=space.digest, date="2026-01-01T00:00:00+00:00",
-        command="nas measure", overhead_ms=0.005, correction=Correction(), anchors=(), entries=entries,
-    )  # fmt: skip
 
 
 def test_tables_and_a_few_genotypes_predict_a_space(space):
