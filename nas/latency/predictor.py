@@ -10,7 +10,7 @@ measurements (in the same scale): the jackknife form of conformal prediction (Ba
 the jackknife+, Annals of Statistics 2021, arXiv:1905.02928). So they are as wide as errors were, whatever the model
 thinks. The scale is the root of the process's standard deviation. Errors grow less than it does where networks are
 unlike those measured: on the benchmarks of experiments/benchmarks/few_shot.py 80 % intervals that grow as fast held
-69-81 %, intervals of one width 81-89 %, these 77-83 %.
+69-81 %, intervals of one width 81-89 %, these 75-83 %.
 """
 
 import contextlib

@@ -93,7 +93,7 @@ def environment(job: Job, tables: dict[str, str]) -> dict[str, Any]:
         "versions": {name: version(name) for name in _PACKAGES},
         "runtime": f"{job.device.runtime} {job.runtime.version() if job.device.at_hand else ''}".strip(),
         "seed": job.experiment.seed,
-        "git_commit": _git_commit(),
+        "git_commit": git_commit(),
         "space": {
             "name": space.name,
             "digest": space.digest,
@@ -123,7 +123,7 @@ def version(package: str) -> str | None:
         return None
 
 
-def _git_commit() -> str | None:
+def git_commit() -> str | None:
     """The commit of the checkout that the package runs from, with "+changes" where it was edited; None elsewhere."""
     here = Path(__file__).resolve().parents[2]
     if not (here / ".git").exists():
