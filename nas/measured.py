@@ -282,6 +282,7 @@ def keep(table: LatencyModel, proof: Proof, space: Space, device: Device, folder
     now = msgspec.structs.replace(
         known or device,
         hardware=table.hardware,
+        runtime_version=table.runtime_version,
         precision=tuple(dict.fromkeys(precisions)),
         source=table.command,
         date=table.date,
