@@ -60,7 +60,7 @@ def measure_space(
             f"{space.name} --device {device} --bundle FOLDER`; or give this machine a name of its own with --as."
         )
     runtime_of(about)
-    sources = [] if networks is None else find_sources(space, apart_from=folder.name)
+    sources = [] if networks is None else find_sources(space)
     done: list[Path] = []  # kept until all are, so that none is measured twice
     for precision in precisions or about.precision:
         if networks is None:
@@ -183,7 +183,7 @@ def import_results(
         blocks=said["blocks"],
         seed=said["seed"],
     )
-    sources = [] if plan.blocks else find_sources(of, apart_from=name)
+    sources = [] if plan.blocks else find_sources(of)
     table, proof = _evaluated(plan, recording, settings, sources, command=command)
     keep(table, proof, of, device, _folder(name), console=console or Console())
     return _folder(name) / of.name

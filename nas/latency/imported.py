@@ -120,7 +120,7 @@ def import_networks(
         networks, left_out = _networks(path, data.decode("utf-8-sig"), space)
     except (OSError, UnicodeDecodeError) as e:
         raise LatencyError(f"{path}: cannot read these networks: {e}. Check the path.") from e
-    sources = find_sources(space, apart_from=device)
+    sources = find_sources(space)
     folder = Path("latency_models") / device if out is None else Path(out)
     about, toml = _device(device, folder, path)
     fit, held_out = ([n for n in networks if (n.role == "held-out") == proof] for proof in (False, True))

@@ -96,11 +96,10 @@ def load_model(folder: Path, precision: str, space: Space) -> LatencyModel:
     return Table.load(folder, precision)
 
 
-def find_sources(space: Space, *, apart_from: str = "") -> list[tuple[str, Table]]:
+def find_sources(space: Space) -> list[tuple[str, Table]]:
     """(name of the device, table) of every device, and precision, whose folder has a table that prices `space`.
 
-    Args:
-        apart_from: a device that is not looked at: the one that is to be learned.
+    Those of the device that is to be learned among them: sums that are wrong by themselves still tell a lot.
 
     Raises:
         LatencyError: there is none; a table is damaged.
@@ -111,7 +110,7 @@ def find_sources(space: Space, *, apart_from: str = "") -> list[tuple[str, Table
         folder = device_folder(name)
         kept = sorted(folder.glob("*/table.*.csv"), key=lambda p: (p.parent.name != space.name, str(p)))
         done: set[str] = set()
-        for path in kept if name != apart_from else ():
+        for path in kept:
             precision = path.name.split(".")[1]
             if precision not in done and wanted <= (table := Table.load(path.parent, precision)).entries.keys():
                 found.append((name, table))
