@@ -13,8 +13,9 @@ from nas.console import Console
 from nas.errors import ConfigError, DeviceError, LatencyError
 from nas.files import write_json, write_text
 from nas.latency import LatencyModel, Proof, Table, device_folder, find_sources, find_table, load_device
-from nas.measure import Plan, bundle, evaluate, for_table, hardware, prove_again, record, runtime_of, tpu, whole
-from nas.ondevice import program
+from nas.measure import Plan, bundle, evaluate, for_table, hardware, prove_again, record, remote, runtime_of, tpu, whole
+from nas.ondevice.manifest import load_manifest
+from nas.ondevice.results import RESULTS, Recording, read
 from nas.space import Space, load_space
 
 STRICT = config.Latency(seconds=60.0, min_rounds=40, holdout=40, patience=4.0, max_drift=0.03, max_busy=0.25)
@@ -135,9 +136,47 @@ def write_bundle(
         plan = whole.for_networks(space, about, precision, find_sources(space), settings, networks=networks, seed=seed)
     bundle.write(plan, folder, settings, progress=(console or Console()).share)
     if networks is not None:
-        files = {call["name"]: call["file"] for call in program.load_manifest(folder)["calls"]}
+        files = {call["name"]: call["file"] for call in load_manifest(folder)["calls"]}
         write_text(folder / whole.SHEET, whole.sheet(plan, files))
     return plan
+
+
+def measure_over(
+    space: Space,
+    device: str,
+    folder: Path,
+    over: str,
+    settings: config.Latency = STRICT,
+    *,
+    name: str,
+    precision: str | None = None,
+    networks: int | None = None,
+    seed: int = 0,
+    path: str | None = None,
+    command: str = "nas measure",
+    console: Console | None = None,
+) -> Path:
+    """`write_bundle` to `folder`, measured on another machine (`nas.measure.remote`), and `import_results`.
+
+    Args:
+        over: the way there, "ssh://user@host/folder" or "adb".
+        path: of the space, if it is not one of `nas.list_spaces()`.
+
+    Raises:
+        DeviceError: the machine cannot be reached or lacks something; and as of the two.
+        LatencyError: the connection was lost; and as of the two.
+    """
+    console = console or Console()
+    where = _folder(name)  # a name that cannot be is told before an hour of measuring
+    transport = remote.transport_of(over)
+    plan = write_bundle(
+        space, device, folder, settings, precision=precision, networks=networks, seed=seed, console=console
+    )
+    console.start(f"{space.name} on {transport.name}, {plan.precision}: {len(plan.graphs)} models")
+    remote.measure_there(folder, transport, progress=console.share)
+    with bundle.kept_if_accepted(folder):
+        import_results(folder, name=name, space=path, settings=settings, command=command, console=console)
+    return where / space.name
 
 
 def import_results(
@@ -158,12 +197,25 @@ def import_results(
     Raises:
         LatencyError: the file is damaged, not complete, of a space that has changed, or of too uneven a machine.
     """
-    recording = program.read(path / program.RESULTS if path.is_dir() else path)
+    recording = read(path / RESULTS if path.is_dir() else path)
     if not recording.complete:
         raise LatencyError(
             f"{path}: the measuring was cut off after {len(recording.rounds)} rounds. Run `python measure.py` again on "
             f"the device: it goes on from there."
         )
+    plan = plan_of(recording, path, space=space)
+    sources = [] if plan.blocks else find_sources(plan.space)
+    table, proof = _evaluated(plan, recording, settings, sources, command=command)
+    keep(table, proof, plan.space, plan.device, _folder(name), console=console or Console())
+    return _folder(name) / plan.space.name
+
+
+def plan_of(recording: Recording, path: Path, *, space: str | None = None) -> Plan:
+    """What was timed, as the results in `path` say; `space` as of `import_results`.
+
+    Raises:
+        LatencyError: they are of a space that is not here, or has changed; or of another version of this package.
+    """
     said = recording.manifest["plan"]
     if space is None and said["space"] not in catalog.list_spaces():
         raise LatencyError(f"{path}: it is of space {said['space']!r}, which is not here: give its file as WHAT.")
@@ -173,8 +225,11 @@ def import_results(
             f"{path}: it was measured for another {said['space']} (hash {said['space_digest']}; here it has "
             f"{of.digest}). Bring the space back as it was, give its file as WHAT, or measure again."
         )
-    device = msgspec.convert(recording.manifest["device"], Device)
-    plan = Plan(
+    try:
+        device = msgspec.convert(recording.manifest["device"], Device)
+    except msgspec.ValidationError as e:
+        raise LatencyError(f"{path}: its bundle was made by another version of nas: {e}. Use that, or this.") from e
+    return Plan(
         of,
         device,
         said["precision"],
@@ -183,15 +238,11 @@ def import_results(
         blocks=said["blocks"],
         seed=said["seed"],
     )
-    sources = [] if plan.blocks else find_sources(of)
-    table, proof = _evaluated(plan, recording, settings, sources, command=command)
-    keep(table, proof, of, device, _folder(name), console=console or Console())
-    return _folder(name) / of.name
 
 
 def _evaluated(
     plan: Plan,
-    recording: program.Recording,
+    recording: Recording,
     settings: config.Latency,
     sources: list[tuple[str, Table]],
     *,
@@ -228,6 +279,7 @@ def prove_table(
     proof = prove_again(table, space, about, settings, networks=networks, seed=seed, progress=console.share)
     keep_proof(proof, table.precision, device_folder(device) / table.space)
     console.say(f"  {proof}")
+    console.say(f"  in full: nas report {device_folder(device) / table.space}")
     return table, proof
 
 
@@ -291,7 +343,10 @@ def keep(table: LatencyModel, proof: Proof, space: Space, device: Device, folder
         threads = f"{device.threads} thread{'s' if device.threads > 1 else ''}"
         now = msgspec.structs.replace(now, device=f"{table.hardware}, {device.runtime}, {threads}")
     write_text(folder / "device.toml", tomli_w.dumps({k: v for k, v in msgspec.to_builtins(now).items() if v != ""}))
+    console.say(f"  {table.basis}")
     console.say(f"  {proof}")
+    if list(where.glob("table.*.json")):
+        console.say(f"  in full: nas report {where}")
     for key, why in table.unsupported.items():
         console.say(f"  unsupported: {space.blocks()[key][0].label}: {why}")
 

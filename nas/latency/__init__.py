@@ -10,7 +10,7 @@ from nas.latency.learned import About, Learned, learn, prove_learned
 from nas.latency.model import LatencyModel
 from nas.latency.predictor import Prediction, Predictor
 from nas.latency.proof import Learning, Proof, Row, prove
-from nas.latency.shelf import device_folder, find_model, find_sources, find_table, load_model
+from nas.latency.shelf import device_folder, find_model, find_sources, find_table, load_model, read_proof
 from nas.latency.table import Anchor, Table
 from nas.latency.transfer import SpaceTransfer, Transfer
 
@@ -50,5 +50,6 @@ __all__ = [
     "op_counts",
     "prove",
     "prove_learned",
+    "read_proof",
     "transfer",
 ]

@@ -109,6 +109,15 @@ class Learned(_Header, frozen=True, kw_only=True, eq=False, dict=True):
         return _hash(json.dumps([msgspec.to_builtins(getattr(self, name)) for name in parts], sort_keys=True))[:16]
 
     @property
+    def basis(self) -> str:
+        """What it was learned from, in a line."""
+        share = self.fitted.transfer.share
+        return (
+            f"learned from {len(self.measured)} networks and {len(self.sources)} tables of known devices; the most "
+            f"similar is {self.similar}, which has {1 - share:.0%} of the weight"
+        )
+
+    @property
     def caveat(self) -> str:
         """What `bound` and `reachable` are."""
         return "upper ends of 80 % intervals, the extremes as found by search, not exact"
@@ -378,7 +387,7 @@ def prove_learned(
         left_out_mape=float(np.abs(left_out.latency_ms / latency - 1).mean()),
         left_out_similar_mape=float(np.abs(similar / latency - 1).mean()),
     )
-    proof = prove(ours.latency_ms, truth, genotypes=genotypes, seed=seed, **known)
+    proof = prove(ours.latency_ms, truth, genotypes=genotypes, table=model.digest, date=model.date, seed=seed, **known)
     return msgspec.structs.replace(proof, learned=learning)
 
 

@@ -70,6 +70,11 @@ class LatencyModel(Protocol):
         ...
 
     @property
+    def basis(self) -> str:
+        """What predictions rest on, in a line."""
+        ...
+
+    @property
     def caveat(self) -> str:
         """What `bound` and `reachable` are, where they are not latencies and exact; else empty."""
         ...

@@ -25,7 +25,7 @@ from nas.ops import Graph, Network
 from nas.space import Space
 from nas.space.space import Between, Genotypes
 
-_COLUMNS = ("key", "label", "role", "latency_ms", "spread", "rounds")
+_COLUMNS = ("key", "label", "role", "latency_ms", "interval_ms", "rounds")
 
 
 class Anchor(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -56,6 +56,8 @@ class _Header(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     unsupported: dict[str, str] = {}  # key of a block that the device cannot run -> what the runtime said
     kind: Literal["measured", "imported", "estimated"] = "measured"  # here, by others, or not at all
     licence: str = ""  # of the numbers, where others published them
+    input: tuple[int, ...] = ()  # shape of the images that the space was made for; empty in tables without it
+    classes: int = 0  # likewise
 
 
 class Table(_Header, frozen=True, kw_only=True):
@@ -143,6 +145,11 @@ class Table(_Header, frozen=True, kw_only=True):
         return float(np.median(np.asarray(anchors_ms) / [a.measured_ms for a in self.anchors]))
 
     @property
+    def basis(self) -> str:
+        """How sums of blocks are corrected, in a line."""
+        return self.correction.choice
+
+    @property
     def caveat(self) -> str:
         """Nothing: what is reachable is exact."""
         return ""
@@ -166,7 +173,7 @@ class Table(_Header, frozen=True, kw_only=True):
         """
         values: list[tuple[str, ...]] = [_COLUMNS]
         for key, e in sorted(self.entries.items(), key=lambda item: (item[1].role, item[1].label, item[0])):
-            values.append((key, e.label, e.role, repr(e.latency_ms), repr(e.spread), str(e.rounds)))
+            values.append((key, e.label, e.role, repr(e.latency_ms), repr(e.interval_ms), str(e.rounds)))
         text = io.StringIO()
         csv.writer(text, lineterminator="\n").writerows(values)
         head = {name: msgspec.to_builtins(getattr(self, name)) for name in _Header.__struct_fields__}
@@ -200,7 +207,9 @@ class Table(_Header, frozen=True, kw_only=True):
             header = msgspec.convert(head, _Header)
             rows = list(csv.DictReader(io.StringIO(text)))
             entries = {
-                r["key"]: Entry(float(r["latency_ms"]), float(r["spread"]), r["label"], r["role"], int(r["rounds"]))
+                r["key"]: Entry(
+                    float(r["latency_ms"]), float(r["interval_ms"]), r["label"], r["role"], int(r["rounds"])
+                )
                 for r in rows
             }
         except (msgspec.ValidationError, KeyError, TypeError, ValueError) as e:

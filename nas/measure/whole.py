@@ -13,7 +13,7 @@ from nas.latency import Learned, Proof, Table, learn, prove_learned, transfer
 from nas.latency.learned import About, date_of
 from nas.measure.plan import Plan, choose_networks
 from nas.measure.recipe import accept
-from nas.ondevice.program import Recording
+from nas.ondevice.results import Recording
 from nas.space import Space
 
 SHEET = "networks.csv"

@@ -90,7 +90,7 @@ class Learning(msgspec.Struct, frozen=True):
     similar: str
     similar_mape: float
     similar_within_10: float
-    similar_tau: float
+    similar_tau: float | None
     left_out_mape: float
     left_out_similar_mape: float
 
@@ -102,12 +102,13 @@ class Agreement(msgspec.Struct, frozen=True):
     mape: float
     within_5: float
     within_10: float
-    kendall_tau: float
-    tau_low: float
-    tau_high: float
+    kendall_tau: float | None
+    tau_low: float | None
+    tau_high: float | None
     repeat_mape: float | None = None
     rows: tuple[Pair, ...] = ()
     learned: Learning | None = None
+    doubt: str = ""
 
 
 class Proof(msgspec.Struct, frozen=True):
