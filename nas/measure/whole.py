@@ -9,8 +9,10 @@ import numpy as np
 from nas import config
 from nas.agreement import agreement
 from nas.config import Device
+from nas.errors import LatencyError
 from nas.latency import Learned, Proof, Table, learn, prove_learned, transfer
 from nas.latency.learned import About, date_of
+from nas.latency.predictor import FEWEST
 from nas.measure.plan import Plan, choose_networks
 from nas.measure.recipe import accept
 from nas.ondevice.results import Recording
@@ -35,8 +37,10 @@ def for_networks(
         sources: `nas.latency.find_sources`.
 
     Raises:
-        LatencyError: more networks than the space has, or a space of fewer than three.
+        LatencyError: too few networks to learn from, or more than there are to choose from.
     """
+    if networks <= FEWEST:
+        raise LatencyError(f"{networks} networks to learn from: at least {FEWEST + 1} are needed; 20 do well.")
     known = transfer.KnownDevices(space, tuple(table for _, table in sources))
     prior = transfer.space_prior(known)
     chosen, _ = transfer.design_space(known, networks, prior=prior, seed=seed)

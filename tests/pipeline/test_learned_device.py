@@ -81,6 +81,13 @@ def test_networks_are_measured_here_and_a_model_is_learned(here, capsys):
     assert nas.load_device("laptop").precision == ("float32",)
 
 
+@pytest.mark.parametrize(("count", "message"), [(5, "at least 6 are needed"), (900, "networks to choose: between 1")])
+def test_numbers_of_networks_that_cannot_be_are_told_before_anything_is_measured(here, capsys, count, message):
+    assert nas_command("measure", *OF_TINY, "--networks", count, "--as", "laptop", *QUICK) == 2
+    assert message in capsys.readouterr().err
+    assert not (here / "latency_models" / "laptop").exists()
+
+
 def test_a_bundle_of_networks_comes_back_from_its_program_or_from_a_sheet(here, capsys):
     assert nas_command("measure", *OF_TINY, "--networks", 8, "--bundle", "out", *QUICK) == 0
     with open("out/networks.csv", newline="") as f:
