@@ -1,6 +1,7 @@
 """Latency tables that others published, as tables of a space: every block of the space is looked up in theirs.
 
 A block that has no entry is left out and told, never invented; `nas.latency.find_table` then says what is missing.
+Networks that somebody measured whole become a learned model instead (`import_networks`).
 """
 
 import csv
