@@ -120,6 +120,12 @@ def _stage_command(name: str, text: str) -> None:
     help="Measure the bundle on another machine and import: ssh://[user@]host[:port][/folder] or adb[:serial].",
 )
 @click.option("--prove", metavar="N", type=click.IntRange(min=2), help="Prove NAME's table anew, on N other networks.")
+@click.option(
+    "--networks",
+    metavar="N",
+    type=click.IntRange(min=1),
+    help="Measure N whole networks, no block: a model is learned from them and from other devices' tables.",
+)
 @click.option("--out", type=click.Path(path_type=Path), help="Run folder, where WHAT is an experiment.")
 @click.option("--smoke", is_flag=True, help="As for `nas run`, where WHAT is an experiment.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="latency.KEY=VALUE; or as for `nas run`.")
@@ -135,6 +141,7 @@ def measure(
     results: Path | None,
     over: str | None,
     prove: int | None,
+    networks: int | None,
     out: Path | None,
     smoke: bool,
     overrides: tuple[str, ...],
@@ -148,6 +155,7 @@ def measure(
                       there: python out/measure.py        here: nas measure --import out/ --as my_board
     all of it:        ... --bundle out/ --over ssh://pi@board --as my_board
     Still true?       nas measure mobilenet_v3_32 --device my_laptop --prove 100
+    Blocks cannot be: nas measure mobilenet_v3_32 --device host_onnxruntime --networks 20 --as my_phone
     """
     from nas import measured
 
@@ -172,7 +180,7 @@ def measure(
     space = measured.space_of(what, _shape(image), classes)
     settings = measured.settings_of(overrides)
     if bundle is not None:
-        _heed("with --bundle", *of_space, "bundle", *(("over", "name") if over else ()))
+        _heed("with --bundle", *of_space, "bundle", "networks", *(("over", "name") if over else ()))
         if len(precisions) > 1:
             raise click.UsageError("a bundle is of one precision: give --precision once, and make a bundle of each.")
         precision = precisions[0] if precisions else None
@@ -183,11 +191,11 @@ def measure(
             click.echo(
                 measured.measure_over(
                     space, device, bundle, over, settings,
-                    name=name, precision=precision, seed=seed, path=path, command=command,
+                    name=name, precision=precision, networks=networks, seed=seed, path=path, command=command,
                 )
             )  # fmt: skip
             return
-        plan = measured.write_bundle(space, device, bundle, settings, precision=precision, seed=seed)
+        plan = measured.write_bundle(space, device, bundle, settings, precision=precision, networks=networks, seed=seed)
         click.echo(
             f"{bundle}: {len(plan.graphs)} models, {plan.precision}. Copy it to the device, run `python measure.py` in "
             f"it, bring results.jsonl back, and: nas measure --import {bundle} --as NAME"
@@ -199,10 +207,17 @@ def measure(
         for precision in precisions or (None,):
             measured.prove_table(space, device, settings, networks=prove, precision=precision, seed=seed + 1)
     else:
-        _heed("where WHAT is a space", *of_space, "name")
+        _heed("where WHAT is a space", *of_space, "name", "networks")
         click.echo(
             measured.measure_space(
-                space, device, settings, name=name, precisions=precisions or None, seed=seed, command=command
+                space,
+                device,
+                settings,
+                name=name,
+                precisions=precisions or None,
+                networks=networks,
+                seed=seed,
+                command=command,
             )
         )
 
@@ -325,7 +340,7 @@ def export(
 
 @cli.command("import")
 @click.argument("file", type=click.Path(path_type=Path))
-@click.option("--format", "form", required=True, help="Of FILE: ofa, proxyless or csv (README, Devices).")
+@click.option("--format", "form", required=True, help="Of FILE: ofa, proxyless, csv or networks (README, Devices).")
 @click.option("--space", "name", required=True, help="The space whose blocks are looked up in FILE.")
 @click.option("--device", required=True, metavar="NAME", help="The device that FILE is of.")
 @click.option("--out", type=click.Path(path_type=Path), help="Its folder; latency_models/NAME if not given.")
@@ -335,15 +350,15 @@ def export(
 def import_(
     file: Path, form: str, name: str, device: str, out: Path | None, unit: str | None, image: str, classes: int
 ) -> None:
-    """Make a latency table of a device that is not at hand from FILE, which others published.
+    """Make a latency table of a device that is not at hand from FILE, which others published or you measured.
 
     Example: nas import note10.json --format ofa --space ofa_mobilenet_v3_w12 --device note10
     """
-    from nas.latency import import_table
+    from nas.latency import import_file
     from nas.space import load_space
 
     space = load_space(name, input_shape=_shape(image), classes=classes)
-    click.echo(import_table(file, form=form, space=space, device=device, out=out, unit=unit))
+    click.echo(import_file(file, form=form, space=space, device=device, out=out, unit=unit))
 
 
 @cli.command()

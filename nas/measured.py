@@ -12,8 +12,9 @@ from nas.config import Device
 from nas.console import Console
 from nas.errors import ConfigError, DeviceError, LatencyError
 from nas.files import write_json, write_text
-from nas.latency import Proof, Table, device_folder, find_table, load_device
-from nas.measure import Plan, bundle, evaluate, for_table, hardware, prove_again, record, remote, runtime_of, tpu
+from nas.latency import LatencyModel, Proof, Table, device_folder, find_sources, find_table, load_device
+from nas.measure import Plan, bundle, evaluate, for_table, hardware, prove_again, record, remote, runtime_of, tpu, whole
+from nas.ondevice.manifest import load_manifest
 from nas.ondevice.results import RESULTS, Recording, read
 from nas.space import Space, load_space
 
@@ -27,6 +28,7 @@ def measure_space(
     *,
     name: str | None = None,
     precisions: tuple[str, ...] | None = None,
+    networks: int | None = None,
     seed: int = 0,
     command: str = "nas measure",
     console: Console | None = None,
@@ -40,6 +42,8 @@ def measure_space(
         device: of `nas.list_devices()` or a path: its runtime, threads, batch and precisions are used.
         name: of the folder; the device's own where None, which cannot be that of the host.
         precisions: some of the device's; all where None.
+        networks: so many networks are measured whole, and no block: a model is learned from them and from other
+            devices' tables of the space.
 
     Raises:
         DeviceError: the device is another machine, or the runtime is not installed.
@@ -48,7 +52,7 @@ def measure_space(
     console = console or Console()
     about = load_device(device)
     folder = _folder(name or Path(device).name)
-    if about.runtime == tpu.RUNTIME:
+    if about.runtime == tpu.RUNTIME and networks is None:
         return _estimate(space, about, settings, folder, precisions, seed=seed, command=command, console=console)
     here = hardware()
     if not about.at_hand and about.hardware != here:
@@ -57,14 +61,19 @@ def measure_space(
             f"{space.name} --device {device} --bundle FOLDER`; or give this machine a name of its own with --as."
         )
     runtime_of(about)
+    sources = [] if networks is None else find_sources(space)
     done: list[Path] = []  # kept until all are, so that none is measured twice
     for precision in precisions or about.precision:
-        work = folder / space.name / f".measuring.{precision}"
-        plan = for_table(space, about, precision, settings, seed=seed)
+        if networks is None:
+            work = folder / space.name / f".measuring.{precision}"
+            plan = for_table(space, about, precision, settings, seed=seed)
+        else:
+            work = folder / space.name / f".measuring.{precision}.networks"
+            plan = whole.for_networks(space, about, precision, sources, settings, networks=networks, seed=seed)
         console.start(f"{space.name} on {about.device}, {precision}: {len(plan.graphs)} models")
         recording = record(plan, settings, folder=work, progress=console.share)
         with bundle.kept_if_accepted(work):
-            table, proof = evaluate(plan, recording, settings, command=command)
+            table, proof = _evaluated(plan, recording, settings, sources, command=command)
         keep(table, proof, space, about, folder, console=console)
         done.append(work)
     for work in done:
@@ -107,17 +116,28 @@ def write_bundle(
     settings: config.Latency = STRICT,
     *,
     precision: str | None = None,
+    networks: int | None = None,
     seed: int = 0,
     console: Console | None = None,
 ) -> Plan:
     """Writes to `folder` all that measuring `space` elsewhere needs (`nas.measure.bundle`).
 
+    With `networks` it has that many networks to learn from, held-out ones, no block, and networks.csv: latencies that
+    were measured in another way can be written there and imported (`nas import --format networks`).
+
     Raises:
         DeviceError: the device is unknown, or lacks the precision.
     """
     about = load_device(device)
-    plan = for_table(space, about, precision or about.precision[0], settings, seed=seed)
+    precision = precision or about.precision[0]
+    if networks is None:
+        plan = for_table(space, about, precision, settings, seed=seed)
+    else:
+        plan = whole.for_networks(space, about, precision, find_sources(space), settings, networks=networks, seed=seed)
     bundle.write(plan, folder, settings, progress=(console or Console()).share)
+    if networks is not None:
+        files = {call["name"]: call["file"] for call in load_manifest(folder)["calls"]}
+        write_text(folder / whole.SHEET, whole.sheet(plan, files))
     return plan
 
 
@@ -130,6 +150,7 @@ def measure_over(
     *,
     name: str,
     precision: str | None = None,
+    networks: int | None = None,
     seed: int = 0,
     path: str | None = None,
     command: str = "nas measure",
@@ -148,7 +169,9 @@ def measure_over(
     console = console or Console()
     where = _folder(name)  # a name that cannot be is told before an hour of measuring
     transport = remote.transport_of(over)
-    plan = write_bundle(space, device, folder, settings, precision=precision, seed=seed, console=console)
+    plan = write_bundle(
+        space, device, folder, settings, precision=precision, networks=networks, seed=seed, console=console
+    )
     console.start(f"{space.name} on {transport.name}, {plan.precision}: {len(plan.graphs)} models")
     remote.measure_there(folder, transport, progress=console.share)
     with bundle.kept_if_accepted(folder):
@@ -181,7 +204,8 @@ def import_results(
             f"the device: it goes on from there."
         )
     plan = plan_of(recording, path, space=space)
-    table, proof = evaluate(plan, recording, settings, command=command)
+    sources = [] if plan.blocks else find_sources(plan.space)
+    table, proof = _evaluated(plan, recording, settings, sources, command=command)
     keep(table, proof, plan.space, plan.device, _folder(name), console=console or Console())
     return _folder(name) / plan.space.name
 
@@ -214,6 +238,20 @@ def plan_of(recording: Recording, path: Path, *, space: str | None = None) -> Pl
         blocks=said["blocks"],
         seed=said["seed"],
     )
+
+
+def _evaluated(
+    plan: Plan,
+    recording: Recording,
+    settings: config.Latency,
+    sources: list[tuple[str, Table]],
+    *,
+    command: str,
+) -> tuple[LatencyModel, Proof]:
+    """A table where blocks were timed, else a model learned from the networks and from `sources`."""
+    if plan.blocks:
+        return evaluate(plan, recording, settings, command=command)
+    return whole.evaluate_networks(plan, recording, sources, settings, command=command)
 
 
 def prove_table(
@@ -280,8 +318,8 @@ def settings_of(overrides: tuple[str, ...]) -> config.Latency:
     return settings
 
 
-def keep(table: Table, proof: Proof, space: Space, device: Device, folder: Path, *, console: Console) -> None:
-    """Writes a table, its proof beside those of other precisions, and device.toml, to a device's folder."""
+def keep(table: LatencyModel, proof: Proof, space: Space, device: Device, folder: Path, *, console: Console) -> None:
+    """Writes a table or learned model, its proof beside those of other precisions, and device.toml."""
     where = folder / space.name
     known = load_device(str(folder)) if (folder / "device.toml").exists() else None
     _require_same(known, device, table, folder)
@@ -291,8 +329,7 @@ def keep(table: Table, proof: Proof, space: Space, device: Device, folder: Path,
             f"{space.digest}): other images or classes, or the file has changed. Give this one another name with --as, "
             f"or remove that folder."
         )
-    table.save(where)
-    keep_proof(proof, table.precision, where)
+    keep_proof(proof, table.precision, table.save(where).parent)
     precisions = (*(known.precision if known else ()), table.precision)
     now = msgspec.structs.replace(
         known or device,
@@ -306,14 +343,15 @@ def keep(table: Table, proof: Proof, space: Space, device: Device, folder: Path,
         threads = f"{device.threads} thread{'s' if device.threads > 1 else ''}"
         now = msgspec.structs.replace(now, device=f"{table.hardware}, {device.runtime}, {threads}")
     write_text(folder / "device.toml", tomli_w.dumps({k: v for k, v in msgspec.to_builtins(now).items() if v != ""}))
-    console.say(f"  {table.correction.choice}")
+    console.say(f"  {table.basis}")
     console.say(f"  {proof}")
-    console.say(f"  in full: nas report {where}")
+    if list(where.glob("table.*.json")):
+        console.say(f"  in full: nas report {where}")
     for key, why in table.unsupported.items():
         console.say(f"  unsupported: {space.blocks()[key][0].label}: {why}")
 
 
-def _require_same(known: Device | None, device: Device, table: Table, folder: Path) -> None:
+def _require_same(known: Device | None, device: Device, table: LatencyModel, folder: Path) -> None:
     """A name is of one machine and runtime.
 
     Raises:

@@ -7,8 +7,9 @@ arXiv:2106.08630), each from the four others; means over devices. Cells below 0.
 connected, are left out. `accel_tpuv2`: Accel-NASBench (Ahmad et al. 2024, arXiv:2404.08005), milliseconds an image on
 TPUv2 from VCK190 and RTX 3090. `ofa_2080ti_batch1`: Once-for-All networks on an RTX 2080 Ti with one image, where
 launching kernels takes the time and no other device is known; beside it, ridge regressions.
-Measured networks are drawn at random, or chosen (`transfer.choose`) among 400 random ones. The baseline, the most
-similar known device scaled, gets the same ones. Intervals are 95 % bootstrap intervals of means over draws.
+Measured networks are drawn at random, chosen (`transfer.choose`) among 400 random ones, or half of each
+(`transfer.design`, as `nas measure --networks` does), when errors on the random half make the intervals. The baseline,
+the most similar known device scaled, gets the same ones. Intervals are 95 % bootstrap intervals of means over draws.
 """
 
 import argparse
@@ -25,6 +26,8 @@ from sklearn.linear_model import RidgeCV
 
 from nas.files import write_json
 from nas.latency import Prediction, predictor, transfer
+from nas.measure import hardware
+from nas.pipeline.measure import git_commit
 
 Floats = NDArray[np.float64]
 
@@ -174,10 +177,15 @@ def few(
             pool = order[:CANDIDATES]
             for count in counts:
                 picked = pool[transfer.choose([f[pool] for f in features], known[pool], count, prior=prior)]
-                for how, measured in (("random", order[:count]), ("chosen", picked)):
+                rng = np.random.default_rng([seed, count])
+                half, drawn = transfer.design([f[pool] for f in features], known[pool], count, rng, prior=prior)
+                ways = (("random", order[:count], None), ("chosen", picked, None), ("designed", pool[half], drawn))
+                for how, measured, calibrating in ways:
                     rest = np.setdiff1d(order, measured)
                     rest = rest if judge is None else np.random.default_rng(seed).permutation(rest)[:judge]
-                    fitted = transfer.fit(features, known, truth[measured], measured, prior=prior)
+                    fitted = transfer.fit(
+                        features, known, truth[measured], measured, prior=prior, calibrating=calibrating
+                    )
                     ours = fitted.predict([f[rest] for f in features], known[rest])
                     baseline = transfer.most_similar(known, truth[measured], measured)[rest]
                     figures = {
@@ -306,6 +314,7 @@ def main(arguments: list[str] | None = None) -> None:
             start = time.perf_counter()
             result[name] = task(counts, seeds, 2000 if options.quick else None)
             result[name] |= {"seeds": seeds, "seconds": round(time.perf_counter() - start, 1)}
+            result[name] |= {"commit": git_commit(), "machine": hardware()}  # tasks of one file may differ in these
             print("\n".join(lines(name, result[name])), flush=True)
             if options.json:
                 write_json(options.json, {"question": (__doc__ or "").partition("\n")[0], "few_shot": result})

@@ -5,20 +5,27 @@ from nas.latency.calibration import FORMS, Correction, Tried, calibrate, op_coun
 from nas.latency.device import load_device
 from nas.latency.entry import Entry
 from nas.latency.features import feature_groups, features
-from nas.latency.imported import FORMATS, Imported, import_table
+from nas.latency.imported import FORMATS, Imported, Learnt, import_file, import_networks, import_table
+from nas.latency.learned import About, Learned, learn, prove_learned
+from nas.latency.model import LatencyModel
 from nas.latency.predictor import Prediction, Predictor
-from nas.latency.proof import Proof, Row, prove
-from nas.latency.shelf import device_folder, find_table, read_proof
+from nas.latency.proof import Learning, Proof, Row, prove
+from nas.latency.shelf import device_folder, find_model, find_sources, find_table, load_model, read_proof
 from nas.latency.table import Anchor, Table
 from nas.latency.transfer import SpaceTransfer, Transfer
 
 __all__ = [
     "FORMATS",
     "FORMS",
+    "About",
     "Anchor",
     "Correction",
     "Entry",
     "Imported",
+    "LatencyModel",
+    "Learned",
+    "Learning",
+    "Learnt",
     "Prediction",
     "Predictor",
     "Proof",
@@ -31,11 +38,18 @@ __all__ = [
     "device_folder",
     "feature_groups",
     "features",
+    "find_model",
+    "find_sources",
     "find_table",
+    "import_file",
+    "import_networks",
     "import_table",
+    "learn",
     "load_device",
+    "load_model",
     "op_counts",
     "prove",
+    "prove_learned",
     "read_proof",
     "transfer",
 ]

@@ -20,6 +20,9 @@ _KINDS = (
 _PER_KIND = ("ops", "macs", "elements")
 NAMES = (*(f"{kind}_{what}" for kind in _KINDS for what in _PER_KIND), "depth", "parameters", "input_elements")
 
+_COUNTS = np.array([name.endswith("_ops") or name == "depth" for name in NAMES])
+_PART = 1024  # networks at a time, so that what is made of them stays in cache
+
 
 def features(network: Network) -> dict[str, float]:
     """Of a network, by the names in `NAMES`.
@@ -30,16 +33,54 @@ def features(network: Network) -> dict[str, float]:
     """
     totals = np.sum([_totals(b.graph) for b in network.blocks], axis=0)
     values = np.r_[totals, math.prod(network.input)]
-    counts = [name.endswith("_ops") or name == "depth" for name in NAMES]
-    return dict(zip(NAMES, np.where(counts, values, np.log1p(values)).tolist(), strict=True))
+    return dict(zip(NAMES, _scaled(values[None])[0].tolist(), strict=True))
 
 
 def feature_groups(space: Space, genotypes: Genotypes) -> list[Floats]:
-    """Of genotypes [n, genes], two groups of columns: `features`, and log(1 + MACs) by position, [n, positions]."""
-    checked = space.check(genotypes)
-    totals = np.array([list(features(space.decode(g)).values()) for g in checked])
-    macs = [c[b] for c, b in zip(space.costs(cost.macs), space.branches(checked).T, strict=True)]
-    return [totals, np.log1p(np.stack(macs, 1))]
+    """Of genotypes [n, genes], two groups of columns: `features`, and log(1 + MACs) by position.
+
+    Columns in which no two networks of the space differ are left out.
+
+    Raises:
+        SpaceError: they are of another space.
+    """
+    return branch_groups(space, space.branches(genotypes))
+
+
+def branch_groups(space: Space, branches: NDArray[np.int32]) -> list[Floats]:
+    """`feature_groups` of networks given by their branches [n, positions]."""
+    totals, counts, macs = _by_branch(space)
+    sums = np.zeros((len(branches), len(counts)))
+    for start in range(0, len(branches), _PART):
+        part = slice(start, start + _PART)
+        for position, of in totals.items():
+            sums[part] += of.take(branches[part, position], axis=0)  # whole numbers: in any order the same
+    by_position = [of[branches[:, position]] for position, of in macs.items()]
+    return [_scaled(sums, counts), np.stack(by_position, axis=1) if macs else np.zeros((len(branches), 0))]
+
+
+def _scaled(values: Floats, counts: NDArray[np.bool_] = _COUNTS) -> Floats:
+    """Quantities [n, columns] as they are told: counts as they are, of all others the logarithm."""
+    out = values.copy()
+    out[:, ~counts] = np.log1p(values[:, ~counts])
+    return out
+
+
+@functools.lru_cache(maxsize=4)
+def _by_branch(space: Space) -> tuple[dict[int, Floats], NDArray[np.bool_], dict[int, Floats]]:
+    """Of `space`: additive quantities [branches, columns] by position, of which columns, those that vary.
+
+    Then which columns are counts; and log(1 + MACs) [branches] of the positions where they vary.
+    """
+    totals = [np.zeros((len(p.branches), len(NAMES))) for p in space.positions]
+    for number, (position, of) in enumerate(zip(space.positions, totals, strict=True)):
+        for row, block in zip(of, position.branches, strict=True):
+            if block is not None:
+                row[:-1] = _totals(block.graph)
+                row[-1] = 0 if number else math.prod(block.graph.input)
+    varies = np.any([np.ptp(of, axis=0) > 0 for of in totals], axis=0)
+    macs = {number: np.log1p(c) for number, c in enumerate(space.costs(cost.macs)) if np.ptp(c) > 0}
+    return {number: of[:, varies] for number, of in enumerate(totals)}, _COUNTS[varies], macs
 
 
 @functools.lru_cache(maxsize=65536)

@@ -1,6 +1,7 @@
 """Latency tables that others published, as tables of a space: every block of the space is looked up in theirs.
 
 A block that has no entry is left out and told, never invented; `nas.latency.find_table` then says what is missing.
+Networks that somebody measured whole become a learned model instead (`import_networks`).
 """
 
 import csv
@@ -9,6 +10,7 @@ import hashlib
 import io
 import json
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,14 +21,20 @@ import numpy as np
 from nas import blocks, catalog, cost
 from nas.config import Device, nearest
 from nas.errors import DeviceError, LatencyError
-from nas.files import write_text
+from nas.files import write_json, write_text
 from nas.latency.calibration import Correction, calibrate
 from nas.latency.device import load_device
 from nas.latency.entry import Entry
+from nas.latency.learned import About, Learned, date_of, learn, prove_learned, require_unit
+from nas.latency.proof import Proof
+from nas.latency.shelf import find_sources
 from nas.latency.table import Anchor, Table
+from nas.latency.transfer import KnownDevices
 from nas.ops import Add, Conv, Graph, Shape
 from nas.space import Space
 
+NETWORKS = "networks"  # the form of a CSV of networks measured whole
+_ROLES = ("random", "chosen", "held-out")
 UNITS = {"ms": 1.0, "us": 1e-3, "s": 1e3}  # in milliseconds
 
 # Multiply-adds of blocks per second of their latencies. Microcontrollers at batch 1 are below, data-centre GPUs above
@@ -67,6 +75,133 @@ class Imported(msgspec.Struct, frozen=True):
         return f"{found}; {len(self.missing)} {have} no entry in the file and no latency, the first `{self.missing[0]}`"
 
 
+class Learnt(msgspec.Struct, frozen=True):
+    """The model learned from a file's networks, where it was written, its proof, and what was left out."""
+
+    model: Learned
+    path: Path
+    proof: Proof
+    left_out: int  # rows without a latency
+
+    def __str__(self) -> str:
+        empty = f"; {self.left_out} rows have no latency and are left out" if self.left_out else ""
+        return f"{self.path}: learned from {len(self.model.measured)} networks{empty}\n{self.proof}"
+
+
+def import_file(file: str | Path, *, form: str, **options: Any) -> Imported | Learnt:
+    """`import_networks` if `form` is "networks", else `import_table`, with the same options."""
+    return import_networks(file, **options) if form == NETWORKS else import_table(file, form=form, **options)
+
+
+def import_networks(
+    file: str | Path, *, space: Space, device: str, out: str | Path | None = None, unit: str | None = None
+) -> Learnt:
+    """Writes the model learned from networks that somebody measured whole, as `import_table` does a table.
+
+    FILE is a CSV with a header line; `nas measure SPACE --networks 20 --bundle out/` writes one to fill in.
+
+    | column | |
+    |---|---|
+    | `genotype` | of a network: its genes, separated by blanks |
+    | `latency_ms` | empty where it was not measured |
+    | `role` | "random" or "chosen": learned from; "held-out": for the proof; left out: learned from, drawn at random |
+    | `model` | its file; not read |
+
+    Raises:
+        LatencyError: the file is not of that format, has too few networks, or is not in milliseconds; no known device
+            has a table of the space.
+        SpaceError: a genotype is of another space.
+        DeviceError, RunError: as `import_table`.
+    """
+    path = Path(file)
+    if unit is not None and unit not in UNITS:
+        raise LatencyError(f"unknown unit `{unit}` of latencies.{nearest(unit, UNITS, kind='unit')}")
+    try:
+        data = path.read_bytes()
+        networks, left_out = _networks(path, data.decode("utf-8-sig"), space)
+    except (OSError, UnicodeDecodeError) as e:
+        raise LatencyError(f"{path}: cannot read these networks: {e}. Check the path.") from e
+    sources = find_sources(space)
+    folder = Path("latency_models") / device if out is None else Path(out)
+    about, toml = _device(device, folder, path)
+    fit, held_out = ([n for n in networks if (n.role == "held-out") == proof] for proof in (False, True))
+    genotypes, of_proof = (
+        np.array([n.genotype for n in of], np.uint8).reshape(len(of), len(space.sizes)) for of in (fit, held_out)
+    )
+    factor = UNITS[unit or "ms"]
+    fit_ms, proof_ms = (np.array([n.latency_ms for n in of]) * factor for of in (fit, held_out))
+    if unit is None and fit:
+        macs = space.price(genotypes, space.costs(cost.macs)).sum() * about.batch
+        _require_rate(path, float(macs / fit_ms.sum() / 1e6))
+        known = KnownDevices(space, tuple(table for _, table in sources))
+        require_unit(known, genotypes, fit_ms)
+    model = learn(
+        About(
+            device=about.device,
+            runtime=about.runtime,
+            runtime_version="",
+            precision=about.precision[0],
+            threads=about.threads,
+            batch=about.batch,
+            hardware=about.hardware,
+            date=date_of(time.time()),
+            command=f"nas import {path.name} --format {NETWORKS} --space {space.name} --device {device}",
+            notes=(f"imported from {path.name}, sha256 {hashlib.sha256(data).hexdigest()}", "the date is that of it"),
+            licence=about.licence,
+        ),
+        space,
+        sources,
+        genotypes,
+        fit_ms,
+        at_random=[n.role != "chosen" for n in fit],
+    )
+    proof = prove_learned(model, of_proof, proof_ms)
+    if toml is not None:
+        write_text(folder / "device.toml", toml)
+    where = model.save(folder / space.name)
+    write_json(where.parent / "proof.json", {"precisions": {model.precision: msgspec.to_builtins(proof)}})
+    return Learnt(model, where, proof, left_out)
+
+
+class _Whole(msgspec.Struct, frozen=True):
+    """A row of a CSV of networks."""
+
+    genotype: tuple[int, ...]
+    latency_ms: float
+    role: str
+
+
+def _networks(path: Path, text: str, space: Space) -> tuple[list[_Whole], int]:
+    """The networks that have a latency, and how many rows have none."""
+    reader = csv.DictReader(io.StringIO(text))
+    known, columns = {"genotype", "latency_ms", "role", "model"}, set(reader.fieldnames or ())
+    if not {"genotype", "latency_ms"} <= columns <= known:
+        raise LatencyError(
+            f"{path}, line 1: the columns are {', '.join(sorted(map(str, columns))) or 'missing'}. `genotype` and "
+            f"`latency_ms` are needed; `role` and `model` are possible."
+        )
+    found, left_out = [], 0
+    for row in reader:
+        where = f"{path}, line {reader.line_num}"
+        role = (row.get("role") or "random").strip()
+        if role not in _ROLES:
+            raise LatencyError(f"{where}: unknown role `{role}`.{nearest(role, _ROLES, kind='role')}")
+        if not (row["latency_ms"] or "").strip():
+            left_out += 1
+            continue
+        genotype = _genotype(where, row["genotype"], space)
+        found.append(_Whole(genotype, _positive(where, "latency_ms", row["latency_ms"]), role))
+    return found, left_out
+
+
+def _genotype(where: str, text: str, space: Space) -> tuple[int, ...]:
+    try:
+        genes = tuple(int(g) for g in text.split())
+    except ValueError as e:
+        raise LatencyError(f"{where}: `genotype` is {text!r}: whole numbers are needed.") from e
+    return tuple(map(int, space.check(genes)))
+
+
 def import_table(
     file: str | Path,
     *,
@@ -93,7 +228,7 @@ def import_table(
         DeviceError: the device is this machine, which is measured, or its name cannot be a folder's.
         RunError: the folder cannot be written to.
     """
-    for what, name, known in (("format", form, FORMATS), ("unit", unit or "ms", UNITS)):
+    for what, name, known in (("format", form, [*FORMATS, NETWORKS]), ("unit", unit or "ms", UNITS)):
         if name not in known:
             raise LatencyError(f"unknown {what} `{name}` of a latency table.{nearest(name, known, kind=what)}")
     path = Path(file)
@@ -249,12 +384,8 @@ def comma_separated(path: Path, text: str, space: Space) -> Published:
     for row in reader:
         where = f"{path}, line {reader.line_num}"
         latency_ms = _positive(where, "latency_ms", row["latency_ms"])
-        if genotype := (row.get("genotype") or "").split():
-            try:
-                genes = tuple(int(g) for g in genotype)
-            except ValueError as e:
-                raise LatencyError(f"{where}: `genotype` is {row['genotype']!r}: whole numbers are needed.") from e
-            anchors.append(Anchor(tuple(map(int, space.check(genes))), latency_ms))
+        if (row.get("genotype") or "").strip():
+            anchors.append(Anchor(_genotype(where, row["genotype"], space), latency_ms))
             continue
         key = _key_of(where, row, space)
         if key in samples:
@@ -408,7 +539,11 @@ def _scaled(published: Published, factor: float) -> Published:
 def _require_plausible(path: Path, published: Published, space: Space, batch: int) -> None:
     """The latencies could be milliseconds, given the MACs."""
     macs = sum(cost.macs(space.blocks()[key][0].graph) for key in published.samples) * batch
-    gmacs = macs / sum(s.latency_ms for s in published.samples.values()) / 1e6
+    _require_rate(path, macs / sum(s.latency_ms for s in published.samples.values()) / 1e6)
+
+
+def _require_rate(path: Path, gmacs: float) -> None:
+    """Some device could make so many billion multiply-adds a second."""
     if not _SLOWEST_GMACS <= gmacs <= _FASTEST_GMACS:
         likely = "s" if gmacs > _FASTEST_GMACS else "us"
         raise LatencyError(

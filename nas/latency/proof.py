@@ -21,6 +21,32 @@ class Row(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     p90_ms: float | None = None  # of single samples, on the machine as busy as it was
 
 
+class Learning(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Of a learned model, beside the simplest answer: the most similar known device, scaled."""
+
+    measured: int  # networks that it was learned from
+    held_out: bool  # False: the proof is of those very networks, each predicted from all others
+    coverage: float  # share of the proof's networks whose latency is in their 80 % interval
+    similar: str  # that device, and its precision
+    similar_mape: float  # on the proof's networks
+    similar_within_10: float
+    similar_tau: float | None  # None where it predicts one value for all
+    left_out_mape: float  # of the networks that it was learned from, each predicted from all others
+    left_out_similar_mape: float
+
+    def __str__(self) -> str:
+        crossed = (
+            f"; each of the {self.measured} measured predicted from the others {self.left_out_mape:.1%} (against "
+            f"{self.left_out_similar_mape:.1%})"
+        )
+        order = "no order" if self.similar_tau is None else f"Kendall tau {self.similar_tau:.2f}"
+        return (
+            f"80 % intervals hold {self.coverage:.0%}; the most similar known device ({self.similar}), scaled: error "
+            f"{self.similar_mape:.1%}, {self.similar_within_10:.0%} within 10 %, {order}"
+            f"{crossed if self.held_out else ''}"
+        )
+
+
 class Proof(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Errors are relative to the measured latency. Worth only as much as `repeat_mape` lets it be."""
 
@@ -43,9 +69,14 @@ class Proof(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     date: str = ""  # of the measuring, ISO 8601, UTC: that of the table, or a later one
     table: str = ""  # `Table.digest` of the table that it is of; empty in proofs that are older than this field
     doubt: str = ""  # why it says nothing of the table that it lies beside
+    learned: Learning | None = None  # of a learned model
 
     def __str__(self) -> str:
         repeat = "" if self.repeat_mape is None else f"; measured against itself {self.repeat_mape:.1%}"
+        if self.learned is not None:
+            repeat += f"; {self.learned}"
+        held_out = self.learned is None or self.learned.held_out
+        networks = "held-out networks" if held_out else "networks, each predicted from all others"
         order = f"no order: {self.no_order}"
         if self.kendall_tau is not None:
             order = f"Kendall tau {_within(self.kendall_tau, self.tau_low, self.tau_high)}"
@@ -53,7 +84,7 @@ class Proof(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             order += f", Spearman {_within(self.spearman, self.spearman_low, self.spearman_high)}"
         doubt = f"{self.doubt}: " if self.doubt else ""
         return (
-            f"{doubt}{self.networks} held-out networks: error {self.mape:.1%} ({self.bias:+.1%} on average), "
+            f"{doubt}{self.networks} {networks}: error {self.mape:.1%} ({self.bias:+.1%} on average), "
             f"{self.within_5:.0%} within 5 %, {self.within_10:.0%} within 10 %, {order}{repeat}"
         )
 

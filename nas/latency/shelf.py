@@ -6,6 +6,8 @@ import msgspec
 
 from nas import catalog
 from nas.errors import DeviceError, LatencyError, UnmeasuredBlock
+from nas.latency.learned import Learned
+from nas.latency.model import LatencyModel
 from nas.latency.proof import Proof
 from nas.latency.table import Table
 from nas.space import Space
@@ -63,6 +65,68 @@ def find_table(name: str, precision: str, space: Space) -> tuple[Table, Proof | 
         f"`nas measure {space.name} --device {folder.name}`; a table that others published is read by `nas import FILE "
         f"--format FORMAT --space {space.name} --device {folder.name}`."
     )
+
+
+def find_model(name: str, precision: str, space: Space) -> tuple[LatencyModel, Proof | None]:
+    """What the folder of device `name` has that knows all networks of `space`, and its proof, if it has one.
+
+    A table as of `find_table`, or a model learned for this very space; of both the newer one.
+
+    Raises:
+        DeviceError, UnmeasuredBlock, LatencyError: as `find_table`.
+    """
+    where = device_folder(name) / space.name
+    if not (where / f"learned.{precision}" / "model.json").exists():
+        return find_table(name, precision, space)
+    learned = Learned.load(where, precision, space)
+    try:
+        table, proof = find_table(name, precision, space)
+    except UnmeasuredBlock:
+        table, proof = None, None
+    if table is not None and table.date > learned.date:
+        return table, proof
+    proof = read_proof(where / f"learned.{precision}" / "proof.json", precision)
+    return learned, None if proof is None else proof.beside(learned.digest)
+
+
+def load_model(folder: Path, precision: str, space: Space) -> LatencyModel:
+    """What was saved to `folder`: a table, or a model learned for `space`.
+
+    Raises:
+        LatencyError: missing, damaged, or edited by hand.
+    """
+    if (folder / f"learned.{precision}" / "model.json").exists():
+        return Learned.load(folder, precision, space)
+    return Table.load(folder, precision)
+
+
+def find_sources(space: Space) -> list[tuple[str, Table]]:
+    """(name of the device, table) of every device, and precision, whose folder has a table that prices `space`.
+
+    Those of the device that is to be learned among them: sums that are wrong by themselves still tell a lot.
+
+    Raises:
+        LatencyError: there is none; a table is damaged.
+    """
+    found: list[tuple[str, Table]] = []
+    wanted = space.blocks().keys()
+    for name in catalog.list_devices():
+        folder = device_folder(name)
+        kept = sorted(folder.glob("*/table.*.csv"), key=lambda p: (p.parent.name != space.name, str(p)))
+        done: set[str] = set()
+        for path in kept:
+            precision = path.name.split(".")[1]
+            if precision not in done and wanted <= (table := Table.load(path.parent, precision)).entries.keys():
+                found.append((name, table))
+                done.add(precision)
+    if not found:
+        raise LatencyError(
+            f"no device has a table of all blocks of space {space.name!r}, for {space.classes} classes and images of "
+            f"{_sides(space)} pixels. Networks measured whole say little alone: other devices' latencies of all "
+            f"networks say most of the rest. Make a table of this machine, which takes minutes: "
+            f"`nas measure {space.name} --device host_onnxruntime --as this_machine`."
+        )
+    return found
 
 
 def _sides(space: Space) -> str:

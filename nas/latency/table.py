@@ -144,6 +144,27 @@ class Table(_Header, frozen=True, kw_only=True):
         """
         return float(np.median(np.asarray(anchors_ms) / [a.measured_ms for a in self.anchors]))
 
+    @property
+    def basis(self) -> str:
+        """How sums of blocks are corrected, in a line."""
+        return self.correction.choice
+
+    @property
+    def caveat(self) -> str:
+        """Nothing: what is reachable is exact."""
+        return ""
+
+    def bound(self, space: Space, genotypes: Genotypes) -> NDArray[np.float64]:
+        """What a limit is held against [n]: `price`. How far a table errs is known for all networks, not for each."""
+        return self.price(space, genotypes)
+
+    def interval_ms(self, network: Network) -> None:
+        """Not known for single networks: the table's proof says how far it errs."""
+
+    def without(self, unsupported: dict[str, str]) -> "Table":
+        """The same table, but all of these blocks (key -> why) count as ones that the device cannot run."""
+        return msgspec.structs.replace(self, unsupported=unsupported)
+
     def save(self, folder: Path) -> Path:
         """Writes both files to `folder`, each atomically; returns the path of the CSV.
 

@@ -11,6 +11,7 @@ from nas.data import Dataset
 from nas.export import Runtime
 from nas.files import write_bytes, write_json, write_text
 from nas.fold import fold
+from nas.latency import LatencyModel
 from nas.ops import Graph, flatten
 from nas.pipeline.finish import Finished, finished
 from nas.pipeline.job import Job
@@ -98,7 +99,7 @@ def card(job: Job, made: Finished) -> str:
     height, width, channels = spec.shape
     classes = made.architecture.classes
     predicted = ", ".join(
-        f"{table.network_ms(made.architecture.network):.4g} ms in {precision}"
+        f"{table.network_ms(made.architecture.network):.4g} ms in {precision}{_interval(table, made)}"
         for precision, table in job.tables.items()
     )
     measured = f"Accuracy {'and latency ' if job.device.at_hand else ''}measured in {job.runtime_name}"
@@ -129,6 +130,12 @@ Classifies {height}x{width} images with {channels} channel{"s" if channels > 1 e
 |---|---|---|
 {blocks}
 """
+
+
+def _interval(model: LatencyModel, made: Finished) -> str:
+    """In words, where it is known."""
+    ends = model.interval_ms(made.architecture.network)
+    return "" if ends is None else f" (80 % interval {ends[0]:.4g} to {ends[1]:.4g})"
 
 
 def _usage(job: Job, spec: Input) -> str:

@@ -15,7 +15,7 @@ from nas.data import Dataset, load_data
 from nas.errors import LimitError, RunError
 from nas.export import RUNTIMES, Runtime
 from nas.files import read_as
-from nas.latency import Table, load_device
+from nas.latency import LatencyModel, load_device, load_model
 from nas.measure import runtime_class
 from nas.runfolder import RunFolder
 from nas.space import Space, load_space
@@ -93,11 +93,11 @@ class Job:
         return Supernet(self.space)
 
     @functools.cached_property
-    def tables(self) -> dict[str, Table]:
-        """The latency table of each precision."""
+    def tables(self) -> dict[str, LatencyModel]:
+        """The latency table, or learned model, of each precision."""
         self.folder.require("measure")
         then = read_as(self.path / "environment.json", _Environment, stage="measure")
-        tables = {p: Table.load(self.path / "latency", p) for p in self.device.precision}
+        tables = {p: load_model(self.path / "latency", p, self.space) for p in self.device.precision}
         now = {"space": self.space.digest, "data": self.data.digest}
         before = {"space": then.space.digest, "data": then.data.digest}
         now |= {f"{p} latency table": table.digest for p, table in tables.items()}
@@ -131,7 +131,8 @@ class Job:
         Raises:
             LimitError: no network of the space can meet it.
         """
-        fastest_ms, _, slowest_ms, _ = self.tables[self.precision].reachable(self.space)
+        model = self.tables[self.precision]
+        fastest_ms, _, slowest_ms, _ = model.reachable(self.space)
         asked = self.experiment.limit.at_most
         if asked is None:
             limit_ms = slowest_ms
@@ -143,14 +144,16 @@ class Job:
             raise LimitError(
                 f"the limit is {limit_ms:g} ms, but the fastest network of space {self.space.name!r} takes "
                 f"{fastest_ms:.4g} ms on {self.experiment.device} in {self.precision} (the slowest {slowest_ms:.4g} "
-                f"ms). Set `at_most` of objective latency_ms between these, or choose another space or smaller images."
+                f"ms{_also(model.caveat)}). Set `at_most` of objective latency_ms between these, or choose another "
+                f"space or smaller images."
             )
-        return Limit(limit_ms, "none" if asked is None else str(asked), fastest_ms, slowest_ms)
+        return Limit(limit_ms, "none" if asked is None else str(asked), fastest_ms, slowest_ms, model.caveat)
 
     def say_limit(self) -> None:
         """Tells the limit, or that it is impossible."""
         limit = self.limit
-        self.console.say(f"limit: {limit.ms:.4g} ms (reachable: {limit.fastest_ms:.4g} to {limit.slowest_ms:.4g} ms)")
+        reachable = f"{limit.fastest_ms:.4g} to {limit.slowest_ms:.4g} ms"
+        self.console.say(f"limit: {limit.ms:.4g} ms (reachable: {reachable}{_also(limit.caveat)})")
 
     def supernet_params(self) -> dict[str, Any]:
         """The trained weights of the supernet.
@@ -188,7 +191,7 @@ class Job:
             picks = {n: functools.partial(_pick, name=n, level=k) for n, k in zip(names, levels, strict=True)}
             rows.append(self.space.uniform(**picks))
         candidates = np.unique(np.stack(rows), axis=0)
-        latency_ms = self.tables[self.precision].price(self.space, candidates)
+        latency_ms = self.tables[self.precision].bound(self.space, candidates)
         if not np.isfinite(latency_ms).any():  # each has a block that the device cannot run
             return self.ends()[0]
         within = latency_ms <= self.limit.ms
@@ -202,13 +205,13 @@ def _written_for(device: Device) -> Device:
     return msgspec.structs.replace(device, runtime="onnxruntime")
 
 
-def together(tables: dict[str, Table]) -> dict[str, Table]:
-    """Tables of one device's precisions, by precision: a block that one of them cannot run counts so in all.
+def together(tables: dict[str, LatencyModel]) -> dict[str, LatencyModel]:
+    """Latency models of one device's precisions, by precision: a block that one of them cannot run counts so in all.
 
     A winner is delivered in every precision, so it must run in every one.
     """
     unsupported = {key: why for table in tables.values() for key, why in table.unsupported.items()}
-    return {p: msgspec.structs.replace(t, unsupported=unsupported) for p, t in tables.items()}
+    return {p: t.without(unsupported) for p, t in tables.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -219,6 +222,11 @@ class Limit:
     asked: str
     fastest_ms: float
     slowest_ms: float
+    caveat: str = ""  # what these are, where they are not latencies and exact
+
+
+def _also(caveat: str) -> str:
+    return f"; {caveat}" if caveat else ""
 
 
 def _pick(values: tuple[Any, ...], *, name: str, level: int) -> Any:

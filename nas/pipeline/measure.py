@@ -12,7 +12,7 @@ import msgspec
 
 from nas.errors import DeviceError
 from nas.files import write_json
-from nas.latency import Proof, Table, find_table
+from nas.latency import LatencyModel, Proof, find_model
 from nas.measure import hardware
 from nas.measure import measure as measure_table
 from nas.pipeline.job import Job, together
@@ -37,7 +37,7 @@ def measure(job: Job) -> None:
         )
     job.space  # noqa: B018  data and space are checked, and told, before the measuring begins
     proofs: dict[str, Any] = {}
-    tables = {}
+    tables: dict[str, LatencyModel] = {}
     for precision in job.device.precision:
         table, proof = (_measured if job.device.at_hand else _kept)(job, precision)
         table.save(job.path / "latency")
@@ -46,7 +46,7 @@ def measure(job: Job) -> None:
             job.console.say("  it has no proof: how well it predicts networks is not known")
             continue
         proofs[precision] = msgspec.to_builtins(proof)
-        job.console.say(f"  {table.correction.choice}")
+        job.console.say(f"  {table.basis}")
         job.console.say(f"  {proof}")
     write_json(job.path / "latency" / "proof.json", {**proofs.get(job.precision, {}), "precisions": proofs})
     copy_space(job.experiment.space, job.path)
@@ -56,7 +56,7 @@ def measure(job: Job) -> None:
         shutil.rmtree(work)
 
 
-def _measured(job: Job, precision: str) -> tuple[Table, Proof | None]:
+def _measured(job: Job, precision: str) -> tuple[LatencyModel, Proof | None]:
     """The table, measured on this machine."""
     job.console.start(f"measure: {len(job.space.blocks())} blocks in {precision} on {job.experiment.device}")
     work = job.path / f".measuring.{precision}"
@@ -72,11 +72,11 @@ def _measured(job: Job, precision: str) -> tuple[Table, Proof | None]:
     )
 
 
-def _kept(job: Job, precision: str) -> tuple[Table, Proof | None]:
-    """The table that lies in the device's folder: the device is not at hand, so that nothing is measured."""
-    table, proof = find_table(job.experiment.device, precision, job.space)
+def _kept(job: Job, precision: str) -> tuple[LatencyModel, Proof | None]:
+    """The table or learned model in the device's folder: it is not at hand, so that nothing is measured."""
+    table, proof = find_model(job.experiment.device, precision, job.space)
     job.console.start(
-        f"measure: {job.device.device} is not at hand; its {precision} table was {table.kind} by `{table.command}`"
+        f"measure: {job.device.device} is not at hand; its {precision} latencies were {table.kind} by `{table.command}`"
     )
     return table, proof
 
@@ -92,7 +92,7 @@ def environment(job: Job, tables: dict[str, str]) -> dict[str, Any]:
         "versions": {name: version(name) for name in _PACKAGES},
         "runtime": f"{job.device.runtime} {job.runtime.version() if job.device.at_hand else ''}".strip(),
         "seed": job.experiment.seed,
-        "git_commit": _git_commit(),
+        "git_commit": git_commit(),
         "space": {
             "name": space.name,
             "digest": space.digest,
@@ -122,7 +122,7 @@ def version(package: str) -> str | None:
         return None
 
 
-def _git_commit() -> str | None:
+def git_commit() -> str | None:
     """The commit of the checkout that the package runs from, with "+changes" where it was edited; None elsewhere."""
     here = Path(__file__).resolve().parents[2]
     if not (here / ".git").exists():

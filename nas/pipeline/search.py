@@ -88,7 +88,7 @@ def make_problem(job: Job) -> Problem:
         sizes=space.sizes,
         canonical=space.canonical,
         cheap=lambda genotypes: table.price(space, genotypes)[:, None],
-        feasible=lambda genotypes: table.price(space, genotypes) <= limit.ms,
+        feasible=lambda genotypes: table.bound(space, genotypes) <= limit.ms,
         smallest=smallest,
         digest=hashlib.sha256(json.dumps(meaning).encode()).hexdigest()[:16],
         total=len(job.data.val.labels),

@@ -46,6 +46,7 @@ def summary(job: Job) -> dict[str, Any]:
         "limit_ms": job.limit.ms,
         "limit": job.limit.asked,
         "reachable_ms": [job.limit.fastest_ms, job.limit.slowest_ms],
+        "reachable_caveat": job.limit.caveat,
         "winner": winner,
         "winners": winners,
         "baselines": baselines,
@@ -78,6 +79,8 @@ def verdict_of(winner: dict[str, Any], hand: dict[str, Any], *, limit_ms: float,
     measured = winner["comparable_ms"] is not None
     ms, hand_ms = (e["comparable_ms"] if measured else e["predicted_ms"] for e in (winner, hand))
     how = f"measured ({winner['predicted_ms']:.4g} predicted)" if measured else "predicted"
+    if not measured and winner.get("predicted_low_ms") is not None:
+        how += f" (80 % interval {winner['predicted_low_ms']:.4g} to {winner['predicted_high_ms']:.4g})"
     lead = (
         f"{refused}Best network within {limit_ms:.4g} ms: top-1 {winner['accuracy']:.2%} on {test_images} test images, "
         f"{ms:.4g} ms {how}, {winner['size_bytes']:,} bytes."
@@ -85,7 +88,7 @@ def verdict_of(winner: dict[str, Any], hand: dict[str, Any], *, limit_ms: float,
     over = ms / limit_ms - 1
     late = f" That is {over:.1%} over the limit." if over > 0 else ""
     if not measured:
-        late += " The device is not at hand: its latency was NOT measured, and all milliseconds are its table's."
+        late += " The device is not at hand: its latency was NOT measured, and all milliseconds are predictions."
     level = winner["machine_level"] - 1 if measured else 0.0
     if abs(level) > 0.05:
         late += (
@@ -130,6 +133,8 @@ def _entry(job: Job, made: Finished) -> dict[str, Any]:
             "latency_ms": v.latency_ms.median,
             "comparable_ms": v.comparable_ms,
             "predicted_ms": v.latency_ms.predicted,
+            "predicted_low_ms": v.latency_ms.predicted_low,
+            "predicted_high_ms": v.latency_ms.predicted_high,
             "machine_level": v.machine_level,
             "size_bytes": v.size_bytes,
             "passed": v.passed,

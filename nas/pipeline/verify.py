@@ -26,7 +26,7 @@ RELATIVE_TOLERANCE = 1e-3  # of float32 logits, relative to the largest
 _WAIT_SECONDS = 900.0  # for another measuring on this machine: nobody may be watching a run when it comes so far
 
 
-class Latency(msgspec.Struct, frozen=True):
+class Latency(msgspec.Struct, frozen=True, omit_defaults=True):
     """Milliseconds: percentiles of the samples as they came, and what the table said.
 
     Nothing but the prediction is known where the device is not at hand.
@@ -36,6 +36,8 @@ class Latency(msgspec.Struct, frozen=True):
     p10: float | None
     p90: float | None
     predicted: float
+    predicted_low: float | None = None  # the 80 % interval of the prediction, where it is known
+    predicted_high: float | None = None
 
 
 class Verdict(msgspec.Struct, frozen=True, kw_only=True):
@@ -90,6 +92,8 @@ def _words(verdict: Verdict) -> str:
     ms, how = verdict.comparable_ms, ""
     if ms is None:
         ms, how = verdict.latency_ms.predicted, " predicted, not measured"
+        if (low := verdict.latency_ms.predicted_low) is not None:
+            how += f" (80 % interval {low:.4g} to {verdict.latency_ms.predicted_high:.4g} ms)"
     refused = "" if verdict.passed else f" REFUSED: {verdict.reason}"
     return f"top-1 {verdict.accuracy:.2%} at {ms:.4g} ms{how}{refused}"
 
@@ -123,7 +127,7 @@ def _measured(job: Job, networks: Sequence[Finished]) -> dict[tuple[str, str], d
     for (name, precision), predicted in _predictions(job, networks).items():
         timing = timings[name, precision]
         out[name, precision] = {
-            "latency_ms": Latency(timing.median_ms, timing.p10_ms, timing.p90_ms, predicted),
+            "latency_ms": Latency(timing.median_ms, timing.p10_ms, timing.p90_ms, *predicted),
             "machine_level": level[precision],
             "comparable_ms": timing.latency_ms / level[precision],
         }
@@ -133,17 +137,20 @@ def _measured(job: Job, networks: Sequence[Finished]) -> dict[tuple[str, str], d
 def _predicted(job: Job, networks: Sequence[Finished]) -> dict[tuple[str, str], dict[str, Any]]:
     """What verdicts say of latency on a device that is not at hand."""
     job.console.say(
-        f"  latency: NOT measured, {job.device.device} is not at hand; its table's predictions are reported. Accuracy "
+        f"  latency: NOT measured, {job.device.device} is not at hand; predictions are reported. Accuracy "
         f"is that of {job.runtime_name} on this machine"
     )
     predictions = _predictions(job, networks).items()
-    return {of: {"latency_ms": Latency(None, None, None, predicted)} for of, predicted in predictions}
+    return {of: {"latency_ms": Latency(None, None, None, *predicted)} for of, predicted in predictions}
 
 
-def _predictions(job: Job, networks: Sequence[Finished]) -> dict[tuple[str, str], float]:
-    """Milliseconds by network and precision."""
+def _predictions(job: Job, networks: Sequence[Finished]) -> dict[tuple[str, str], tuple[float, ...]]:
+    """Milliseconds by network and precision, and the ends of their interval where it is known."""
     return {
-        (made.name, precision): table.network_ms(made.architecture.network)
+        (made.name, precision): (
+            table.network_ms(made.architecture.network),
+            *(table.interval_ms(made.architecture.network) or ()),
+        )
         for made in networks
         for precision, table in job.tables.items()
     }

@@ -81,6 +81,20 @@ class Pair(msgspec.Struct, frozen=True):
     measured_ms: float
 
 
+class Learning(msgspec.Struct, frozen=True):
+    """What the proof of a learned model says besides (nas.latency.proof.Learning)."""
+
+    measured: int
+    held_out: bool
+    coverage: float
+    similar: str
+    similar_mape: float
+    similar_within_10: float
+    similar_tau: float | None
+    left_out_mape: float
+    left_out_similar_mape: float
+
+
 class Agreement(msgspec.Struct, frozen=True):
     """How well a table predicts networks that it was not made from (nas.latency.Proof, less what is not shown)."""
 
@@ -93,6 +107,7 @@ class Agreement(msgspec.Struct, frozen=True):
     tau_high: float | None
     repeat_mape: float | None = None
     rows: tuple[Pair, ...] = ()
+    learned: Learning | None = None
     doubt: str = ""
 
 
@@ -113,6 +128,8 @@ class Outcome(msgspec.Struct, frozen=True):
     size_bytes: int
     file: str  # relative to the run folder
     passed: bool
+    predicted_low_ms: float | None = None  # the 80 % interval of the prediction, where it is known
+    predicted_high_ms: float | None = None
     machine_level: float | None = 1.0  # 1.1: measured while the machine was 10 % slower than for its table
 
     @property
@@ -164,6 +181,7 @@ class Summary(msgspec.Struct, frozen=True):
     refused: tuple[Refusal, ...]
     trials: int
     seconds: dict[str, float]  # of each stage
+    reachable_caveat: str = ""  # what `reachable_ms` is, where it is not exact
 
 
 class Spread(msgspec.Struct, frozen=True):

@@ -225,6 +225,31 @@ class Space:
                 part[:, number] = position.branch_of.take(position.index(columns), mode="clip")
         return out
 
+    def branches_of(self, network: Network) -> NDArray[np.int32]:
+        """Branch numbers [positions] of a network of this space.
+
+        Raises:
+            SpaceError: one of its blocks is not of this space.
+        """
+        out = np.array([p.branches.index(None) if None in p.branches else -1 for p in self.positions], np.int32)
+        for block in network.blocks:
+            if (found := self._places.get((block.name, block.graph.key))) is None:
+                raise SpaceError(f"block {block.name} (`{block.label}`) is none of space {self.name!r}'s.")
+            out[found[0]] = found[1]
+        if (out < 0).any():
+            raise SpaceError(f"a network of space {self.name!r} has a block at {self.positions[out.argmin()].name}.")
+        return out
+
+    @functools.cached_property
+    def _places(self) -> dict[tuple[str, str], tuple[int, int]]:
+        """(name and key of a block) -> (position, branch)."""
+        return {
+            (block.name, block.graph.key): (number, branch)
+            for number, position in enumerate(self.positions)
+            for branch, block in enumerate(position.branches)
+            if block is not None
+        }
+
     def decode(self, genotype: Any) -> Network:
         """The network of one genotype [genes]."""
         taken = self.branches(genotype)

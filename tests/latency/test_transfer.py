@@ -5,9 +5,10 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import pytest
+from synthetic_tables import a_table
 
 from nas.errors import LatencyError, SpaceError, UnmeasuredBlock
-from nas.latency import Correction, Entry, Table, Transfer, transfer
+from nas.latency import Transfer, transfer
 from nas.space import Space, load_space
 
 BENCHMARK = Path(__file__).parents[2] / "experiments" / "benchmarks" / "few_shot.py"
@@ -191,6 +192,25 @@ def test_the_simple_answer_gets_more_weight_where_it_is_right(known):
     assert 0 <= shares[0] < shares[1] <= 1
 
 
+def test_a_design_is_half_random_and_half_chosen_for_those(known):
+    features, latency, prior = known
+    rows, drawn = transfer.design(features, latency[:, :3], 11, np.random.default_rng(0), prior=prior)
+    assert len(set(rows.tolist())) == 11
+    assert drawn.tolist() == [True] * 6 + [False] * 5
+    chosen = transfer.choose(features, latency[:, :3], 5, prior=prior, given=rows[:6])
+    assert chosen.tolist() == rows[6:].tolist()
+
+
+def test_errors_on_chosen_networks_do_not_make_intervals(known):
+    features, latency, prior = known
+    rows, drawn = transfer.design(features, latency[:, :3], 20, np.random.default_rng(0), prior=prior)
+    truth = latency[rows, 3].copy()
+    fitted = transfer.fit(features, latency[:, :3], truth, rows, prior=prior, calibrating=drawn)
+    assert len(fitted.predictor.errors) == drawn.sum()
+    every = transfer.fit(features, latency[:, :3], truth, rows, prior=prior)
+    assert set(fitted.predictor.errors) < set(every.predictor.errors)
+
+
 @pytest.mark.parametrize("count", [0, -1, 301])
 def test_a_number_of_networks_that_cannot_be_chosen_is_refused(known, count):
     features, latency, prior = known
@@ -206,25 +226,12 @@ def space() -> Space:
     return load_space("digits_mixed", input_shape=(16, 16, 1), classes=10)
 
 
-def a_table(space: Space, seed: int) -> Table:
-    rng = np.random.default_rng(seed)
-    base = np.random.default_rng(99)  # what blocks cost everywhere
-    entries = {
-        key: Entry(float(base.lognormal(-5, 1) * rng.lognormal(0, 0.4)), 0.01, block.label, role, 15)
-        for key, (block, role) in space.blocks().items()
-    }
-    return Table(
-        device=f"device {seed}", runtime="onnxruntime", runtime_version="1", precision="float32", threads=1, batch=1,
-        hardware="none", space=space.name, space_digest=space.digest, date="2026-01-01T00:00:00+00:00",
-        command="nas measure", overhead_ms=0.005, correction=Correction(), anchors=(), entries=entries,
-    )  # fmt: skip
-
-
 def test_tables_and_a_few_genotypes_predict_a_space(space):
-    tables, new = [a_table(space, s) for s in range(3)], a_table(space, 7)
+    tables, new = tuple(a_table(space, s) for s in range(3)), a_table(space, 7)
+    known = transfer.KnownDevices(space, tables)
     rng = np.random.default_rng(0)
     measured, others = space.sample(rng, 30), space.sample(rng, 300)
-    found = transfer.fit_space(tables, space, measured, new.price(space, measured)).predict(others)
+    found = transfer.fit_space(known, measured, new.price(space, measured)).predict(others)
     truth = new.price(space, others)
     prices = np.stack([t.price(space, np.concatenate([measured, others])) for t in tables], 1)
     baseline = transfer.most_similar(prices, new.price(space, measured), np.arange(30))[30:]
@@ -236,14 +243,14 @@ def test_tables_and_genotypes_that_do_not_fit_are_refused(space):
     table = a_table(space, 0)
     measured = space.sample(np.random.default_rng(0), 10)
     with pytest.raises(LatencyError, match="no table of a known device"):
-        transfer.fit_space([], space, measured, np.ones(10))
+        transfer.KnownDevices(space, ())
     with pytest.raises(LatencyError, match=r"shape \(9,\): one for each of 10"):
-        transfer.fit_space([table], space, measured, np.ones(9))
+        transfer.fit_space(transfer.KnownDevices(space, (table,)), measured, np.ones(9))
     with pytest.raises(SpaceError, match="Is it of another space"):
-        transfer.fit_space([table], space, measured[:, :-1], np.ones(10))
+        transfer.fit_space(transfer.KnownDevices(space, (table,)), measured[:, :-1], np.ones(10))
     less = msgspec.structs.replace(table, entries=dict(list(table.entries.items())[1:]))
     with pytest.raises(UnmeasuredBlock):
-        transfer.fit_space([less], space, measured, np.ones(10))
+        transfer.fit_space(transfer.KnownDevices(space, (less,)), measured, np.ones(10))
 
 
 # real devices
@@ -278,11 +285,12 @@ def test_latency_of_a_gpu_bound_by_launches_is_predicted_beyond_sums_of_blocks(t
 def test_the_bars_of_transfer(tasks, task, margin):
     found = tasks[task]([10, 20, 50], 20, 3000)
     for count in (10, 20, 50):
-        for how in ("random", "chosen"):
+        for how in ("random", "chosen", "designed"):
             row = found[f"{how} {count}"]
             assert row["difference"]["spearman"]["mean"] > margin
             assert row["difference"]["within_10"]["low"] > 0
         assert 0.75 < found[f"random {count}"]["ours"]["coverage_80"]["mean"] < 0.85
+        assert 0.74 < found[f"designed {count}"]["ours"]["coverage_80"]["mean"] < 0.85
 
 
 @pytest.mark.slow

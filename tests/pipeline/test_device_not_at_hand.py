@@ -43,7 +43,7 @@ def test_a_whole_run_for_a_device_that_is_not_at_hand_reports_predictions_only(h
     table = import_tiny(here)
     assert nas_command("run", "tiny_experiment.toml", "--out", "run", "--device", "board") == 0
     said = capsys.readouterr().err
-    assert "board is not at hand; its float32 table was imported by `nas import board.csv" in said
+    assert "board is not at hand; its float32 latencies were imported by `nas import board.csv" in said
     assert "it has no proof" in said
     assert "latency: NOT measured, board is not at hand" in said
     assert " ms predicted, not measured" in said
