@@ -25,8 +25,12 @@ networks of MobileNetV3's spaces, * the form that was chosen. Tables were measur
     OpenVINO int8      32 px  4.57    3.04     2.48   3.83         2.48     1.98*        2.40
     XLA                32 px 4.86*    4.96     4.90   4.96         4.90     4.92         4.93
 
-Weights are most of it: 0.02 to 0.06 ms a megabyte of float32, 17 to 50 GB/s, and half of that in int8. What XLA lacks
-none of the forms has. In spaces of one type of block, block kinds and neighbours have little to tell.
+    ONNX Runtime, digits_mixed, two types of block, 30 anchors, 60 held-out networks, beside other work:
+                              3.67    2.82     2.80   2.82         2.65    1.98*         1.88
+
+Weights are most of it: 0.018 to 0.055 ms a megabyte in float32, which is 19 to 58 GB/s. What XLA lacks none of the
+forms has. Where all blocks are of one type, block kinds and neighbours have little to tell. More anchors help: with 24
+random ones in place of 16, OpenVINO's error at 32 px falls from 1.49 to 1.11 (means of 25 draws).
 """
 
 import dataclasses
@@ -216,7 +220,9 @@ def calibrate(
 def _choose(squares: Mapping[str, Floats]) -> str:
     """The simplest form that is within one standard error of the best, given squared errors [anchors] of each.
 
-    The one-standard-error rule (Breiman et al. 1984, Classification and Regression Trees, sec. 3.4.3).
+    The one-standard-error rule (Breiman et al. 1984, Classification and Regression Trees, sec. 3.4.3). Beside taking
+    the best itself it loses 0.0 to 0.2 points of error on held-out networks (25 draws of 16 and of 24 anchors of eight
+    tables), and where the truth is a scale and 3 % of noise it takes the scale in 54 of 60 draws of 16 anchors.
     """
     if not squares:
         return next(iter(FORMS))
