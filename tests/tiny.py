@@ -103,6 +103,8 @@ seconds = 0.5
 min_rounds = 5
 anchors = 3
 holdout = 5
+max_drift = 9.0  # other tests may run beside it
+max_busy = 1.0
 [train]
 epochs = 3.0
 batch_size = 32

@@ -18,7 +18,8 @@ from nas.measure.remote import Adb, Ssh, transport_of
 from nas.ondevice.results import RESULTS, read
 from nas.space import load_space
 
-QUICK = Latency(seconds=0.5, min_rounds=4, anchors=3, holdout=4, patience=1.0)
+# Other tests may run beside these, and take the CPU.
+QUICK = Latency(seconds=0.5, min_rounds=4, anchors=3, holdout=4, patience=1.0, max_busy=1.0, max_drift=9.0)
 
 # What the other machine does with a line of shell: in its own home folder, by the commands of its own `bin`.
 THERE = """#!{python}
