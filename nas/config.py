@@ -212,6 +212,7 @@ class Device(Strict, frozen=True):
 
     device: str  # in words
     runtime: str  # a name in nas.export.RUNTIMES; of hardware that is not the host, any
+    runtime_version: str = ""  # that its tables were measured with
     hardware: str = "host"  # "host": the machine that the run is on; else in words, and tables lie in its folder
     threads: int = 1
     batch: int = 1

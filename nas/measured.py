@@ -249,6 +249,7 @@ def keep(table: Table, proof: Proof, space: Space, device: Device, folder: Path,
     now = msgspec.structs.replace(
         known or device,
         hardware=table.hardware,
+        runtime_version=table.runtime_version,
         precision=tuple(dict.fromkeys(precisions)),
         source=table.command,
         date=table.date,
