@@ -14,11 +14,13 @@ from nas.search.problem import Problem
 from nas.search.random_search import random_search
 from nas.search.ray_executor import RayExecutor
 from nas.search.reinforce import reinforce
+from nas.search.settings import check_settings, make_strategy
 from nas.search.sms_emoa import sms_emoa
 from nas.search.strategy import Strategy, trial_rng
 from nas.search.successive_halving import successive_halving
 from nas.search.wrappers import feasible_only, warm_start
 
+# Called as `strategy(sizes, population=...)`; further keyword arguments are `search.settings` of an experiment.
 STRATEGIES = {
     "random": random_search,
     "grid": grid,
@@ -51,9 +53,11 @@ __all__ = [
     "Trials",
     "ageing_evolution",
     "bananas",
+    "check_settings",
     "feasible_only",
     "grid",
     "local_search",
+    "make_strategy",
     "nsga2",
     "nsga3",
     "random_search",

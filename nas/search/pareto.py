@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Matrix = NDArray[np.float64]  # [n, objectives]
+Reference = Sequence[float] | NDArray[np.float64]  # [objectives]
 
 
 def nondominated(costs: Matrix) -> NDArray[np.bool_]:
@@ -80,7 +81,7 @@ def order(costs: Matrix) -> NDArray[np.int64]:
     return np.lexsort((-crowding(costs, rank), rank))
 
 
-def hypervolume(costs: Matrix, reference: Sequence[float]) -> float:
+def hypervolume(costs: Matrix, reference: Reference) -> float:
     """The volume that `costs` [n, objectives] dominate below `reference` [objectives], the worst value of each.
 
     Exact for any number of objectives: a sort for two, O(n log n); a sweep over a grid row for three, O(n^2); beyond,
@@ -92,7 +93,7 @@ def hypervolume(costs: Matrix, reference: Sequence[float]) -> float:
     return _volume(*_below(costs, reference)[:2])
 
 
-def contributions(costs: Matrix, reference: Sequence[float]) -> NDArray[np.float64]:
+def contributions(costs: Matrix, reference: Reference) -> NDArray[np.float64]:
     """The volume [n] that each row of the front adds to the rest of the front.
 
     It is 0 for rows that are dominated, have an equal, or failed.
@@ -123,7 +124,7 @@ def contributions(costs: Matrix, reference: Sequence[float]) -> NDArray[np.float
     return out
 
 
-def _below(costs: Matrix, reference: Sequence[float]) -> tuple[Matrix, NDArray[np.float64], NDArray[np.int64]]:
+def _below(costs: Matrix, reference: Reference) -> tuple[Matrix, NDArray[np.float64], NDArray[np.int64]]:
     """The front of the rows better than `reference` everywhere, by its first cost; the reference; where they were."""
     corner = np.asarray(reference, np.float64)
     costs = np.asarray(costs, np.float64)

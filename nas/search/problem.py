@@ -26,7 +26,7 @@ class Problem:
     smallest: Genotype  # [g], feasible: infeasible wishes are walked towards it
     digest: str  # of space, latency table, limits and evaluation: a journal of another digest is not continued
     total: int  # images that a whole evaluation counts over: error = 1 - correct / total
-    cheap_names: tuple[str, ...] = ("latency_ms",)  # of the c cheap costs
+    cheap_names: tuple[str, ...] = ("latency_ms",)  # of the c cheap costs; a journal sorts them, so best sorted here
 
     @property
     def cost_names(self) -> tuple[str, ...]:
@@ -59,7 +59,12 @@ def without_share(genotype: Genotype, shares: Sequence[float], total: int) -> tu
     """The network's genes of a genotype of `with_shares`, and how many of `total` images it is evaluated on."""
     if len(shares) == 1:
         return genotype, total
-    return genotype[:-1], max(1, round(total * shares[genotype[-1]]))
+    return genotype[:-1], images_of(shares[genotype[-1]], total)
+
+
+def images_of(share: float, total: int) -> int:
+    """How many of `total` images a share is; at least one."""
+    return max(1, round(total * share))
 
 
 def choose(problem: Problem, rng: np.random.Generator, wishes: Genotypes, seen: set[bytes]) -> Genotype | None:

@@ -1,0 +1,160 @@
+"""What needs no evaluation: latencies, MACs and parameters as objectives and limits, and what the space can reach.
+
+All of these are sums over blocks, so their smallest and largest values over the whole space are found exactly, and with
+several limits at once either a network that meets them all or, mostly, a proof that there is none.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nas import cost
+from nas.config import Experiment
+from nas.errors import LimitError
+from nas.latency import find_table
+from nas.pipeline.job import Job
+from nas.space import Space
+from nas.space.space import Genotypes
+
+_ROUNDS = 200  # of weighing several limits against each other
+_STEP = 0.3  # by how much a weight changes in a round, at most: exp(0.3)
+
+Price = Callable[[Genotypes], NDArray[np.float64]]  # [n, genes] -> [n]
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """One exact cost. Networks with a block that a device cannot run cost infinitely much there."""
+
+    name: str
+    price: Price
+    bound: Price  # what a limit is held against; never below the price
+    least: float  # over the space
+    most: float
+    cheapest: Genotypes  # [genes], of the least
+    digest: str  # of what the prices depend on besides the space
+    parts: Sequence[NDArray[np.float64]] | None  # [branches] at each position, where their sum is the bound
+    limit: float = float("inf")
+
+    def __str__(self) -> str:
+        limit = f" at most {self.limit:.6g}," if self.limit < float("inf") else ""
+        return f"{self.name}:{limit} reachable {self.least:.6g} to {self.most:.6g}"
+
+
+def exact_costs(job: Job) -> tuple[Cost, ...]:
+    """The objectives beside top1, latency_ms first, then what only has a limit.
+
+    Raises:
+        LimitError: no network of the space can meet one of the limits; it has what the space can reach.
+        DeviceError, UnmeasuredBlock, LatencyError: a further device has no table for this space.
+    """
+    names = cost_names(job.experiment)
+    precisions = {o.name: o.precision for o in job.experiment.objectives}
+    asked = {o.name: o.at_most for o in job.experiment.objectives} | job.experiment.limits
+    found = [_latency(job)]
+    for name in (*names[1:], *job.experiment.limits):
+        made = _named(job, name, precisions.get(name, "float32"))
+        found.append(dataclasses.replace(made, limit=_resolved(made, asked.get(name))))
+    return tuple(found)
+
+
+def cost_names(experiment: Experiment) -> tuple[str, ...]:
+    """The objectives that need no evaluation, by name, as a journal has them: `latency_ms` is the first."""
+    return tuple(sorted(o.name for o in experiment.objectives if o.name != "top1"))
+
+
+def say_costs(job: Job) -> None:
+    """Tells what the space can reach in further objectives and limits, or that they are impossible."""
+    costs = exact_costs(job)
+    for made in costs[1:]:
+        job.console.say(f"  {made}")
+    within(job.space, costs)
+
+
+def within(space: Space, costs: Sequence[Cost]) -> Genotypes:
+    """A genotype [genes] that meets every limit; the fastest network if that does.
+
+    The limits are weighed against each other: the cheapest network under a weighted sum of costs, each in units of its
+    limit, is exact, and whatever the weights, no network can meet all limits if it costs more than the weights' sum
+    (Lagrangian bound: Geoffrion 1974, doi:10.1007/BFb0120690). Weights grow where a limit was missed (Arora et al.
+    2012, doi:10.4086/toc.2012.v008a006).
+
+    Raises:
+        LimitError: that is proven; or, between the two, no network was found.
+    """
+    limited = [c for c in costs if np.isfinite(c.limit)]
+
+    def over(genotype: Genotypes, costs: Sequence[Cost]) -> NDArray[np.float64]:
+        return np.array([c.bound(genotype[None])[0] / c.limit for c in costs])
+
+    def good(genotype: Genotypes) -> bool:
+        runs = np.isfinite([c.price(genotype[None])[0] for c in costs]).all()
+        return bool(runs and (over(genotype, limited) <= 1).all())
+
+    for start in (costs[0], *limited):
+        if good(start.cheapest):
+            return start.cheapest
+    summed = [c for c in limited if c.parts is not None]
+    weights, proven = np.full(len(summed), 1 / max(1, len(summed))), False
+    for _ in range(_ROUNDS if summed else 0):
+        positions = zip(*(c.parts for c in summed if c.parts is not None), strict=True)
+        scales = [w / c.limit for w, c in zip(weights, summed, strict=True)]
+        weighted = [np.sum([s * part for s, part in zip(scales, parts, strict=True)], axis=0) for parts in positions]
+        genotype, total = space.extreme(weighted, largest=False)
+        if good(genotype):
+            return genotype
+        if proven := total > 1 + 1e-9:
+            break
+        weights = weights * np.exp(_STEP * np.clip(over(genotype, summed) - 1, -1.0, 1.0))
+        weights /= weights.sum()
+    how = "No network of the space is" if proven else f"In {_ROUNDS} rounds no network was found that is"
+    raise LimitError(
+        f"{how} within all limits at once: {'; '.join(map(str, limited))}. Each can be met alone: raise one of them."
+    )
+
+
+def _latency(job: Job) -> Cost:
+    """On the experiment's own device."""
+    model, space, limit = job.tables[job.precision], job.space, job.limit
+    _, fastest, _, _ = model.reachable(space)
+    price = functools.partial(model.price, space)
+    parts = model.costs(space)
+    return Cost("latency_ms", price, price, limit.fastest_ms, limit.slowest_ms, fastest, model.digest, parts, limit.ms)
+
+
+def _named(job: Job, name: str, precision: str) -> Cost:
+    """Without a limit yet."""
+    space, device = job.space, name.partition("@")[2]
+    if device:
+        model, _ = find_table(device, precision, space)
+        least, cheapest, most, _ = model.reachable(space)
+        price = functools.partial(model.price, space)
+        return Cost(name, price, price, least, most, cheapest, model.digest, model.costs(space))
+    unsupported = job.tables[job.precision].unsupported
+    of = {"macs": cost.macs, "params": cost.parameters}[name]
+    costs = space.costs(of)
+    parts = space.costs(lambda graph: float("inf") if graph.key in unsupported else of(graph))
+    cheapest, least = space.extreme(parts, largest=False)
+    _, most = space.extreme(parts, largest=True)
+
+    def price(genotypes: Genotypes) -> NDArray[np.float64]:
+        return space.price(genotypes, costs)
+
+    return Cost(name, price, price, least, most, cheapest, name, parts)
+
+
+def _resolved(made: Cost, asked: float | int | str | None) -> float:
+    """A limit in the cost's unit."""
+    if asked is None:
+        return float("inf")
+    share = float(asked.rstrip("% ")) / 100 if isinstance(asked, str) else None
+    limit = float(asked) if share is None else made.least + share * (made.most - made.least)
+    if limit < made.least:
+        raise LimitError(
+            f"the limit of {made.name} is {limit:.6g}, but no network of the space has less than {made.least:.6g} (the "
+            f"most is {made.most:.6g}). Set it between these, or choose another space or smaller images."
+        )
+    return limit
