@@ -1,11 +1,12 @@
 """What needs no evaluation: latencies, MACs and parameters as objectives and limits, and what the space can reach.
 
-All of these are sums over blocks, so their smallest and largest values over the whole space are found exactly, and with
-several limits at once either a network that meets them all or, mostly, a proof that there is none.
+All of these are sums over blocks, so their smallest and largest values over the whole space are found exactly. With
+several limits at once, a network that meets them all is looked for, or a proof that there is none.
 """
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -16,16 +17,19 @@ from nas.config import Experiment
 from nas.errors import LimitError
 from nas.latency import find_table
 from nas.pipeline.job import Job
+from nas.search.strategy import children
 from nas.space import Space
 from nas.space.space import Genotypes
 
-_ROUNDS = 200  # of weighing several limits against each other
+_ENUMERATE = 2**16  # spaces up to this size are gone through wholly
+_ROUNDS = 100  # of weighing several limits against each other
+_GENERATIONS, _CHILDREN, _PARENTS = 40, 1024, 64  # of crossing what came near
 _STEP = 0.3  # by how much a weight changes in a round, at most: exp(0.3)
 
 Price = Callable[[Genotypes], NDArray[np.float64]]  # [n, genes] -> [n]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Cost:
     """One exact cost. Networks with a block that a device cannot run cost infinitely much there."""
 
@@ -77,43 +81,78 @@ def say_costs(job: Job) -> None:
 def within(space: Space, costs: Sequence[Cost]) -> Genotypes:
     """A genotype [genes] that meets every limit; the fastest network if that does.
 
-    The limits are weighed against each other: the cheapest network under a weighted sum of costs, each in units of its
-    limit, is exact, and whatever the weights, no network can meet all limits if it costs more than the weights' sum
-    (Lagrangian bound: Geoffrion 1974, doi:10.1007/BFb0120690). Weights grow where a limit was missed (Arora et al.
-    2012, doi:10.4086/toc.2012.v008a006).
+    Small spaces are gone through wholly. In large ones the limits are weighed against each other: the cheapest network
+    under a weighted sum of costs, each in units of its limit, is exact, and whatever the weights, no network can meet
+    all limits if even that one costs more than the sum of the weights (Lagrangian bound: Geoffrion 1974,
+    doi:10.1007/BFb0120690). Weights grow where a limit was missed (Arora et al. 2012, doi:10.4086/toc.2012.v008a006).
+    Where neither a network nor that proof is found, those that came nearest are crossed.
 
     Raises:
-        LimitError: that is proven; or, between the two, no network was found.
+        LimitError: that no network meets all limits is proven; or, in a large space, none was found.
     """
     limited = [c for c in costs if np.isfinite(c.limit)]
 
-    def over(genotype: Genotypes, costs: Sequence[Cost]) -> NDArray[np.float64]:
-        return np.array([c.bound(genotype[None])[0] / c.limit for c in costs])
+    def excess(genotypes: Genotypes) -> NDArray[np.float64]:
+        """[n, genes] -> [n]: the worst cost over its limit; infinite where a device cannot run it."""
+        return np.max([_ratio(c, genotypes) for c in costs], axis=0)
 
-    def good(genotype: Genotypes) -> bool:
-        runs = np.isfinite([c.price(genotype[None])[0] for c in costs]).all()
-        return bool(runs and (over(genotype, limited) <= 1).all())
-
-    for start in (costs[0], *limited):
-        if good(start.cheapest):
-            return start.cheapest
-    summed = [c for c in limited if c.parts is not None]
-    weights, proven = np.full(len(summed), 1 / max(1, len(summed))), False
-    for _ in range(_ROUNDS if summed else 0):
-        positions = zip(*(c.parts for c in summed if c.parts is not None), strict=True)
-        scales = [w / c.limit for w, c in zip(weights, summed, strict=True)]
-        weighted = [np.sum([s * part for s, part in zip(scales, parts, strict=True)], axis=0) for parts in positions]
-        genotype, total = space.extreme(weighted, largest=False)
-        if good(genotype):
-            return genotype
-        if proven := total > 1 + 1e-9:
-            break
-        weights = weights * np.exp(_STEP * np.clip(over(genotype, summed) - 1, -1.0, 1.0))
-        weights /= weights.sum()
-    how = "No network of the space is" if proven else f"In {_ROUNDS} rounds no network was found that is"
+    starts = np.stack([c.cheapest for c in (costs[0], *limited)])
+    met = excess(starts) <= 1
+    if met.any():
+        return starts[met.argmax()]
+    if (count := math.prod(space.sizes)) <= _ENUMERATE:
+        everything = np.stack(np.unravel_index(np.arange(count), space.sizes), axis=1).astype(np.uint8)
+        over = excess(everything)
+        found, proven = space.canonical(everything[over.argmin()]), over.min() > 1
+    else:
+        nearest, proven = _weighed(space, limited, excess)
+        found = nearest if proven else _crossed(space, np.concatenate([starts, nearest[None]]), excess)
+    if excess(found[None])[0] <= 1:
+        return found
+    how = "No network of the space is" if proven else "No network was found that is"
     raise LimitError(
         f"{how} within all limits at once: {'; '.join(map(str, limited))}. Each can be met alone: raise one of them."
     )
+
+
+def _ratio(made: Cost, genotypes: Genotypes) -> NDArray[np.float64]:
+    """A cost over its limit, [n]; without a limit 0, but infinite where the device cannot run the network."""
+    if np.isfinite(made.limit):
+        return made.bound(genotypes) / made.limit
+    return np.where(np.isfinite(made.price(genotypes)), 0.0, np.inf)
+
+
+def _weighed(space: Space, limited: Sequence[Cost], excess: Price) -> tuple[Genotypes, bool]:
+    """The network that came nearest to all limits under any weights, and whether it is proven that none meets them."""
+    summed = [(c.limit, c.parts) for c in limited if c.parts is not None]
+    limits = np.array([limit for limit, _ in summed])
+    weights, nearest, least = np.full(len(summed), 1 / max(1, len(summed))), limited[0].cheapest, np.inf
+    for _ in range(_ROUNDS if summed else 0):
+        positions = zip(*(parts for _, parts in summed), strict=True)
+        weighted = [np.tensordot(weights / limits, np.stack(parts), axes=1) for parts in positions]
+        genotype, total = space.extreme(weighted, largest=False)
+        if (over := excess(genotype[None])[0]) < least:
+            nearest, least = genotype, over
+        if least <= 1 or total > 1 + 1e-9:
+            return nearest, bool(least > 1)
+        ratios = np.array([space.price(genotype, parts) for _, parts in summed]) / limits
+        weights = weights * np.exp(_STEP * np.clip(ratios - 1, -1.0, 1.0))
+        weights /= weights.sum()
+    return nearest, False
+
+
+def _crossed(space: Space, pool: Genotypes, excess: Price) -> Genotypes:
+    """The network nearest to all limits among children of those in `pool` [n, genes], for some generations."""
+    rng = np.random.default_rng(0)
+    for _ in range(_GENERATIONS):
+        mothers, fathers = rng.integers(0, len(pool), (2, _CHILDREN))
+        born = space.canonical(children(rng, pool[mothers], pool[fathers], space.sizes))
+        pool = np.unique(np.concatenate([pool, born]), axis=0)
+        over = excess(pool)
+        pool = pool[np.argsort(over, kind="stable")[:_PARENTS]]
+        if over.min() <= 1:
+            break
+    return pool[0]
 
 
 def _latency(job: Job) -> Cost:
