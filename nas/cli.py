@@ -194,7 +194,32 @@ _stage_command(
 _stage_command("search", "Search EXPERIMENT's space under its limit.")
 _stage_command("finish", "Fine-tune the winners and the baselines of EXPERIMENT, with distillation.")
 _stage_command("verify", "Prove that the exported files of EXPERIMENT do what their networks do.")
-_stage_command("report", "Write summary.json and report.html of EXPERIMENT.")
+
+
+@cli.command()
+@click.option("--space", metavar="FILE", help="Of a table whose space is not one of `nas list spaces`.")
+@_experiment_options
+def report(experiment: Path, out: Path | None, smoke: bool, overrides: tuple[str, ...], space: str | None) -> None:
+    """Write summary.json and report.html of EXPERIMENT; or the self-test of latency tables.
+
+    For the latter give, in place of EXPERIMENT, the name of a device or a folder of tables; --out is then the file.
+
+    \b
+    Example: nas report experiments/quickstart.toml
+    Tables:  nas report latency_models/my_laptop/mobilenet_v3_32
+    """
+    if experiment.suffix == ".toml":
+        _stages(experiment, out, smoke, overrides, ("report",))
+        return
+    from nas.report import table_folders, write_table_report
+
+    folders = table_folders(str(experiment))
+    if out is not None and len(folders) > 1:
+        raise click.UsageError(
+            f"--out is one file; {experiment} has tables in {', '.join(map(str, folders))}: give one."
+        )
+    for folder in folders:
+        click.echo(write_table_report(folder, space=space, out=out))
 
 
 @cli.command()

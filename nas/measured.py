@@ -194,6 +194,7 @@ def prove_table(
     proof = prove_again(table, space, about, settings, networks=networks, seed=seed, progress=console.share)
     keep_proof(proof, table.precision, device_folder(device) / table.space)
     console.say(f"  {proof}")
+    console.say(f"  in full: nas report {device_folder(device) / table.space}")
     return table, proof
 
 
@@ -258,7 +259,9 @@ def keep(table: Table, proof: Proof, space: Space, device: Device, folder: Path,
         threads = f"{device.threads} thread{'s' if device.threads > 1 else ''}"
         now = msgspec.structs.replace(now, device=f"{table.hardware}, {device.runtime}, {threads}")
     write_text(folder / "device.toml", tomli_w.dumps({k: v for k, v in msgspec.to_builtins(now).items() if v != ""}))
+    console.say(f"  {table.correction.choice}")
     console.say(f"  {proof}")
+    console.say(f"  in full: nas report {where}")
     for key, why in table.unsupported.items():
         console.say(f"  unsupported: {space.blocks()[key][0].label}: {why}")
 

@@ -9,7 +9,7 @@ import hashlib
 import io
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,10 @@ from nas import blocks, catalog, cost
 from nas.config import Device, nearest
 from nas.errors import DeviceError, LatencyError
 from nas.files import write_text
-from nas.latency.calibration import Correction, calibrate, op_counts
+from nas.latency.calibration import Correction, calibrate
 from nas.latency.device import load_device
-from nas.latency.table import Anchor, Entry, Table
+from nas.latency.entry import Entry
+from nas.latency.table import Anchor, Table
 from nas.ops import Add, Conv, Graph, Shape
 from nas.space import Space
 
@@ -113,6 +114,10 @@ def import_table(
     about, toml = _device(device, folder, path)
     if unit is None:
         _require_plausible(path, published, space, about.batch)
+    entries = {
+        key: Entry(s.latency_ms, s.spread, wanted[key][0].label, wanted[key][1], s.rounds)
+        for key, s in published.samples.items()
+    }
     table = Table(
         device=about.device,
         runtime=about.runtime,
@@ -123,10 +128,12 @@ def import_table(
         hardware=about.hardware,
         space=space.name,
         space_digest=space.digest,
+        input=space.input,
+        classes=space.classes,
         date=about.date or datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         command=f"nas import {path.name} --format {form} --space {space.name} --device {device}",
         overhead_ms=0.0,  # nobody published it apart: it is in the entries
-        correction=_correction(path, published, space),
+        correction=_correction(path, published.anchors, entries, space),
         anchors=published.anchors,
         notes=(
             f"source: {about.source or path.name}",
@@ -135,10 +142,7 @@ def import_table(
         ),
         kind="imported",
         licence=about.licence,
-        entries={
-            key: Entry(s.latency_ms, s.spread, wanted[key][0].label, wanted[key][1], s.rounds)
-            for key, s in published.samples.items()
-        },
+        entries=entries,
     )
     if toml is not None:
         write_text(folder / "device.toml", toml)
@@ -417,32 +421,29 @@ def _require_plausible(path: Path, published: Published, space: Space, batch: in
         )
 
 
-def _correction(path: Path, published: Published, space: Space) -> Correction:
+def _correction(path: Path, anchors: Sequence[Anchor], entries: Mapping[str, Entry], space: Space) -> Correction:
     """Fitted on the networks of the file; without any, sums are taken as they are.
 
     Raises:
         LatencyError: a network has a block without entry, or is far from the sum of its blocks.
     """
-    if not published.anchors:
+    if not anchors:
         return Correction()
-    sums, counts = [], []
-    for anchor in published.anchors:
-        network = space.decode(anchor.genotype)
-        if missing := [b.label for b in network.blocks if b.graph.key not in published.samples]:
+    networks = [space.decode(anchor.genotype).blocks for anchor in anchors]
+    for chain in networks:
+        if missing := [b.label for b in chain if b.graph.key not in entries]:
             raise LatencyError(
                 f"{path}: a network measured whole has `{missing[0]}`, which has no latency in the file. Add that row, "
                 f"or leave the network out."
             )
-        sums.append(sum(published.samples[b.graph.key].latency_ms for b in network.blocks))
-        counts.append(op_counts(network.flat()))
-    measured = np.array([a.measured_ms for a in published.anchors])
-    ratios = measured / np.array(sums)
+    measured = np.array([a.measured_ms for a in anchors])
+    ratios = measured / [sum(entries[b.graph.key].latency_ms for b in chain) for chain in networks]
     if (worst := ratios[np.abs(np.log(ratios)).argmax()]) > _SAME_UNIT or worst < 1 / _SAME_UNIT:
         raise LatencyError(
             f"{path}: a network measured whole takes {worst:.3g} times the sum of its blocks; networks and blocks must "
             f"be in one unit. Correct the file: `latency_ms` is in milliseconds in every row (or all as --unit says)."
         )
-    return calibrate(np.array(sums), counts, measured)
+    return calibrate(entries, [[b.graph for b in chain] for chain in networks], measured)
 
 
 # the device

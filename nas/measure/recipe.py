@@ -19,7 +19,7 @@ from nas import config
 from nas.agreement import agreement
 from nas.config import Device
 from nas.errors import LatencyError
-from nas.latency import Anchor, Entry, Proof, Table, calibrate, op_counts, prove
+from nas.latency import Anchor, Entry, Proof, Table, calibrate, prove
 from nas.measure import bundle
 from nas.measure.bundle import Progress
 from nas.measure.plan import REFERENCE, REFERENCES, Plan, choose_networks, for_table, one_conv, shapes_around, two_convs
@@ -131,7 +131,9 @@ def evaluate(
         hardware=start["hardware"],
         space=space.name,
         space_digest=space.digest,
-        date=datetime.datetime.fromtimestamp(start["time"], datetime.UTC).isoformat(timespec="seconds"),
+        input=space.input,
+        classes=space.classes,
+        date=_iso(start["time"]),
         command=command,
         notes=notes,
         unsupported={
@@ -214,6 +216,8 @@ def proof_of(plan: Plan, recording: Recording, table: Table, *, at_level: bool =
         repeat_mape=samples.disagreement(names, parts=2),
         repeat_tau=agreement(*samples.apart(names, parts=2)).tau,
         drift=samples.disagreement([name for name in plan.anchor_names if name in timings], parts=3),
+        table=table.digest,
+        date=_iso(recording.starts[-1]["time"]),
         seed=plan.seed,
     )
 
@@ -244,16 +248,18 @@ def entries(plan: Plan, timings: Mapping[str, Timing]) -> dict:
             f"{len(plan.space.blocks())} blocks are so. Choose a space that this runtime supports."
         )
     measured = np.array([timings[n].latency_ms for n in names])
-    sums = plan.space.price(
-        anchors, plan.space.costs(lambda g: entries[g.key].latency_ms if g.key in entries else float("inf"))
-    )
-    counts = [op_counts(plan.space.decode(g).flat()) for g in anchors]
+    networks = [[b.graph for b in plan.space.decode(g).blocks] for g in anchors]
     return {
         "entries": entries,
         "overhead_ms": max(min(2 * one[s] - two[s] for s in one), 0.0),
-        "correction": calibrate(sums, counts, measured),
+        "correction": calibrate(entries, networks, measured),
         "anchors": tuple(Anchor(tuple(map(int, g)), float(m)) for g, m in zip(anchors, measured, strict=True)),
     }
+
+
+def _iso(time: float) -> str:
+    """Seconds since 1970 as a date, UTC."""
+    return datetime.datetime.fromtimestamp(time, datetime.UTC).isoformat(timespec="seconds")
 
 
 def _known(space: Space, genotype: np.ndarray, entries: Mapping[str, Entry]) -> bool:
