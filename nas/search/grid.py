@@ -18,7 +18,8 @@ def grid(sizes: tuple[int, ...], *, population: int = 0) -> Strategy:
     Bengio 2012, sec. 2).
 
     State: the k of the next proposal. It goes on behind the last trial that was one of its next 4,096 proposals, and by
-    one otherwise: infeasible proposals are passed over once, not again for every trial.
+    one otherwise: infeasible proposals are passed over once, not again for every trial. What a canonical form made it
+    pass over comes when it begins again.
 
     Args:
         sizes: the number of values of each gene.

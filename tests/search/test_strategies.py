@@ -1,6 +1,7 @@
 """Laws that hold for every strategy of the table, and what each has of its own."""
 
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -301,6 +302,15 @@ def test_grid_goes_on_behind_what_was_taken():
     ahead = strategy.ask(trial_rng(0, 0), 0, 10)
     after = strategy.tell(0, ahead[6], np.zeros(2))
     np.testing.assert_array_equal(strategy.ask(trial_rng(0, 1), after, 3), ahead[7:])
+
+
+def test_grid_keeps_its_order_however_many_trials_are_under_way(tmp_path):
+    problem = replace(toy.problem((4,) * 5, limit_ms=1e9), canonical=lambda genotypes: genotypes)
+    strategy = grid(problem.sizes)
+    trials = search(
+        problem, strategy, InlineExecutor(toy.evaluator), trials=150, lag=100, seed=0, journal_path=tmp_path / "j"
+    )
+    assert [t.genotype for t in trials] == [tuple(g) for g in strategy.ask(trial_rng(0, 0), 0, 150).tolist()]
 
 
 def test_local_search_proposes_neighbours_of_the_best_and_starts_anew_when_they_are_spent():
