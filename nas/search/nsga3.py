@@ -120,11 +120,11 @@ def _normalised(costs: Matrix) -> Matrix:
     weights = np.where(np.eye(count, dtype=bool), 1.0, 1e-6)
     extremes = scaled[[(scaled / row).max(axis=1).argmin() for row in weights]]
     try:
-        intercepts = 1 / np.linalg.solve(extremes, np.ones(count))
+        plane = np.linalg.solve(extremes, np.ones(count))  # 1 / intercepts
     except np.linalg.LinAlgError:
-        intercepts = np.ones(count)
-    sound = np.isfinite(intercepts) & (intercepts > 1e-6) & (intercepts <= 1.0 + 1e-9)
-    return scaled / np.where(sound.all(), intercepts, 1.0)
+        plane = np.zeros(count)
+    sound = (plane >= 1.0 - 1e-9) & (plane < 1e6)  # each intercept above 0 and not beyond the worst
+    return scaled * np.where(sound.all(), plane, 1.0)
 
 
 def _associated(costs: Matrix, directions: Matrix) -> tuple[NDArray[np.int64], NDArray[np.float64]]:

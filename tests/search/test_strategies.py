@@ -85,6 +85,13 @@ def test_survives_trials_that_all_fail(strategy):
     assert (strategy.ask(trial_rng(0, 30), state, 20) < np.array(sizes_of(strategy))).all()
 
 
+@pytest.mark.parametrize("objectives", [1, 2, 3, 4])
+@pytest.mark.parametrize("values", [[0.0], [0.0, 1.0], [0.0, 1e-300, 1e12], [0.0, 1.0, 2.0, np.inf, np.nan]])
+def test_survives_costs_that_are_equal_extreme_or_not_finite(strategy, values, objectives):
+    state = lived(strategy, np.random.default_rng(4).choice(values, (40, objectives)))
+    assert (strategy.ask(trial_rng(0, 40), state, 20) < np.array(sizes_of(strategy))).all()
+
+
 def test_a_failure_never_wins(strategy):
     """Fresh trials by a fixed schedule, every other one failed: no more of a failure is in proposals than of others."""
     rng = np.random.default_rng(3)
