@@ -10,7 +10,7 @@ from nas.search.strategy import Costs, Genotype, Genotypes, Population, Strategy
 
 _MEMORY = 512  # trials that the ensemble is fitted on, the latest
 _REFIT = 10  # trials between one fit and the next, as in the paper
-_CANDIDATES = 4  # mutations for each proposal
+_CANDIDATES = 2  # mutations for each proposal
 _MEMBERS = 5
 _HIDDEN = 64
 _RIDGE = 1.0

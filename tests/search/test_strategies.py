@@ -162,7 +162,7 @@ def costs_at(strategy, trials):
     return [(calls[at], size[at]) for at in trials]
 
 
-@pytest.mark.parametrize("trials", [(100, 1000), pytest.param((1000, 10_000), marks=pytest.mark.slow)])
+@pytest.mark.parametrize("trials", [(60, 400), pytest.param((1000, 10_000), marks=pytest.mark.slow)])
 def test_ask_and_tell_cost_no_more_later(strategy, trials):
     """Counted, not timed. Every array is at most as large as the state, so constant calls on it are constant work."""
     (calls, size), (calls_later, size_later) = costs_at(strategy, trials)
