@@ -7,7 +7,7 @@ class Entry(msgspec.Struct, frozen=True):
     """One block, alone, before any correction."""
 
     latency_ms: float
-    spread: float  # half the interquartile range of the samples it was found from, relative to latency_ms
+    interval_ms: float  # half the 95 % interval of latency_ms, which is a difference of timings; 0 where not known
     label: str
     role: str  # first, middle or last in the chain; the first one's latency includes what a call costs
     rounds: int

@@ -25,7 +25,7 @@ from nas.ops import Graph, Network
 from nas.space import Space
 from nas.space.space import Between, Genotypes
 
-_COLUMNS = ("key", "label", "role", "latency_ms", "spread", "rounds")
+_COLUMNS = ("key", "label", "role", "latency_ms", "interval_ms", "rounds")
 
 
 class Anchor(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -152,7 +152,7 @@ class Table(_Header, frozen=True, kw_only=True):
         """
         values: list[tuple[str, ...]] = [_COLUMNS]
         for key, e in sorted(self.entries.items(), key=lambda item: (item[1].role, item[1].label, item[0])):
-            values.append((key, e.label, e.role, repr(e.latency_ms), repr(e.spread), str(e.rounds)))
+            values.append((key, e.label, e.role, repr(e.latency_ms), repr(e.interval_ms), str(e.rounds)))
         text = io.StringIO()
         csv.writer(text, lineterminator="\n").writerows(values)
         head = {name: msgspec.to_builtins(getattr(self, name)) for name in _Header.__struct_fields__}
@@ -186,7 +186,9 @@ class Table(_Header, frozen=True, kw_only=True):
             header = msgspec.convert(head, _Header)
             rows = list(csv.DictReader(io.StringIO(text)))
             entries = {
-                r["key"]: Entry(float(r["latency_ms"]), float(r["spread"]), r["label"], r["role"], int(r["rounds"]))
+                r["key"]: Entry(
+                    float(r["latency_ms"]), float(r["interval_ms"]), r["label"], r["role"], int(r["rounds"])
+                )
                 for r in rows
             }
         except (msgspec.ValidationError, KeyError, TypeError, ValueError) as e:

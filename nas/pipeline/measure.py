@@ -18,7 +18,10 @@ from nas.measure import measure as measure_table
 from nas.pipeline.job import Job, together
 from nas.space import copy_space
 
-_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "onnx", "onnxruntime", "ray")
+_PACKAGES = (
+    "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "onnx", "ray", "libtpu",
+    "onnxruntime", "openvino", "ai-edge-litert", "iree-base-compiler", "iree-base-runtime",
+)  # fmt: skip
 
 
 def measure(job: Job) -> None:

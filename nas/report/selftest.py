@@ -41,7 +41,7 @@ class Place:
 
 @dataclasses.dataclass(frozen=True)
 class Widest:
-    """A block whose samples were spread widely, and what it takes in the networks of a proof, on average."""
+    """A block that was measured less surely than others, and what it takes in the networks of a proof, on average."""
 
     block: Block
     entry: Entry
@@ -273,7 +273,7 @@ def _widest(
     parts: Sequence[tuple[list[float], float]],
     totals: Sequence[float],
 ) -> list[Widest]:
-    """The entries whose samples were spread most, relative to themselves."""
+    """The entries with the widest intervals, in milliseconds: what they can cost a network."""
     taken: dict[str, float] = {}
     for network, (blocks_ms, _) in zip(networks, parts, strict=True):
         for block, ms in zip(network.blocks, blocks_ms, strict=True):
@@ -284,7 +284,7 @@ def _widest(
         for key, (block, _) in space.blocks().items()
         if key in table.entries
     ]
-    return sorted(known, key=lambda w: -w.entry.spread)[:_WIDEST]
+    return sorted(known, key=lambda w: -w.entry.interval_ms)[:_WIDEST]
 
 
 def _leanings(
