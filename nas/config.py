@@ -141,6 +141,8 @@ class Search(Strict, frozen=True):
     strategy: str = "nsga2"  # a name in nas.search.STRATEGIES
     trials: int = 200
     population: int = 32
+    settings: dict[str, float | int] = {}  # of the strategy's own, by name: keyword arguments of its function
+    feasible_only: bool = False  # ask for more until enough is within the limits, not walk from what is not
     lag: int = 8  # trial k is proposed from the results of trials 0..k-lag
     executor: str = "ray"  # a name in nas.search.EXECUTORS
     workers: int = 2
@@ -148,11 +150,16 @@ class Search(Strict, frozen=True):
     timeout_seconds: float = 300.0  # for one evaluation
 
 
+# Exact costs that may be objectives or have limits. `latency_ms@DEVICE` is the latency on a further device, by the
+# table in its folder; `latency_ms` alone is that on the experiment's own.
+COSTS = ("latency_ms", "macs", "params", "latency_ms@DEVICE")
+
+
 class Objective(Strict, frozen=True):
     """What is optimised. `at_most` is a limit in the objective's unit, or "50%" of the space's reachable range."""
 
-    name: str  # "top1" or "latency_ms"
-    precision: str = "float32"  # which of the device's tables
+    name: str  # "top1", or what `COSTS` says
+    precision: str = "float32"  # of latencies: which of the device's tables
     at_most: float | str | None = None
 
 
@@ -194,6 +201,7 @@ class Experiment(Strict, frozen=True, kw_only=True):
     device: str = "host_onnxruntime"  # a name in latency_models/, or a path to a folder with device.toml
     data: Data
     objectives: tuple[Objective, ...]
+    limits: dict[str, float | int | str] = {}  # of costs (`COSTS`) that are no objectives, as `at_most`
     latency: Latency = Latency()
     train: Train = Train()
     search: Search = Search()
@@ -512,6 +520,7 @@ def check(
         if values[key] is not None and values[key] not in names:
             fail(key, f"is {values[key]!r}, which is not known.{nearest(values[key], names, kind='name')}")
     _check_objectives(experiment.objectives, path, text)
+    _check_limits(experiment, path, text)
 
 
 def check_latency(settings: Latency) -> None:
@@ -532,22 +541,47 @@ def _check_objectives(objectives: typing.Sequence[Objective], path: Path | str, 
         raise ConfigError(f"{path}, line {line_of(text, ['objectives', str(index), key])}: {message}")
 
     for index, objective in enumerate(objectives):
-        if objective.name not in ("top1", "latency_ms"):
-            hint = nearest(objective.name, ("top1", "latency_ms"), kind="objective")
-            fail(index, "name", f"unknown objective `{objective.name}`.{hint}")
-        limit = objective.at_most
-        if isinstance(limit, str) and not re.fullmatch(r"\d+(\.\d+)?\s*%", limit):
-            fail(index, "at_most", f'at_most is {limit!r}: a number (ms) or a share like "50%" is needed.')
-        if isinstance(limit, int | float) and not 0 < limit < math.inf:
-            fail(index, "at_most", f"at_most is {limit}: a positive number of milliseconds is needed.")
-        if objective.name == "top1" and limit is not None:
+        if objective.name != "top1" and (wrong := _wrong_cost(objective.name, kind="objective")):
+            fail(index, "name", wrong)
+        if objective.at_most is not None and (wrong := _wrong_limit(objective.name, objective.at_most)):
+            fail(index, "at_most", f"at_most is {wrong}")
+        if objective.name == "top1" and objective.at_most is not None:
             fail(index, "at_most", "top1 has an at_most: a limit belongs to latency_ms.")
     names = [o.name for o in objectives]
-    if sorted(names) != ["latency_ms", "top1"]:
+    if len(set(names)) < len(names) or not {"latency_ms", "top1"}.issubset(names):
         raise ConfigError(
             f"{path}, line {line_of(text, ['objectives'])}: `objectives` names {names}: exactly one top1 and one "
-            f"latency_ms are needed."
+            f"latency_ms are needed, and of others each at most once."
         )
+
+
+def _check_limits(experiment: Experiment, path: Path | str, text: str) -> None:
+    objectives = {o.name for o in experiment.objectives}
+    for name, limit in experiment.limits.items():
+        wrong = _wrong_cost(name, kind="cost")
+        if name in objectives:
+            wrong = f"`{name}` is an objective: give it `at_most` there."
+        elif not wrong and (wrong := _wrong_limit(name, limit)):
+            wrong = f"`limits.{name}` is {wrong}"
+        if wrong:
+            raise ConfigError(f"{path}, line {line_of(text, ['limits', name])}: {wrong}")
+
+
+def _wrong_cost(name: str, *, kind: str) -> str:
+    """What is wrong with the name of a cost; empty if nothing is."""
+    if name in COSTS[:-1] or (name.startswith("latency_ms@") and len(name) > len("latency_ms@")):
+        return ""
+    return f"unknown {kind} `{name}`.{nearest(name, ('top1', *COSTS), kind='objective')}"
+
+
+def _wrong_limit(name: str, limit: float | int | str) -> str:
+    """What a limit of the cost `name` is, and should be; empty if it is right."""
+    what = "milliseconds" if name.startswith("latency_ms") else name
+    if isinstance(limit, str):
+        good = re.fullmatch(r"\d+(\.\d+)?\s*%", limit)
+        unit = "ms" if what == "milliseconds" else what
+        return "" if good else f'{limit!r}: a number ({unit}) or a share like "50%" is needed.'
+    return "" if 0 < limit < math.inf else f"{limit}: a positive number of {what} is needed."
 
 
 def _leaves(value: Any, key: str = "") -> typing.Iterator[tuple[str, Any]]:

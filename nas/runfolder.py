@@ -32,7 +32,7 @@ _LEAVES = {
 _DECIDES = {
     "measure": ("seed", "data.", "latency."),
     "train": ("train.",),
-    "search": ("objectives", "search."),
+    "search": ("objectives", "limits.", "search."),
     "finish": ("finish.",),
 }
 _FREE = (

@@ -13,6 +13,7 @@ from nas.cluster import preflight
 from nas.config import Experiment
 from nas.console import Console
 from nas.data import STORAGE
+from nas.pipeline.costs import say_costs
 from nas.pipeline.export import export
 from nas.pipeline.fidelity import fidelity
 from nas.pipeline.finish import finish
@@ -23,7 +24,7 @@ from nas.pipeline.summary import report
 from nas.pipeline.train import train
 from nas.pipeline.verify import verify
 from nas.runfolder import RunFolder
-from nas.search import EXECUTORS, STRATEGIES
+from nas.search import EXECUTORS, STRATEGIES, check_settings
 from nas.train import ray_trainer
 from nas.train.augment import POLICIES
 from nas.train.log import require_tensorboard
@@ -68,6 +69,8 @@ def load_experiment(path: str | Path, *, smoke: bool = False, overrides: Sequenc
         ConfigError: with file and line, or the override, and the nearest valid key or name.
     """
     experiment = config.load_experiment(path, smoke=smoke, overrides=overrides, known=KNOWN)
+    chosen = experiment.search
+    check_settings(STRATEGIES[chosen.strategy], population=chosen.population, settings=chosen.settings)
     space = catalog.own(experiment.space, kind="space", file="space.toml")
     device = catalog.own(experiment.device, kind="device", file="device.toml")
     return msgspec.structs.replace(
@@ -113,6 +116,7 @@ def run_experiment(
                 STAGES[stage](job)
             if stage == "measure":  # after the stage: an impossible limit must not cost the table
                 job.say_limit()
+                say_costs(job)
         if not todo:
             console.say(f"{path}: {', '.join(stages)} {'are' if len(stages) > 1 else 'is'} done already.")
     return path

@@ -35,7 +35,7 @@ _POINTS = 150  # of a training curve: more are averaged
 def front(run: Run) -> Figure:
     """Accuracy against latency: what was tried, the front, and what came of it."""
     precision, limit_ms = run.summary.precision, run.limit_ms
-    undominated = list(Front.of(run.trials))
+    undominated = list(Front.of(run.trials, ("error", "latency_ms")))
     on_front = {t.trial for t in undominated}
     dominated = [t for t in run.trials if t.failure is None and t.trial not in on_front]
     grey = {"color": COLOURS["trial"], "size": 6, "opacity": 0.5}

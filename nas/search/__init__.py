@@ -1,20 +1,37 @@
 """Search: strategies, journal, driver, and the executors that evaluate for it."""
 
 from nas.search.ageing_evolution import ageing_evolution
+from nas.search.bananas import bananas
 from nas.search.driver import search
 from nas.search.executor import Executor, Result
 from nas.search.front import Front, Trial, Trials, read_trials
+from nas.search.grid import grid
 from nas.search.inline import InlineExecutor
+from nas.search.local_search import local_search
 from nas.search.nsga2 import nsga2
+from nas.search.nsga3 import nsga3
 from nas.search.problem import Problem
 from nas.search.random_search import random_search
 from nas.search.ray_executor import RayExecutor
+from nas.search.reinforce import reinforce
+from nas.search.settings import check_settings, make_strategy
+from nas.search.sms_emoa import sms_emoa
 from nas.search.strategy import Strategy, trial_rng
+from nas.search.successive_halving import successive_halving
+from nas.search.wrappers import feasible_only, warm_start
 
+# Called as `strategy(sizes, population=...)`; further keyword arguments are `search.settings` of an experiment.
 STRATEGIES = {
     "random": random_search,
+    "grid": grid,
+    "local_search": local_search,
     "ageing_evolution": ageing_evolution,
     "nsga2": nsga2,
+    "nsga3": nsga3,
+    "sms_emoa": sms_emoa,
+    "reinforce": reinforce,
+    "bananas": bananas,
+    "successive_halving": successive_halving,
 }
 
 EXECUTORS = {
@@ -35,9 +52,20 @@ __all__ = [
     "Trial",
     "Trials",
     "ageing_evolution",
+    "bananas",
+    "check_settings",
+    "feasible_only",
+    "grid",
+    "local_search",
+    "make_strategy",
     "nsga2",
+    "nsga3",
     "random_search",
     "read_trials",
+    "reinforce",
     "search",
+    "sms_emoa",
+    "successive_halving",
     "trial_rng",
+    "warm_start",
 ]

@@ -3,7 +3,7 @@
 import numpy as np
 
 from nas.search.pareto import order
-from nas.search.strategy import Costs, Genotype, Genotypes, Population, Strategy, mutate, uniform
+from nas.search.strategy import Costs, Genotype, Genotypes, Population, Strategy, neighbours, uniform
 
 
 def ageing_evolution(sizes: tuple[int, ...], *, population: int, tournament: int | None = None) -> Strategy:
@@ -20,17 +20,14 @@ def ageing_evolution(sizes: tuple[int, ...], *, population: int, tournament: int
             paper.
     """
     rivals_each = max(2, population // 4) if tournament is None else tournament
-    free = np.flatnonzero(np.asarray(sizes) > 1)
 
     def ask(rng: np.random.Generator, state: Population, n: int) -> Genotypes:
-        if len(state) < population or not len(free):
+        if len(state) < population:
             return uniform(rng, sizes, n)
         place = np.argsort(order(state.costs))  # [p], 0 is the best
         rivals = rng.integers(0, len(state), (n, rivals_each))
         parents = np.take_along_axis(rivals, place[rivals].argmin(1, keepdims=True), 1)[:, 0]
-        where = np.zeros((n, len(sizes)), bool)
-        where[np.arange(n), rng.choice(free, n)] = True  # exactly one gene
-        return mutate(rng, state.genotypes[parents], sizes, where)
+        return neighbours(rng, state.genotypes[parents], sizes)
 
     def tell(state: Population, genotype: Genotype, costs: Costs) -> Population:
         return state.add(genotype, costs).take(slice(-population, None))

@@ -3,6 +3,9 @@
 That takes three rules. Trial k is proposed from the results of trials 0..k-lag and no others, told in order, even if
 more are known (a deterministic lag: workers stay busy without generations). Results enter the journal in order of
 trial. And a search that goes on after a crash asks for every journalled trial again and compares.
+
+What holds for every strategy is done here, and needs no wrapper: a genotype is evaluated once, only where it is within
+the limits, `initial` ones come first, and `trials` is the budget.
 """
 
 import logging
@@ -16,10 +19,10 @@ from nas.errors import JournalError, LimitError
 from nas.search.executor import Executor, Result
 from nas.search.front import Trial, Trials
 from nas.search.journal import Journal, Record
-from nas.search.problem import Problem, choose
+from nas.search.problem import Problem, choose, with_shares, without_share
 from nas.search.strategy import Genotype, Strategy, trial_rng
 
-_PROPOSALS = 64  # asked of the strategy for each trial: the first that is feasible and new is taken
+_PROPOSALS = 64  # asked of the strategy for each trial, or twice the lag: the first that is feasible and new is taken
 _COMMIT_SECONDS = 0.1  # results wait at most so long for others to share their fsync, unless an evaluation blocks first
 
 logger = logging.getLogger(__name__)
@@ -71,6 +74,10 @@ def search(
         "initial": [g.tolist() for g in first],
         "skipped": [g.tolist() for g in skipped],
     }
+    shares = strategy.shares
+    wide = with_shares(problem, shares)
+    first = [g if wide is problem else np.append(g, wide.smallest[-1]) for g in first]
+    proposals = max(_PROPOSALS, 2 * lag)  # as many as `lag` may be under way, of which the strategy does not know
     with executor, Journal(journal_path, header) as journal:
         replay = journal.records[:trials]
         asked: list[Genotype] = []
@@ -88,9 +95,7 @@ def search(
                     costs = np.array(list(done[told].costs.values()))
                     state, told = strategy.tell(state, asked[told], costs), told + 1
                 rng = trial_rng(seed, k)
-                genotype = (
-                    first[k] if k < len(first) else choose(problem, rng, strategy.ask(rng, state, _PROPOSALS), seen)
-                )
+                genotype = first[k] if k < len(first) else choose(wide, rng, strategy.ask(rng, state, proposals), seen)
                 if genotype is None:
                     done.status = "exhausted"
                     logger.warning("The space is exhausted after %d trials: no other feasible genotype was found.", k)
@@ -98,7 +103,7 @@ def search(
                 asked.append(genotype)
                 seen.add(genotype.tobytes())
                 if k < len(replay):
-                    finished[k] = _replayed(journal, replay[k], k, genotype)
+                    finished[k] = _replayed(journal, replay[k], k, *without_share(genotype, shares, problem.total))
                 else:
                     executor.submit(k, genotype)
 
@@ -114,7 +119,7 @@ def search(
             # record what is next in order
             while len(done) in finished:
                 k = len(done)
-                trial = _trial(problem, k, asked[k], finished.pop(k))
+                trial = _trial(problem, k, *without_share(asked[k], shares, problem.total), finished.pop(k))
                 if k >= len(replay):
                     journal.append(trial.record)
                 done.append(trial)
@@ -138,18 +143,24 @@ def _starters(problem: Problem, initial: Sequence[Genotype]) -> tuple[list[Genot
     return list(first.values()), list(skipped.values())
 
 
-def _trial(problem: Problem, number: int, genotype: Genotype, result: Result) -> Trial:
+def _trial(problem: Problem, number: int, genotype: Genotype, images: int, result: Result) -> Trial:
     correct, failure = result.correct, result.failure
-    if correct is not None and not 0 <= correct <= problem.total:
-        correct, failure = None, f"the evaluator counted {correct} of {problem.total} images correct"
+    if correct is not None and not 0 <= correct <= images:
+        correct, failure = None, f"the evaluator counted {correct} of {images} images correct"
     values = problem.cheap(genotype[None])[0]
     cheap = {name: float(value) for name, value in zip(problem.cheap_names, values, strict=True)}
-    return Trial(number, tuple(genotype.tolist()), correct, problem.total, cheap, failure, result.seconds)
+    return Trial(number, tuple(genotype.tolist()), correct, images, cheap, failure, result.seconds)
 
 
-def _replayed(journal: Journal, record: Record, number: int, genotype: Genotype) -> Result:
-    if record.get("trial") != number or record.get("genotype") != genotype.tolist():
-        raise _diverged(journal, number, f"it has {record.get('genotype')}, the strategy proposes {genotype.tolist()}")
+def _replayed(journal: Journal, record: Record, number: int, genotype: Genotype, images: int) -> Result:
+    found = [record.get(name) for name in ("trial", "genotype", "total")]
+    if found != [number, genotype.tolist(), images]:
+        raise _diverged(
+            journal,
+            number,
+            f"it has {record.get('genotype')} on {record.get('total')} images, the strategy proposes "
+            f"{genotype.tolist()} on {images}",
+        )
     return Result(record["correct"], record["seconds"], record["failure"])
 
 

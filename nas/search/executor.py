@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from nas.errors import ExecutorError
 from nas.search.strategy import Genotype, Genotypes
 
-Evaluate = Callable[[Genotypes], Sequence[int]]  # [n, genes] -> n counts of correct images
+# [n, genes] -> n counts of correct images; genotypes as the strategy has them (`Strategy.shares`)
+Evaluate = Callable[[Genotypes], Sequence[int]]
 Factory = Callable[..., Evaluate] | str  # "package.module:function", or the function where everything is in one process
 Weights = Mapping[str, NDArray[Any]]
 

@@ -3,7 +3,7 @@
 import csv
 import html
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -103,13 +103,31 @@ class Front:
     trials: tuple[Trial, ...]
 
     @classmethod
-    def of(cls, trials: Iterable[Trial]) -> "Front":
-        """The front of any trials; failed ones and later copies of equal costs are left out."""
+    def of(cls, trials: Iterable[Trial], costs: Sequence[str] | None = None) -> "Front":
+        """The front of any trials; failed ones and later copies of equal costs are left out.
+
+        So are those on fewer images than others: their errors do not compare.
+
+        Args:
+            trials: with the same costs.
+            costs: that count, all if None: `("error", "latency_ms@note10")` is the front of one device of several.
+
+        Raises:
+            LimitError: one of `costs` was not measured.
+        """
         trials = list(trials)
+        most = max((t.total for t in trials), default=0)
+        trials = [t for t in trials if t.total == most]
         if not trials:
             return cls(())
-        costs = np.array([list(t.costs.values()) for t in trials])
-        return cls(tuple(sorted((trials[i] for i in np.flatnonzero(nondominated(costs))), key=_fastest_first)))
+        known = tuple(trials[0].costs)
+        counted = known if costs is None else tuple(costs)
+        if unknown := [name for name in counted if name not in known]:
+            raise LimitError(f"No cost is called {unknown[0]!r}. A front can be made of: {', '.join(known)}.")
+        matrix = np.array([[t.costs[name] for name in counted] for t in trials])
+        order = sorted(counted, key="error".__eq__)  # fastest first, error last
+        front = [trials[i] for i in np.flatnonzero(nondominated(matrix))]
+        return cls(tuple(sorted(front, key=lambda t: [t.costs[name] for name in order])))
 
     def __len__(self) -> int:
         return len(self.trials)
@@ -207,10 +225,6 @@ class Front:
         if not self.trials:
             raise LimitError("The front is empty: no trial succeeded. Look at the failures of the trials first.")
         return self.trials[0]
-
-
-def _fastest_first(trial: Trial) -> tuple[float, ...]:
-    return (*trial.cheap.values(), trial.error)
 
 
 def _shown(value: int | float | str | None) -> str:

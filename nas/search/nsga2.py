@@ -3,7 +3,7 @@
 import numpy as np
 
 from nas.search.pareto import order
-from nas.search.strategy import Costs, Genotype, Genotypes, Population, Strategy, mutate, uniform
+from nas.search.strategy import Costs, Genotype, Genotypes, Population, Strategy, children, uniform
 
 
 def nsga2(sizes: tuple[int, ...], *, population: int) -> Strategy:
@@ -15,16 +15,13 @@ def nsga2(sizes: tuple[int, ...], *, population: int) -> Strategy:
         sizes: the number of values of each gene.
         population: the size of the elite; proposals are uniform until it is full.
     """
-    rate = 1 / max(1, sum(size > 1 for size in sizes))  # one mutation a child on average
 
     def ask(rng: np.random.Generator, state: Population, n: int) -> Genotypes:
         if len(state) < population:
             return uniform(rng, sizes, n)
         # the population is kept in NSGA-II's order, so the smaller index wins the tournament
         mothers, fathers = rng.integers(0, len(state), (2, n, 2)).min(axis=2)
-        from_mother = rng.random((n, len(sizes))) < 0.5
-        children = np.where(from_mother, state.genotypes[mothers], state.genotypes[fathers])
-        return mutate(rng, children, sizes, rng.random(children.shape) < rate)
+        return children(rng, state.genotypes[mothers], state.genotypes[fathers], sizes)
 
     def tell(state: Population, genotype: Genotype, costs: Costs) -> Population:
         grown = state.add(genotype, costs)

@@ -1,8 +1,8 @@
 """What is searched: genotypes, their exact cheap costs, what is feasible, and how a wish becomes a trial."""
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,13 +25,46 @@ class Problem:
     feasible: Callable[[Genotypes], NDArray[np.bool_]]  # [n, g] -> [n]: within every limit
     smallest: Genotype  # [g], feasible: infeasible wishes are walked towards it
     digest: str  # of space, latency table, limits and evaluation: a journal of another digest is not continued
-    total: int  # images that an evaluation counts over: error = 1 - correct / total
-    cheap_names: tuple[str, ...] = ("latency_ms",)  # of the c cheap costs
+    total: int  # images that a whole evaluation counts over: error = 1 - correct / total
+    cheap_names: tuple[str, ...] = ("latency_ms",)  # of the c cheap costs; a journal sorts them, so best sorted here
 
     @property
     def cost_names(self) -> tuple[str, ...]:
         """The objectives in the order that a strategy sees them."""
         return ("error", *self.cheap_names)
+
+
+def with_shares(problem: Problem, shares: Sequence[float]) -> Problem:
+    """`problem` for a strategy that chooses among `shares` of the images: one gene more, without cost or limit.
+
+    With a single share it is `problem` itself.
+    """
+    if len(shares) == 1:
+        return problem
+
+    def canonical(genotypes: Genotypes) -> Genotypes:
+        return np.concatenate([problem.canonical(genotypes[:, :-1]), genotypes[:, -1:]], axis=1)
+
+    return replace(
+        problem,
+        sizes=(*problem.sizes, len(shares)),
+        canonical=canonical,
+        cheap=lambda genotypes: problem.cheap(genotypes[:, :-1]),
+        feasible=lambda genotypes: problem.feasible(genotypes[:, :-1]),
+        smallest=np.append(problem.smallest, np.uint8(len(shares) - 1)),
+    )
+
+
+def without_share(genotype: Genotype, shares: Sequence[float], total: int) -> tuple[Genotype, int]:
+    """The network's genes of a genotype of `with_shares`, and how many of `total` images it is evaluated on."""
+    if len(shares) == 1:
+        return genotype, total
+    return genotype[:-1], images_of(shares[genotype[-1]], total)
+
+
+def images_of(share: float, total: int) -> int:
+    """How many of `total` images a share is; at least one."""
+    return max(1, round(total * share))
 
 
 def choose(problem: Problem, rng: np.random.Generator, wishes: Genotypes, seen: set[bytes]) -> Genotype | None:

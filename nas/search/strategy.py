@@ -29,12 +29,16 @@ class Strategy:
       order. Costs are minimised. A NaN among them marks a failed trial: it never wins against one that did not fail.
     - `identity` says what the proposals depend on besides seed and trials; a journal of another identity is not
       continued.
+    - What ask and tell cost does not grow with the number of trials: the state is bounded.
+    - `shares` of more than one: the strategy also chooses how many images a genotype is evaluated on. Its genotypes
+      then have one gene more, the last, which picks one of these shares of the validation images, ascending to 1.
     """
 
     init: Callable[[], Any]
     ask: Callable[[np.random.Generator, Any, int], Genotypes]
     tell: Callable[[Any, Genotype, Costs], Any]
     identity: str
+    shares: tuple[float, ...] = (1.0,)
 
 
 def trial_rng(seed: int, trial: int) -> np.random.Generator:
@@ -80,3 +84,19 @@ def mutate(
     count = np.asarray(sizes)
     step = 1 + rng.integers(0, np.maximum(count - 1, 1), genotypes.shape)  # 1 .. count-1: never back to the same value
     return np.where(where & (count > 1), (genotypes + step) % count, genotypes).astype(np.uint8)
+
+
+def children(rng: np.random.Generator, mothers: Genotypes, fathers: Genotypes, sizes: tuple[int, ...]) -> Genotypes:
+    """Uniform crossover of parents [n, genes], then one mutation a child on average."""
+    rate = 1 / max(1, sum(size > 1 for size in sizes))
+    crossed = np.where(rng.random(mothers.shape) < 0.5, mothers, fathers)
+    return mutate(rng, crossed, sizes, rng.random(crossed.shape) < rate)
+
+
+def neighbours(rng: np.random.Generator, genotypes: Genotypes, sizes: tuple[int, ...]) -> Genotypes:
+    """`genotypes` [n, genes] with exactly one gene changed; as they are where no gene has two values."""
+    free = np.flatnonzero(np.asarray(sizes) > 1)
+    where = np.zeros(genotypes.shape, bool)
+    if len(free):
+        where[np.arange(len(genotypes)), rng.choice(free, len(genotypes))] = True
+    return mutate(rng, genotypes, sizes, where)

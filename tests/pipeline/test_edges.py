@@ -46,7 +46,7 @@ MISTAKES = {
     "an unknown format": ("data.format='npy'", "npz"),
     "a value out of range": ("search.lag=0", "`search.lag` is 0"),
     "not a number": ("train.epochs=inf", "a finite number is needed"),
-    "an unknown strategy": ("search.strategy='nsga3'", "Did you mean `nsga2`"),
+    "an unknown strategy": ("search.strategy='nsga22'", "Did you mean `nsga2`"),
     "an unknown executor": ("search.executor='rey'", "Did you mean `ray`"),
     "an unknown optimiser": ("train.optimiser.name='sgdd'", "Did you mean `sgd`"),
     "a limit that is no latency": ("objectives=[{name='top1'},{name='latency_ms',at_most=nan}]", "positive number"),

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from nas.search import Problem
+from nas.search import STRATEGIES, Problem
+from nas.search.problem import without_share
 
 SIZES = (4,) * 10
 TOTAL = 1000
@@ -36,14 +37,19 @@ def problem(sizes=SIZES, *, limit_ms=18.0, digest="toy") -> Problem:
     )
 
 
+def shares_of(strategy):
+    """Of the strategy called so."""
+    return STRATEGIES[strategy](SIZES, population=10).shares
+
+
 def correct(genotype) -> int:
     """Saturating in the first genes, so that not all milliseconds are worth the same."""
     gain = np.sqrt(np.asarray(genotype, float)) / (1 + np.arange(len(genotype)) % 5)
     return int(TOTAL * gain.sum() / (np.sqrt(3) * len(genotype)))
 
 
-def evaluator(delay_seconds=0.0, log=None, weights=None):
-    """Counts; appends one line a call to `log` if given."""
+def evaluator(delay_seconds=0.0, log=None, weights=None, shares=(1.0,)):
+    """Counts, on the share of images that a last gene picks; appends one line a call to `log` if given."""
     bonus = 0 if weights is None else int(weights["bonus"].sum())
 
     def evaluate(genotypes):
@@ -51,7 +57,8 @@ def evaluator(delay_seconds=0.0, log=None, weights=None):
         if log is not None:
             with open(log, "a") as file:
                 file.writelines("-".join(map(str, g.tolist())) + "\n" for g in genotypes)
-        return [correct(g) + bonus for g in genotypes]
+        seen = [without_share(g, shares, TOTAL) for g in genotypes]
+        return [correct(g) * images // TOTAL + bonus for g, images in seen]
 
     return evaluate
 

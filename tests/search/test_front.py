@@ -86,3 +86,23 @@ def test_trial_is_a_value():
     assert math.isnan(TRIALS[4].top1)
     assert TRIALS[1].costs == {"error": 0.2, "latency_ms": 2.0}
     assert hash(TRIALS[0]) == hash(trial(0, 50, 1.0))
+
+
+def test_the_front_of_one_device_of_several():
+    def on_two(number, correct, here, there):
+        return Trial(number, (number,), correct, 100, {"latency_ms": here, "latency_ms@there": there})
+
+    trials = [on_two(0, 50, 1.0, 9.0), on_two(1, 60, 2.0, 5.0), on_two(2, 55, 3.0, 1.0), on_two(3, 40, 4.0, 8.0)]
+    assert [t.trial for t in Front.of(trials)] == [0, 1, 2]
+    assert [t.trial for t in Front.of(trials, ("error", "latency_ms"))] == [0, 1]
+    there = Front.of(trials, ("error", "latency_ms@there"))
+    assert [t.trial for t in there] == [2, 1]  # fastest first, on that device
+    assert there.best(**{"latency_ms@there": 2.0}).trial == 2
+    with pytest.raises(LimitError, match="latency_ms@there"):
+        Front.of(trials, ("error", "latency_ms@their"))
+
+
+def test_trials_on_fewer_images_are_no_part_of_a_front():
+    few = Trial(9, (9, 9), 10, 10, {"latency_ms": 0.5})
+    assert few not in Front.of([*TRIALS, few])
+    assert len(Front.of([few])) == 1

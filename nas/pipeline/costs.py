@@ -1,0 +1,205 @@
+"""What needs no evaluation: latencies, MACs and parameters as objectives and limits, and what the space can reach.
+
+All of these but learned latencies are sums over blocks, whose smallest and largest values over the whole space are
+found exactly. With
+several limits at once, a network that meets them all is looked for, or a proof that there is none.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nas import cost
+from nas.config import Experiment
+from nas.errors import LimitError
+from nas.latency import LatencyModel, Table, find_model
+from nas.pipeline.job import Job
+from nas.search.strategy import children
+from nas.space import Space
+from nas.space.space import Genotypes
+
+_ENUMERATE = 2**16  # spaces up to this size are gone through wholly
+_ROUNDS = 100  # of weighing several limits against each other
+_GENERATIONS, _CHILDREN, _PARENTS = 40, 1024, 64  # of crossing what came near
+_STEP = 0.3  # by how much a weight changes in a round, at most: exp(0.3)
+
+Price = Callable[[Genotypes], NDArray[np.float64]]  # [n, genes] -> [n]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Cost:
+    """One exact cost. Networks with a block that a device cannot run cost infinitely much there."""
+
+    name: str
+    price: Price
+    bound: Price  # what a limit is held against; never below the price
+    least: float  # over the space
+    most: float
+    cheapest: Genotypes  # [genes], of the least
+    digest: str  # of what the prices depend on besides the space
+    parts: Sequence[NDArray[np.float64]] | None  # [branches] at each position, where their sum is the bound
+    limit: float = float("inf")
+
+    def __str__(self) -> str:
+        limit = f" at most {self.limit:.6g}," if self.limit < float("inf") else ""
+        return f"{self.name}:{limit} reachable {self.least:.6g} to {self.most:.6g}"
+
+
+def exact_costs(job: Job) -> tuple[Cost, ...]:
+    """The objectives beside top1, latency_ms first, then what only has a limit.
+
+    Raises:
+        LimitError: no network of the space can meet one of the limits; it has what the space can reach.
+        DeviceError, UnmeasuredBlock, LatencyError: a further device has no table for this space.
+    """
+    names = cost_names(job.experiment)
+    precisions = {o.name: o.precision for o in job.experiment.objectives}
+    asked = {o.name: o.at_most for o in job.experiment.objectives} | job.experiment.limits
+    found = [_latency(job)]
+    for name in (*names[1:], *job.experiment.limits):
+        made = _named(job, name, precisions.get(name, "float32"))
+        found.append(dataclasses.replace(made, limit=_resolved(made, asked.get(name))))
+    return tuple(found)
+
+
+def cost_names(experiment: Experiment) -> tuple[str, ...]:
+    """The objectives that need no evaluation, by name, as a journal has them: `latency_ms` is the first."""
+    return tuple(sorted(o.name for o in experiment.objectives if o.name != "top1"))
+
+
+def say_costs(job: Job) -> None:
+    """Tells what the space can reach in further objectives and limits, or that they are impossible."""
+    costs = exact_costs(job)
+    for made in costs[1:]:
+        job.console.say(f"  {made}")
+    within(job.space, costs)
+
+
+def within(space: Space, costs: Sequence[Cost]) -> Genotypes:
+    """A genotype [genes] that meets every limit; the fastest network if that does.
+
+    Small spaces are gone through wholly. In large ones the limits are weighed against each other: the cheapest network
+    under a weighted sum of costs, each in units of its limit, is exact, and whatever the weights, no network can meet
+    all limits if even that one costs more than the sum of the weights (Lagrangian bound: Geoffrion 1974,
+    doi:10.1007/BFb0120690). Weights grow where a limit was missed (Arora et al. 2012, doi:10.4086/toc.2012.v008a006).
+    Where neither a network nor that proof is found, those that came nearest are crossed.
+
+    Raises:
+        LimitError: that no network meets all limits is proven; or, in a large space, none was found.
+    """
+    limited = [c for c in costs if np.isfinite(c.limit)]
+
+    def excess(genotypes: Genotypes) -> NDArray[np.float64]:
+        """[n, genes] -> [n]: the worst cost over its limit; infinite where a device cannot run it."""
+        return np.max([_ratio(c, genotypes) for c in costs], axis=0)
+
+    starts = np.stack([c.cheapest for c in (costs[0], *limited)])
+    met = excess(starts) <= 1
+    if met.any():
+        return starts[met.argmax()]
+    if (count := math.prod(space.sizes)) <= _ENUMERATE:
+        everything = np.stack(np.unravel_index(np.arange(count), space.sizes), axis=1).astype(np.uint8)
+        over = excess(everything)
+        found, proven = space.canonical(everything[over.argmin()]), over.min() > 1
+    else:
+        nearest, proven = _weighed(space, limited, excess)
+        found = nearest if proven else _crossed(space, np.concatenate([starts, nearest[None]]), excess)
+    if excess(found[None])[0] <= 1:
+        return found
+    how = "No network of the space is" if proven else "No network was found that is"
+    raise LimitError(
+        f"{how} within all limits at once: {'; '.join(map(str, limited))}. Each can be met alone: raise one of them."
+    )
+
+
+def _ratio(made: Cost, genotypes: Genotypes) -> NDArray[np.float64]:
+    """A cost over its limit, [n]; without a limit 0, but infinite where the device cannot run the network."""
+    if np.isfinite(made.limit):
+        return made.bound(genotypes) / made.limit
+    return np.where(np.isfinite(made.price(genotypes)), 0.0, np.inf)
+
+
+def _weighed(space: Space, limited: Sequence[Cost], excess: Price) -> tuple[Genotypes, bool]:
+    """The network that came nearest to all limits under any weights, and whether it is proven that none meets them."""
+    summed = [(c.limit, c.parts) for c in limited if c.parts is not None]
+    limits = np.array([limit for limit, _ in summed])
+    weights, nearest, least = np.full(len(summed), 1 / max(1, len(summed))), limited[0].cheapest, np.inf
+    for _ in range(_ROUNDS if summed else 0):
+        positions = zip(*(parts for _, parts in summed), strict=True)
+        weighted = [np.tensordot(weights / limits, np.stack(parts), axes=1) for parts in positions]
+        genotype, total = space.extreme(weighted, largest=False)
+        if (over := excess(genotype[None])[0]) < least:
+            nearest, least = genotype, over
+        if least <= 1 or total > 1 + 1e-9:
+            return nearest, bool(least > 1)
+        ratios = np.array([space.price(genotype, parts) for _, parts in summed]) / limits
+        weights = weights * np.exp(_STEP * np.clip(ratios - 1, -1.0, 1.0))
+        weights /= weights.sum()
+    return nearest, False
+
+
+def _crossed(space: Space, pool: Genotypes, excess: Price) -> Genotypes:
+    """The network nearest to all limits among children of those in `pool` [n, genes], for some generations."""
+    rng = np.random.default_rng(0)
+    for _ in range(_GENERATIONS):
+        mothers, fathers = rng.integers(0, len(pool), (2, _CHILDREN))
+        born = space.canonical(children(rng, pool[mothers], pool[fathers], space.sizes))
+        pool = np.unique(np.concatenate([pool, born]), axis=0)
+        over = excess(pool)
+        pool = pool[np.argsort(over, kind="stable")[:_PARENTS]]
+        if over.min() <= 1:
+            break
+    return pool[0]
+
+
+def _latency(job: Job) -> Cost:
+    """On the experiment's own device."""
+    model, space, limit = job.tables[job.precision], job.space, job.limit
+    _, fastest, _, _ = model.reachable(space)
+    price, bound = functools.partial(model.price, space), functools.partial(model.bound, space)
+    least, most, parts = limit.fastest_ms, limit.slowest_ms, _parts(model, space)
+    return Cost("latency_ms", price, bound, least, most, fastest, model.digest, parts, limit.ms)
+
+
+def _parts(model: LatencyModel, space: Space) -> Sequence[NDArray[np.float64]] | None:
+    """Of a latency that is a sum over positions, and over nothing else."""
+    return model.costs(space) if isinstance(model, Table) and model.between(space) is None else None
+
+
+def _named(job: Job, name: str, precision: str) -> Cost:
+    """Without a limit yet."""
+    space, device = job.space, name.partition("@")[2]
+    if device:
+        model, _ = find_model(device, precision, space)
+        least, cheapest, most, _ = model.reachable(space)
+        price, bound = functools.partial(model.price, space), functools.partial(model.bound, space)
+        return Cost(name, price, bound, least, most, cheapest, model.digest, _parts(model, space))
+    unsupported = job.tables[job.precision].unsupported
+    of = {"macs": cost.macs, "params": cost.parameters}[name]
+    costs = space.costs(of)
+    parts = space.costs(lambda graph: float("inf") if graph.key in unsupported else of(graph))
+    cheapest, least = space.extreme(parts, largest=False)
+    _, most = space.extreme(parts, largest=True)
+
+    def price(genotypes: Genotypes) -> NDArray[np.float64]:
+        return space.price(genotypes, costs)
+
+    return Cost(name, price, price, least, most, cheapest, name, parts)
+
+
+def _resolved(made: Cost, asked: float | int | str | None) -> float:
+    """A limit in the cost's unit."""
+    if asked is None:
+        return float("inf")
+    share = float(asked.rstrip("% ")) / 100 if isinstance(asked, str) else None
+    limit = float(asked) if share is None else made.least + share * (made.most - made.least)
+    if limit < made.least:
+        raise LimitError(
+            f"the limit of {made.name} is {limit:.6g}, but no network of the space has less than {made.least:.6g} (the "
+            f"most is {made.most:.6g}). Set it between these, or choose another space or smaller images."
+        )
+    return limit

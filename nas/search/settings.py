@@ -1,0 +1,53 @@
+"""A strategy by what an experiment says of it: its population, and settings of its own by their names."""
+
+import inspect
+import types
+import typing
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import msgspec
+
+from nas.config import nearest
+from nas.errors import ConfigError
+from nas.search.problem import Problem
+from nas.search.strategy import Strategy
+
+
+def make_strategy(
+    factory: Callable[..., Strategy], problem: Problem, *, population: int, settings: Mapping[str, Any]
+) -> Strategy:
+    """`factory(problem.sizes, population=population, **settings)`, with `problem=problem` where it takes one.
+
+    Raises:
+        ConfigError: as `check_settings`.
+    """
+    check_settings(factory, population=population, settings=settings)
+    known = {"problem": problem} if "problem" in inspect.signature(factory).parameters else {}
+    return factory(problem.sizes, population=population, **known, **settings)
+
+
+def check_settings(factory: Callable[..., Strategy], *, population: int, settings: Mapping[str, Any]) -> None:
+    """Nothing, if the strategy takes these settings.
+
+    Raises:
+        ConfigError: an unknown setting, with the nearest known one, or a value that it does not take.
+    """
+    hints = {n: hint for n, hint in typing.get_type_hints(factory).items() if n != "population" and _is_number(hint)}
+    for name, value in settings.items():
+        if name not in hints:
+            hint = nearest(name, hints, kind="setting") if hints else " It has none."
+            raise ConfigError(f"`search.settings.{name}`: strategy {factory.__name__} has no such setting.{hint}")
+        try:
+            msgspec.convert(value, hints[name])
+        except msgspec.ValidationError as e:
+            raise ConfigError(f"`search.settings.{name}` is {value!r}: {e}.") from e
+    try:
+        factory((2, 2), population=population, **settings)
+    except ValueError as e:
+        raise ConfigError(f"`search.settings`: {e}.") from e
+
+
+def _is_number(hint: Any) -> bool:
+    parts = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    return {int, float, types.NoneType}.issuperset(parts)
