@@ -1,4 +1,4 @@
-"""What `search.py` searches: published accuracies and latencies as problems of `nas.search`, read from ../shared/data."""
+"""What `search.py` searches: published accuracies and latencies as problems, read from ../shared/data."""
 
 import tempfile
 from collections.abc import Callable
@@ -29,6 +29,7 @@ class Task:
     problem: Problem
     error: Callable[[Genotypes], Floats]
     reference: tuple[float, float]
+    features: Callable[[Genotypes], Floats]  # MACs and parameters [n, 2]
 
     def costs(self, genotypes: Genotypes) -> Floats:
         """[n, 2]."""
@@ -38,7 +39,9 @@ class Task:
         return hypervolume_2d(costs, self.reference)
 
 
-def problem_of(sizes: tuple[int, ...], cheap: Callable[[Genotypes], Floats], smallest: Genotype, **kinds: Any) -> Problem:
+def problem_of(
+    sizes: tuple[int, ...], cheap: Callable[[Genotypes], Floats], smallest: Genotype, **kinds: Any
+) -> Problem:
     """A problem without limits, of one cheap cost [n]."""
     return Problem(
         sizes=sizes,
@@ -64,6 +67,7 @@ def nb201(folder: Path) -> dict[str, tuple[Task, float]]:
     order = np.argsort(np.ravel_multi_index(file["ops"].T.astype(int), sizes))
     error = 1 - file["test_acc"].astype(np.float64)[order] / 100
     latency = file["latency_ms"].astype(np.float64)[order]
+    sizes_of = np.stack([file["macs"], file["params"]], axis=1).astype(np.float64)[order]
 
     def number(genotypes: Genotypes) -> NDArray[np.intp]:
         return np.ravel_multi_index(genotypes.T.astype(int), sizes)
@@ -72,7 +76,7 @@ def nb201(folder: Path) -> dict[str, tuple[Task, float]]:
     for device, column in zip(file["devices"].tolist(), latency.T, strict=True):
         smallest = np.array(np.unravel_index(int(column.argmin()), sizes), np.uint8)
         problem = problem_of(sizes, lambda g, column=column: column[number(g)], smallest)
-        task = Task(problem, lambda g: error[number(g)], (0.2, float(column.max())))
+        task = Task(problem, lambda g: error[number(g)], (0.2, float(column.max())), lambda g: sizes_of[number(g)])
         out[device] = task, task.volume(np.c_[error, column])
     return out
 
@@ -99,7 +103,9 @@ class OfaPredictor:
             stage, layer = f"stage{slot // 4 + 2}", slot % 4
             kernel, expand = weight[0][3 * slot : 3 * slot + 3], weight[0][60 + 3 * slot : 63 + 3 * slot]
             rows.append((kernel[:, None] + expand).reshape(9, -1))
-            genes = [gene[f"{stage}/{name}"] for name in (f"layer{layer + 1}/kernel", f"layer{layer + 1}/expand", "depth")]
+            genes = [
+                gene[f"{stage}/{name}"] for name in (f"layer{layer + 1}/kernel", f"layer{layer + 1}/expand", "depth")
+            ]
             self.layers.append((*genes, layer - 1))
         self.rows = np.concatenate(rows)  # [5 + 20 * 9, 400]
 
@@ -186,13 +192,17 @@ def ofa_subnets(folder: Path) -> tuple[Task, dict[str, float]]:
     regression = SVR(C=10.0, gamma=0.01, epsilon=0.05)
     held_out = cross_val_predict(regression, x, y, cv=10)
     regression.fit(x, y)
-    macs = space.costs(cost.macs)
-    problem = problem_of(
-        space.sizes, lambda g: space.price(g, macs) / 1e6, space.smallest(), canonical=space.canonical
-    )
+    macs, parameters = space.costs(cost.macs), space.costs(cost.parameters)
+    problem = problem_of(space.sizes, lambda g: space.price(g, macs) / 1e6, space.smallest(), canonical=space.canonical)
     reference = (1 - float(y.min()) / 100, float(file["macs"].max()) / 1e6)
     quality = {"held_out_tau": float(stats.kendalltau(held_out, y).statistic), "networks": len(y)}
-    return Task(problem, lambda g: 1 - regression.predict(one_hot_active(space, g)) / 100, reference), quality
+    task = Task(
+        problem,
+        lambda g: 1 - regression.predict(one_hot_active(space, g)) / 100,
+        reference,
+        lambda g: np.stack([space.price(g, macs), space.price(g, parameters)], axis=1),
+    )
+    return task, quality
 
 
 def one_hot_active(space: Space, genotypes: Genotypes) -> Floats:

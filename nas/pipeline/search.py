@@ -7,12 +7,13 @@ from typing import Any
 
 import msgspec
 import numpy as np
+from numpy.typing import NDArray
 
-from nas import config
+from nas import config, cost
 from nas.data import load_data
 from nas.evaluate import SubnetEvaluator
 from nas.pipeline.job import Job
-from nas.search import EXECUTORS, STRATEGIES, Front, Problem, Trial, Trials
+from nas.search import EXECUTORS, KNOWING, STRATEGIES, Front, Problem, Trial, Trials
 from nas.search import search as run_search
 from nas.space import load_space
 from nas.supernet import Supernet
@@ -45,7 +46,8 @@ def run(job: Job, on_trial: Callable[[Trial], None] | None = None) -> Trials:
     """The trials of the search: made now, or read back from the journal where they are all there."""
     settings = job.experiment.search
     problem = make_problem(job)
-    strategy = STRATEGIES[settings.strategy](problem.sizes, population=settings.population)
+    known = {"problem": problem, "features": _features(job)} if settings.strategy in KNOWING else {}
+    strategy = STRATEGIES[settings.strategy](problem.sizes, population=settings.population, **known)
     executor = EXECUTORS[settings.executor](
         "nas.pipeline.search:evaluator",
         {"experiment": msgspec.to_builtins(job.experiment)},
@@ -67,6 +69,13 @@ def run(job: Job, on_trial: Callable[[Trial], None] | None = None) -> Trials:
         initial=[smallest, job.handmade(), largest],
         on_trial=on_trial,
     )
+
+
+def _features(job: Job) -> Callable[[NDArray[np.uint8]], NDArray[np.float64]]:
+    """MACs and parameters [n, 2] of genotypes."""
+    space = job.space
+    costs = [space.costs(cost.macs), space.costs(cost.parameters)]
+    return lambda genotypes: np.stack([space.price(genotypes, each) for each in costs], axis=1)
 
 
 def make_problem(job: Job) -> Problem:

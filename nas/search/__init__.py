@@ -6,6 +6,7 @@ from nas.search.executor import Executor, Result
 from nas.search.front import Front, Trial, Trials, read_trials
 from nas.search.inline import InlineExecutor
 from nas.search.nsga2 import nsga2
+from nas.search.predictor_search import predictor_search
 from nas.search.problem import Problem
 from nas.search.random_search import random_search
 from nas.search.ray_executor import RayExecutor
@@ -15,7 +16,10 @@ STRATEGIES = {
     "random": random_search,
     "ageing_evolution": ageing_evolution,
     "nsga2": nsga2,
+    "predictor": predictor_search,
 }
+
+KNOWING = {"predictor"}  # strategies that also take the problem, and features of networks
 
 EXECUTORS = {
     "inline": InlineExecutor,
@@ -24,6 +28,7 @@ EXECUTORS = {
 
 __all__ = [
     "EXECUTORS",
+    "KNOWING",
     "STRATEGIES",
     "Executor",
     "Front",
@@ -36,6 +41,7 @@ __all__ = [
     "Trials",
     "ageing_evolution",
     "nsga2",
+    "predictor_search",
     "random_search",
     "read_trials",
     "search",

@@ -40,9 +40,15 @@ class Hyperparameters:
         """variance of main effects, share of each gene [genes]; of interactions, weight of each gene [genes]; of
         features, inverse squared length of each [features]; of noise."""
         g, value = self.genes, np.exp(self.log)
-        return value[0], value[1 : 1 + g], value[1 + g], value[2 + g : 2 + 2 * g], value[2 + 2 * g], value[
-            3 + 2 * g : -1
-        ], value[-1]
+        return (
+            value[0],
+            value[1 : 1 + g],
+            value[1 + g],
+            value[2 + g : 2 + 2 * g],
+            value[2 + 2 * g],
+            value[3 + 2 * g : -1],
+            value[-1],
+        )
 
     @classmethod
     def expected(cls, genes: int, features: int) -> "Hyperparameters":
@@ -50,7 +56,9 @@ class Hyperparameters:
         and the process is then sure of what is wrong."""
         even = np.full(genes, np.log(1 / max(genes, 1)))
         return cls(
-            np.concatenate([[np.log(0.5)], even, [np.log(0.5)], even, [np.log(0.3)], np.zeros(features), [np.log(0.03)]]),
+            np.concatenate(
+                [[np.log(0.5)], even, [np.log(0.5)], even, [np.log(0.3)], np.zeros(features), [np.log(0.03)]]
+            ),
             genes,
         )
 
@@ -182,7 +190,16 @@ def fit(
     )  # fmt: skip
     chosen = Hyperparameters(found.x, genes)
     empty = GaussianProcess(
-        sizes, chosen, genotypes[:0], standard[:0], mean, scale, feature_mean, feature_scale, np.zeros((0, 0)), np.zeros(0)
+        sizes,
+        chosen,
+        genotypes[:0],
+        standard[:0],
+        mean,
+        scale,
+        feature_mean,
+        feature_scale,
+        np.zeros((0, 0)),
+        np.zeros(0),
     )
     covariance = empty.covariance(genotypes, standard, genotypes, standard) + empty.noise * np.eye(n)
     factor = cholesky(covariance, lower=True)

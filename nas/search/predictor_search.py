@@ -10,6 +10,7 @@ proposed in disguise. Before the first fit a space-filling design is evaluated.
 import functools
 import hashlib
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -42,6 +43,7 @@ class _Knowledge:
 
     sizes: tuple[int, ...]
     problem: Problem | None
+    features: Callable[[Genotypes], Floats] | None
 
     def candidates(self, genotypes: Genotypes) -> Genotypes:
         """Those that are feasible, canonical, each once."""
@@ -71,7 +73,7 @@ class _Plan:
 
     known: _Knowledge
     trials: Population
-    worst_error: float  # what the hypervolume counts
+    given_worst_error: float | None = None
 
     @functools.cached_property
     def cheap_models(self) -> list[GaussianProcess]:
@@ -88,6 +90,11 @@ class _Plan:
         none = np.empty((len(genotypes), 0))
         return np.stack([m.mean_of(genotypes, none) for m in self.cheap_models], 1) if self.cheap_models else none
 
+    def features(self, genotypes: Genotypes, cheap: Floats) -> Floats:
+        """[n, features]: logarithms, since costs differ by factors."""
+        others = [] if self.known.features is None else [self.known.features(genotypes)]
+        return np.log(np.maximum(np.concatenate([cheap, *others], axis=1), 1e-12))
+
     @functools.cached_property
     def least(self) -> float:
         """An error below all that were seen but 0, which has no logarithm."""
@@ -102,7 +109,17 @@ class _Plan:
     def model(self) -> GaussianProcess:
         """Of the logarithm of the error."""
         genotypes = self.trials.genotypes
-        return fit(self.known.sizes, genotypes, _features(self.cheap(genotypes)), self.targets)
+        return fit(self.known.sizes, genotypes, self.features(genotypes, self.cheap(genotypes)), self.targets)
+
+    @property
+    def worst_error(self) -> float:
+        """Where the hypervolume ends: for all plans, the worst of the first one's trials, drawn in.
+
+        Networks that err at random are far beyond it; and it must not be so low that the quickest count for nothing.
+        """
+        if self.given_worst_error is not None:
+            return self.given_worst_error
+        return float(1.1 * np.exp(self.targets.max()))
 
     @functools.cached_property
     def reference(self) -> Floats:
@@ -126,7 +143,7 @@ class _Plan:
 
     def _improvement(self, genotypes: Genotypes) -> Floats:
         cheap = self.cheap(genotypes)
-        mean, deviation = self.model.predict(genotypes, _features(cheap))
+        mean, deviation = self.model.predict(genotypes, self.features(genotypes, cheap))
         return expected_improvement(front_of(self.trials.costs, self.reference), mean, deviation, cheap)
 
     def _searched(self, rng: np.random.Generator) -> Genotypes:
@@ -135,7 +152,7 @@ class _Plan:
 
         def hopes(genotypes: Genotypes) -> Floats:
             seen.append(genotypes)
-            mean, deviation = self.model.predict(genotypes, _features(self.cheap(genotypes)))
+            mean, deviation = self.model.predict(genotypes, self.features(genotypes, self.cheap(genotypes)))
             return deviation - mean
 
         front = np.flatnonzero(nondominated(self.trials.costs))
@@ -164,7 +181,13 @@ class _State:
     planned: int = 0  # trials told by then
 
 
-def predictor_search(sizes: tuple[int, ...], *, population: int, problem: Problem | None = None) -> Strategy:
+def predictor_search(
+    sizes: tuple[int, ...],
+    *,
+    population: int,
+    problem: Problem | None = None,
+    features: Callable[[Genotypes], Floats] | None = None,
+) -> Strategy:
     """Expected hypervolume improvement on a Gaussian process of the error.
 
     Args:
@@ -172,8 +195,10 @@ def predictor_search(sizes: tuple[int, ...], *, population: int, problem: Proble
         population: trials of the space-filling design before the first fit.
         problem: knows the cheap costs of all candidates exactly, and which are feasible; None: cheap costs are
             predicted too, and every genotype counts as feasible.
+        features: [n, genes] -> [n, k], positive: what else is known of networks without evaluating them, such as MACs
+            and parameters. Networks that are alike in them are taken to be alike in error.
     """
-    known = _Knowledge(sizes, problem)
+    known = _Knowledge(sizes, problem, features)
 
     def ask(rng: np.random.Generator, state: _State, n: int) -> Genotypes:
         if state.plan is None:
@@ -190,8 +215,8 @@ def predictor_search(sizes: tuple[int, ...], *, population: int, problem: Proble
             return _State(told, trials)
         if state.plan is not None and told - state.planned < max(_REFIT_AFTER, state.planned // 12):
             return replace(state, told=told, trials=trials)
-        worst = _worst_error(trials.costs) if state.plan is None else state.plan.worst_error
-        return _State(told, trials, _Plan(known, trials, worst), told)
+        first = _Plan(known, trials) if state.plan is None else state.plan
+        return _State(told, trials, _Plan(known, trials, first.worst_error), told)
 
     return Strategy(
         init=lambda: _State(0, Population.empty(len(sizes))),
@@ -199,11 +224,6 @@ def predictor_search(sizes: tuple[int, ...], *, population: int, problem: Proble
         tell=tell,
         identity=f"predictor(population={population}, exact={problem is not None})",
     )
-
-
-def _features(cheap: Floats) -> Floats:
-    """Costs differ by factors: their logarithms."""
-    return np.log(np.maximum(cheap, 1e-12))
 
 
 def _targets(costs: Floats, least: float) -> Floats:
@@ -224,11 +244,6 @@ def _drawn_in(values: Floats) -> Floats:
     place = (np.searchsorted(np.sort(out), out, side="right") - 0.5) / len(out)
     drawn = middle + spread * ndtri(np.clip(place, 0.5, 1 - 0.5 / len(out)))
     return np.where(out > middle, np.minimum(out, drawn), out)
-
-
-def _worst_error(costs: Floats) -> float:
-    """That of the best four fifths: where the hypervolume ends, so that it is not won by networks that err at random."""
-    return float(np.quantile(costs[np.isfinite(costs[:, 0]), 0], 0.8))
 
 
 def _unknown(genotypes: Genotypes, told: Genotypes) -> Genotypes:
@@ -284,9 +299,9 @@ def _believer(plan: _Plan, new: Population, pool: Genotypes, n: int) -> Genotype
     model = plan.model
     if len(new):
         targets = np.minimum(_targets(new.costs, plan.least), plan.targets.max())
-        model = model.observe(new.genotypes, _features(plan.cheap(new.genotypes)), targets)
+        model = model.observe(new.genotypes, plan.features(new.genotypes, plan.cheap(new.genotypes)), targets)
     cheap = plan.cheap(pool)
-    features = _features(cheap)
+    features = plan.features(pool, cheap)
     mean, deviation, solved = model.explained(pool, features)
     variance = (deviation / model.scale) ** 2
     standard = model.standardised(features)
