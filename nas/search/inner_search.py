@@ -19,7 +19,7 @@ from nas.search.strategy import Genotype, Genotypes, uniform
 Floats = NDArray[np.float64]
 Function = Callable[[Genotypes], Floats]  # [n, genes] -> [n]
 
-_BUCKETS = 64  # of cost in the knapsack; what it finds is priced exactly afterwards
+_BUCKETS = 96  # of cost in the knapsack; what it finds is priced exactly afterwards
 _CHANGES = 6  # at most, of one exchange
 _STARTS = 4  # uniform ones, before optima are crossed
 _POOL = 8  # optima that are crossed
@@ -149,7 +149,8 @@ def _descend(start: Genotype, moves: _Moves, scorer: _Scorer) -> tuple[Genotype,
         gain = np.full(len(changed), -np.inf)
         gain[move] = scorer(changed[move], costs <= moves.limit) - own_score
         rise = np.zeros(len(changed))
-        rise[move] = costs - own_cost
+        with np.errstate(invalid="ignore"):  # infinite less infinite is no number, and such a move is not taken
+            rise[move] = costs - own_cost
         exchanges = best_exchanges(gain, rise, moves.gene, moves.limit - own_cost)
         if len(single := move[costs <= moves.limit]):
             exchanges.append([int(single[gain[single].argmax()])])
@@ -199,7 +200,7 @@ def best_exchanges(
     if not len(useful):
         return []
     # What is given back and what is gained pass through costs on either side of the present one, but not far.
-    reach = max(1.25 * abs(slack), 2 * float(rise[useful].std())) or 1.0
+    reach = max(1.25 * abs(slack), 3 * float(np.sqrt((rise[useful] ** 2).mean()))) or 1.0
     unit, zero = 2 * reach / _BUCKETS, _BUCKETS // 2
     weight = np.ceil(np.where(np.isfinite(rise), rise, 0.0) / unit - 1e-9).astype(np.int64)
     useful = useful[np.abs(weight[useful]) <= _BUCKETS]

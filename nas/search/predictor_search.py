@@ -30,8 +30,9 @@ _ENUMERATE = 2**15  # spaces up to this size are scored to their last genotype
 _REMEMBERED = 400  # trials that the predictor learns from at most
 _SHORTLIST = 400
 _FRESH = 100  # mutants of the front that join the shortlist for a single trial
-_BELIEVED = 16  # proposals of a list that take those before them into account
+_BELIEVED = 8  # proposals of a list that take those before them into account
 _DESIGN = 256  # uniform candidates of which one joins the space-filling design
+_DOUBT = 0.5  # mean of how much more unsure than the process a trial may be: where it is wrong, it does not know that
 _SEARCHES = 8  # inner ones, each under the costs of another network of the front
 _EVALUATIONS = 1500  # of each
 _REFIT_AFTER = 5  # trials, or a twelfth of those that there are
@@ -73,7 +74,7 @@ class _Plan:
 
     known: _Knowledge
     trials: Population
-    given_worst_error: float | None = None
+    worst_error: float  # nothing is learned or won beyond it
 
     @functools.cached_property
     def cheap_models(self) -> list[GaussianProcess]:
@@ -101,25 +102,20 @@ class _Plan:
         error = self.trials.costs[:, 0]
         return float(error[error > 0].min() / 2) if (error > 0).any() else 1.0
 
-    @functools.cached_property
-    def targets(self) -> Floats:
-        return _drawn_in(_targets(self.trials.costs, self.least))
+    def targets(self, costs: Floats) -> Floats:
+        """Logarithms of the errors [n] of `costs` [n, 1 + cheap]; failures, NaN, count as the worst."""
+        return np.log(np.clip(np.fmin(costs[:, 0], self.worst_error), self.least, None))
 
     @functools.cached_property
     def model(self) -> GaussianProcess:
         """Of the logarithm of the error."""
         genotypes = self.trials.genotypes
-        return fit(self.known.sizes, genotypes, self.features(genotypes, self.cheap(genotypes)), self.targets)
-
-    @property
-    def worst_error(self) -> float:
-        """Where the hypervolume ends: for all plans, the worst of the first one's trials, drawn in.
-
-        Networks that err at random are far beyond it; and it must not be so low that the quickest count for nothing.
-        """
-        if self.given_worst_error is not None:
-            return self.given_worst_error
-        return float(1.1 * np.exp(self.targets.max()))
+        return fit(
+            self.known.sizes,
+            genotypes,
+            self.features(genotypes, self.cheap(genotypes)),
+            self.targets(self.trials.costs),
+        )
 
     @functools.cached_property
     def reference(self) -> Floats:
@@ -136,15 +132,17 @@ class _Plan:
         found = self.known.everything
         found = self.known.candidates(self._searched(rng)) if found is None else found
         found = _unknown(found, self.trials.genotypes)
-        improvement = np.concatenate(
-            [self._improvement(part) for part in np.array_split(found, max(1, len(found) // 2048))]
-        )
-        return found[np.argsort(-improvement, kind="stable")[:_SHORTLIST]]
+        parts = np.array_split(found, max(1, len(found) // 2048))
+        improvement = np.concatenate([self._improvements(part) for part in parts])
+        best = np.argsort(-improvement, axis=0, kind="stable")[: _SHORTLIST // 2]
+        return found[np.unique(best)]
 
-    def _improvement(self, genotypes: Genotypes) -> Floats:
+    def _improvements(self, genotypes: Genotypes) -> Floats:
+        """[n, 2]: as the process has it, and were it twice as unsure."""
         cheap = self.cheap(genotypes)
         mean, deviation = self.model.predict(genotypes, self.features(genotypes, cheap))
-        return expected_improvement(front_of(self.trials.costs, self.reference), mean, deviation, cheap)
+        front = front_of(self.trials.costs, self.reference)
+        return np.stack([expected_improvement(front, mean, k * deviation, cheap) for k in (1, 2)], axis=1)
 
     def _searched(self, rng: np.random.Generator) -> Genotypes:
         """Candidates at least as cheap as a network of the front, that may well be more accurate."""
@@ -206,7 +204,8 @@ def predictor_search(
         pool = np.concatenate([state.plan.shortlist, _mutants(rng, known, state.trials)])
         pool = _unknown(np.unique(pool, axis=0), state.trials.genotypes)
         new = state.trials.take(slice(len(state.trials) - (state.told - state.planned), None))
-        best = _believer(state.plan, new, pool, n)
+        doubt = 1 + rng.exponential(_DOUBT)
+        best = _believer(state.plan, new, pool, n, doubt)
         return np.concatenate([best, uniform(rng, sizes, n - len(best))])
 
     def tell(state: _State, genotype: Genotype, costs: Costs) -> _State:
@@ -215,8 +214,8 @@ def predictor_search(
             return _State(told, trials)
         if state.plan is not None and told - state.planned < max(_REFIT_AFTER, state.planned // 12):
             return replace(state, told=told, trials=trials)
-        first = _Plan(known, trials) if state.plan is None else state.plan
-        return _State(told, trials, _Plan(known, trials, first.worst_error), told)
+        worst_error = worst_of(trials.costs[:, 0]) if state.plan is None else state.plan.worst_error
+        return _State(told, trials, _Plan(known, trials, worst_error), told)
 
     return Strategy(
         init=lambda: _State(0, Population.empty(len(sizes))),
@@ -226,24 +225,21 @@ def predictor_search(
     )
 
 
-def _targets(costs: Floats, least: float) -> Floats:
-    """Logarithms of the errors, none below `least`; those of failed trials are NaN."""
-    return np.log(np.maximum(costs[:, 0], least))
+def worst_of(errors: Floats) -> float:
+    """The error beyond which networks are all alike bad, from those of a few uniform ones.
 
-
-def _drawn_in(values: Floats) -> Floats:
-    """`values` with the worse half drawn in, and failures, NaN, as the worst.
-
-    How bad a bad network is teaches nothing about good ones and would rule the fit. In the worse half ranks take the
-    place of values: as far above the median as the same quantile of a normal distribution whose spread is that of the
-    better half (Song et al. 2022, arXiv:2207.13676, on output warping).
+    Networks that err at random would rule a fit, and how bad they are teaches nothing about good ones. So errors end
+    where the worst of as many would be, were their logarithms normal with the median and the spread of the better half
+    (as in the output warping of Song et al. 2022, arXiv:2207.13676).
     """
-    out = np.where(np.isnan(values), np.nanmax(values), values)
-    middle = np.median(out)
-    spread = np.sqrt(np.mean((out[out <= middle] - middle) ** 2))
-    place = (np.searchsorted(np.sort(out), out, side="right") - 0.5) / len(out)
-    drawn = middle + spread * ndtri(np.clip(place, 0.5, 1 - 0.5 / len(out)))
-    return np.where(out > middle, np.minimum(out, drawn), out)
+    known = errors[np.isfinite(errors)]
+    logs = np.log(known[known > 0])
+    if not len(logs):
+        return 1.0
+    middle = np.median(logs)
+    spread = np.sqrt(np.mean((logs[logs <= middle] - middle) ** 2))
+    normal_worst = middle + spread * ndtri(1 - 0.5 / len(logs))
+    return float(1.1 * np.exp(min(normal_worst, logs.max())))
 
 
 def _unknown(genotypes: Genotypes, told: Genotypes) -> Genotypes:
@@ -289,17 +285,18 @@ def _mutants(rng: np.random.Generator, known: _Knowledge, trials: Population) ->
     return known.candidates(mutate(rng, parents, known.sizes, where))
 
 
-def _believer(plan: _Plan, new: Population, pool: Genotypes, n: int) -> Genotypes:
+def _believer(plan: _Plan, new: Population, pool: Genotypes, n: int, doubt: float) -> Genotypes:
     """At most `n` of `pool` by expected improvement, the first `_BELIEVED` each given those before it.
 
-    `new` trials were told since the plan was made; the process learns them without a new fit.
+    `new` trials were told since the plan was made; the process learns them without a new fit. Deviations are taken
+    `doubt` times as large as the process has them.
     """
     if not len(pool):
         return pool
     model = plan.model
     if len(new):
-        targets = np.minimum(_targets(new.costs, plan.least), plan.targets.max())
-        model = model.observe(new.genotypes, plan.features(new.genotypes, plan.cheap(new.genotypes)), targets)
+        features = plan.features(new.genotypes, plan.cheap(new.genotypes))
+        model = model.observe(new.genotypes, features, plan.targets(new.costs))
     cheap = plan.cheap(pool)
     features = plan.features(pool, cheap)
     mean, deviation, solved = model.explained(pool, features)
@@ -310,7 +307,7 @@ def _believer(plan: _Plan, new: Population, pool: Genotypes, n: int) -> Genotype
     gain = np.zeros(len(pool))
     for _ in range(min(_BELIEVED, n, len(pool))):
         front = front_of(believed, plan.reference)
-        gain = expected_improvement(front, mean, np.sqrt(variance) * model.scale, cheap)
+        gain = expected_improvement(front, mean, doubt * np.sqrt(variance) * model.scale, cheap)
         gain[order] = -np.inf
         pick = int(gain.argmax())
         order.append(pick)

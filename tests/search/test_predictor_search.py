@@ -7,7 +7,7 @@ from test_strategies import lived
 
 from nas.search import Problem, nsga2, predictor_search, trial_rng
 from nas.search.pareto import hypervolume_2d, nondominated
-from nas.search.predictor_search import _REMEMBERED, _drawn_in
+from nas.search.predictor_search import _REMEMBERED, worst_of
 from nas.search.problem import choose
 
 REFERENCE = (1.0, 18.0)
@@ -31,10 +31,10 @@ def volume(problem, strategy, trials, seed, fails=lambda genotype: False):
     return hypervolume_2d(np.array(costs), REFERENCE)
 
 
-def test_forty_trials_find_more_than_three_times_as_many_of_nsga2():
+def test_thirty_trials_find_more_than_three_times_as_many_of_nsga2():
     problem = toy.problem()
-    ours = [volume(problem, predictor_search(problem.sizes, population=10, problem=problem), 40, s) for s in range(3)]
-    theirs = [volume(problem, nsga2(problem.sizes, population=20), 120, s) for s in range(3)]
+    ours = [volume(problem, predictor_search(problem.sizes, population=10, problem=problem), 30, s) for s in range(2)]
+    theirs = [volume(problem, nsga2(problem.sizes, population=20), 90, s) for s in range(2)]
     assert np.mean(ours) > np.mean(theirs)
 
 
@@ -50,8 +50,8 @@ def test_a_small_space_is_solved():
 def test_regions_that_fail_are_left():
     problem = toy.problem()
     strategy = predictor_search(problem.sizes, population=10, problem=problem)
-    failing = volume(problem, strategy, 40, 0, fails=lambda genotype: genotype[2] == 0)
-    assert failing > 0.9 * volume(problem, nsga2(problem.sizes, population=20), 40, 0, lambda g: g[2] == 0)
+    failing = volume(problem, strategy, 25, 0, fails=lambda genotype: genotype[2] == 0)
+    assert failing > 0.9 * volume(problem, nsga2(problem.sizes, population=20), 25, 0, lambda g: g[2] == 0)
 
 
 @pytest.mark.parametrize("known", [True, False])
@@ -131,11 +131,10 @@ def test_one_objective_alone():
     assert strategy.ask(trial_rng(0, 15), state, 5).shape == (5, 4)
 
 
-def test_the_worse_half_is_drawn_in_and_keeps_its_order():
-    values = np.array([1.0, 1.2, 0.8, 5.0, 1.1, np.nan, 0.9, 3.0, 2.0])
-    out = _drawn_in(values)
-    better = values <= np.median(np.where(np.isnan(values), 5, values))
-    np.testing.assert_array_equal(out[better], values[better])
-    assert out[5] == out[3] == out.max() < 2.5
-    order = np.argsort(values[np.isfinite(values)])
-    assert (np.diff(out[np.isfinite(values)][order]) >= 0).all()
+def test_networks_that_err_at_random_do_not_set_the_scale():
+    rng = np.random.default_rng(0)
+    usual = 0.1 * np.exp(0.2 * rng.standard_normal(20))
+    assert worst_of(np.r_[usual, [0.9, 0.9, np.nan]]) == pytest.approx(worst_of(np.r_[usual, [0.5, 0.5]]))
+    assert 0.12 < worst_of(np.r_[usual, [0.9, 0.9]]) < 0.3
+    assert worst_of(usual) <= 1.1 * usual.max()
+    assert worst_of(np.array([np.nan, 0.0])) == 1.0
