@@ -48,8 +48,8 @@ Floats = NDArray[np.float64]
 
 HERE = Path(__file__).resolve()
 LIMITS_MS = (15, 20, 25, 30)
+OFA_RUNS = (("ours", 5_000), ("ours", 20_000), ("ours", 50_000), ("ofa", 50_000), ("ageing", 50_000))
 BUDGETS = (50, 100, 250, 500)
-LAST = {"nb201": 500, "ofa_subnets": 400}  # evaluations of a full run
 STRATEGIES: dict[str, Callable[[tasks.Task], Strategy]] = {
     "ours": lambda task: predictor_search(
         task.problem.sizes, population=12, problem=task.problem, features=task.features
@@ -167,7 +167,7 @@ def planned(folder: Path, seeds: int, quick: bool) -> Iterator[tuple[str, dict[s
     """(task, arguments) of every run, all tasks of one seed before the next."""
     for seed in range(seeds):
         for limit_ms in LIMITS_MS:
-            for who, evaluations in (("ours", 5_000), ("ours", 50_000), ("ofa", 50_000), ("ageing", 50_000)):
+            for who, evaluations in OFA_RUNS:
                 yield "ofa_note10", {"seed": seed, "who": who, "limit_ms": limit_ms, "evaluations": evaluations}
         for count in (25, 50, 100):
             yield "predictor_tau", {"seed": seed, "count": count}
@@ -205,7 +205,7 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
         at = {
             (who, n): {**spread([r["top1"] for r in found]), "seconds": float(np.mean([r["seconds"] for r in found]))}
             for who in ("ours", "ofa", "ageing")
-            for n in (5_000, 50_000)
+            for n in (5_000, 20_000, 50_000)
             if (found := of("ofa_note10", limit_ms=limit, who=who, evaluations=n))
         }
         of_limit = dict(at.get(("ours", 50_000), {}))

@@ -35,7 +35,7 @@ _DESIGN = 256  # uniform candidates of which one joins the space-filling design
 _DOUBT = 0.5  # mean of how much more unsure than the process a trial may be: where it is wrong, it does not know that
 _SEARCHES = 8  # inner ones, each under the costs of another network of the front
 _EVALUATIONS = 1500  # of each
-_REFIT_AFTER = 5  # trials, or a twelfth of those that there are
+_REFIT_AFTER = 5  # trials, or a twelfth of those that are remembered
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,7 @@ class _Plan:
         front = front[np.argsort(self.trials.costs[front, -1])]
         for index in np.unique(np.linspace(0, len(front) - 1, _SEARCHES).round().astype(int)):
             member = self.trials.take(front[index : index + 1])
-            bound = 1.02 * member.costs[0, 1:]
+            bound = np.maximum(1.02 * member.costs[0, 1:], 1e-12)
 
             def cost(genotypes: Genotypes, bound: Floats = bound) -> Floats:
                 cheap = self.cheap(genotypes)
@@ -212,7 +212,7 @@ def predictor_search(
         trials, told = _forget(state.trials.add(genotype, costs)), state.told + 1
         if told < population or np.isfinite(trials.costs).all(axis=1).sum() < 2:
             return _State(told, trials)
-        if state.plan is not None and told - state.planned < max(_REFIT_AFTER, state.planned // 12):
+        if state.plan is not None and told - state.planned < max(_REFIT_AFTER, len(trials) // 12):
             return replace(state, told=told, trials=trials)
         worst_error = worst_of(trials.costs[:, 0]) if state.plan is None else state.plan.worst_error
         return _State(told, trials, _Plan(known, trials, worst_error), told)
@@ -221,7 +221,7 @@ def predictor_search(
         init=lambda: _State(0, Population.empty(len(sizes))),
         ask=ask,
         tell=tell,
-        identity=f"predictor(population={population}, exact={problem is not None})",
+        identity=f"predictor(population={population}, exact={problem is not None}, features={features is not None})",
     )
 
 
