@@ -187,8 +187,9 @@ def run(folder: Path, task: str, arguments: dict[str, Any]) -> dict[str, Any]:
 # what the rows say
 
 
-def spread(values: list[float]) -> dict[str, float]:
-    return {"mean": float(np.mean(values)), "sd": float(np.std(values, ddof=1)) if len(values) > 1 else 0.0}
+def spread(values: list[float]) -> dict[str, float | int]:
+    sd = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+    return {"mean": float(np.mean(values)), "sd": sd, "seeds": len(values)}
 
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -257,7 +258,7 @@ def main(arguments: list[str] | None = None) -> None:
         "--data", type=Path, default=HERE.parents[3] / "shared" / "data", help="folder of the benchmarks"
     )
     parser.add_argument("--quick", action="store_true", help="3 seeds, up to 250 evaluations")
-    parser.add_argument("--seeds", type=int, help="default 20")
+    parser.add_argument("--seeds", type=int, help="default 20; 0: only sum up the rows")
     parser.add_argument("--only", choices=RUNS, help="one task")
     parser.add_argument("--jobs", type=int, default=2, help="processes, of one core each")
     parser.add_argument("--rows", type=Path, help="keep every run here, and repeat none of those that it has")
@@ -269,10 +270,11 @@ def main(arguments: list[str] | None = None) -> None:
         if options.rows and options.rows.exists()
         else []
     )
+    seeds = (3 if options.quick else 20) if options.seeds is None else options.seeds
     have = {json.dumps({k: v for k, v in row.items() if k != "result"}, sort_keys=True) for row in rows}
     runs = [
         (task, given)
-        for task, given in planned(options.data, options.seeds or (3 if options.quick else 20), options.quick)
+        for task, given in planned(options.data, seeds, options.quick)
         if options.only in (None, task) and json.dumps({"task": task, **given}, sort_keys=True) not in have
     ]
     os.environ |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # of the processes, which load NumPy anew
