@@ -1,4 +1,4 @@
-"""How far two orders of the same networks agree: Kendall's tau-b, with a bootstrap interval."""
+"""How far two orders of the same networks agree: Kendall's tau-b or Spearman's rho, with a bootstrap interval."""
 
 from typing import Any
 
@@ -59,6 +59,25 @@ def resampled(x: Floats, y: Floats, rng: np.random.Generator) -> Floats:
     both, first, second = (((drawn @ signs) * drawn).sum(1) for signs in (s * t, s * s, t * t))
     pairs = first * second
     return np.divide(both, np.sqrt(pairs), out=np.full(len(pairs), np.nan), where=pairs > 0)
+
+
+def resampled_rho(x: Floats, y: Floats, rng: np.random.Generator) -> Floats:
+    """Spearman's rho of as many lists, likewise: the rank of x_i is the sum of w_j over x_j < x_i, ties half."""
+    drawn = rng.multinomial(len(x), np.full(len(x), 1 / len(x)), size=_RESAMPLES).astype(np.float64)
+    ranks = [drawn @ ((v[:, None] < v) + 0.5 * (v[:, None] == v)) for v in (x, y)]
+    first, second = (r - (drawn * r).sum(1, keepdims=True) / len(x) for r in ranks)
+    both, xx, yy = ((drawn * a * b).sum(1) for a, b in ((first, second), (first, first), (second, second)))
+    spread = xx * yy
+    known = spread > 1e-9 * len(x) ** 6
+    return np.divide(both, np.sqrt(spread), out=np.full(len(both), np.nan), where=known)
+
+
+def spearman_rho(x: ArrayLike, y: ArrayLike) -> float:
+    """Spearman's rank correlation of two lists [n]; NaN where one has but one value."""
+    if len(set(np.asarray(x).tolist())) < 2 or len(set(np.asarray(y).tolist())) < 2:
+        return float("nan")
+    rho: Any = stats.spearmanr(x, y)
+    return float(rho.statistic)
 
 
 def kendall_tau(x: ArrayLike, y: ArrayLike) -> float:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from nas.errors import NasError
 from nas.runfolder import STAGES
@@ -113,6 +114,11 @@ def _stage_command(name: str, text: str) -> None:
 )
 @click.option("--bundle", type=click.Path(path_type=Path), help="Do not measure: write all that another machine needs.")
 @click.option("--import", "results", type=click.Path(path_type=Path), help="Read the results that it brought back.")
+@click.option(
+    "--over",
+    metavar="WHERE",
+    help="Measure the bundle on another machine and import: ssh://[user@]host[:port][/folder] or adb[:serial].",
+)
 @click.option("--prove", metavar="N", type=click.IntRange(min=2), help="Prove NAME's table anew, on N other networks.")
 @click.option("--out", type=click.Path(path_type=Path), help="Run folder, where WHAT is an experiment.")
 @click.option("--smoke", is_flag=True, help="As for `nas run`, where WHAT is an experiment.")
@@ -127,6 +133,7 @@ def measure(
     seed: int,
     bundle: Path | None,
     results: Path | None,
+    over: str | None,
     prove: int | None,
     out: Path | None,
     smoke: bool,
@@ -139,12 +146,14 @@ def measure(
     This machine:     nas measure mobilenet_v3_32 --device host_onnxruntime --as my_laptop
     Another machine:  nas measure mobilenet_v3_32 --device host_onnxruntime --precision float32 --bundle out/
                       there: python out/measure.py        here: nas measure --import out/ --as my_board
+    all of it:        ... --bundle out/ --over ssh://pi@board --as my_board
     Still true?       nas measure mobilenet_v3_32 --device my_laptop --prove 100
     """
     from nas import measured
 
     command = "nas " + shlex.join(sys.argv[1:])
     if results is not None:
+        _heed("for --import", "what", "results", "name", "overrides")
         if name is None:
             raise click.UsageError("--import needs --as NAME: whose tables they become.")
         settings = measured.settings_of(overrides)
@@ -153,29 +162,62 @@ def measure(
     if what is None:
         raise click.UsageError("WHAT is missing: a space, or an experiment.")
     if measured.is_experiment(what):
+        _heed("where WHAT is an experiment, which has its own table", "what", "device", "out", "smoke", "overrides")
         short = () if device is None else (f"device={json.dumps(device)}",)
         _stages(Path(what), out, smoke, (*short, *overrides), ("measure",))
         return
     if device is None:
         raise click.UsageError("a space is measured on a device: --device NAME (`nas list devices`).")
+    of_space = ("what", "device", "precisions", "image", "classes", "seed", "overrides")
     space = measured.space_of(what, _shape(image), classes)
     settings = measured.settings_of(overrides)
     if bundle is not None:
+        _heed("with --bundle", *of_space, "bundle", *(("over", "name") if over else ()))
+        if len(precisions) > 1:
+            raise click.UsageError("a bundle is of one precision: give --precision once, and make a bundle of each.")
         precision = precisions[0] if precisions else None
+        if over is not None:
+            if name is None:
+                raise click.UsageError("--over needs --as NAME: whose tables they become.")
+            path = what if what.endswith(".toml") else None
+            click.echo(
+                measured.measure_over(
+                    space, device, bundle, over, settings,
+                    name=name, precision=precision, seed=seed, path=path, command=command,
+                )
+            )  # fmt: skip
+            return
         plan = measured.write_bundle(space, device, bundle, settings, precision=precision, seed=seed)
         click.echo(
-            f"{bundle}: {len(plan.graphs)} models. Copy it to the device, run `python measure.py` in it, bring "
-            f"results.jsonl back, and: nas measure --import {bundle} --as NAME"
+            f"{bundle}: {len(plan.graphs)} models, {plan.precision}. Copy it to the device, run `python measure.py` in "
+            f"it, bring results.jsonl back, and: nas measure --import {bundle} --as NAME"
         )
+    elif over is not None:
+        raise click.UsageError("--over needs --bundle FOLDER: where the models and results are kept here.")
     elif prove is not None:
+        _heed("with --prove", *of_space, "prove")
         for precision in precisions or (None,):
             measured.prove_table(space, device, settings, networks=prove, precision=precision, seed=seed + 1)
     else:
+        _heed("where WHAT is a space", *of_space, "name")
         click.echo(
             measured.measure_space(
                 space, device, settings, name=name, precisions=precisions or None, seed=seed, command=command
             )
         )
+
+
+def _heed(when: str, *known: str) -> None:
+    """Nothing, if no other options than `known` were given on the line.
+
+    Raises:
+        UsageError: one would be ignored.
+    """
+    context = click.get_current_context()
+    for parameter in context.command.params:
+        given = context.get_parameter_source(parameter.name or "") is ParameterSource.COMMANDLINE
+        if given and parameter.name not in known:
+            raise click.UsageError(f"{parameter.opts[0]} has no meaning {when}. Leave it out.")
 
 
 def _shape(image: str) -> tuple[int, int, int]:
@@ -194,7 +236,32 @@ _stage_command(
 _stage_command("search", "Search EXPERIMENT's space under its limit.")
 _stage_command("finish", "Fine-tune the winners and the baselines of EXPERIMENT, with distillation.")
 _stage_command("verify", "Prove that the exported files of EXPERIMENT do what their networks do.")
-_stage_command("report", "Write summary.json and report.html of EXPERIMENT.")
+
+
+@cli.command()
+@click.option("--space", metavar="FILE", help="Of a table whose space is not one of `nas list spaces`.")
+@_experiment_options
+def report(experiment: Path, out: Path | None, smoke: bool, overrides: tuple[str, ...], space: str | None) -> None:
+    """Write summary.json and report.html of EXPERIMENT; or the self-test of latency tables.
+
+    For the latter give, in place of EXPERIMENT, the name of a device or a folder of tables; --out is then the file.
+
+    \b
+    Example: nas report experiments/quickstart.toml
+    Tables:  nas report latency_models/my_laptop/mobilenet_v3_32
+    """
+    if experiment.suffix == ".toml":
+        _stages(experiment, out, smoke, overrides, ("report",))
+        return
+    from nas.report import table_folders, write_table_report
+
+    folders = table_folders(str(experiment))
+    if out is not None and len(folders) > 1:
+        raise click.UsageError(
+            f"--out is one file; {experiment} has tables in {', '.join(map(str, folders))}: give one."
+        )
+    for folder in folders:
+        click.echo(write_table_report(folder, space=space, out=out))
 
 
 @cli.command()
@@ -223,24 +290,36 @@ def fidelity(
 @click.argument("source", type=click.Path(path_type=Path))
 @click.option("--params", type=click.Path(path_type=Path), help="Parameters; those beside SOURCE if not given.")
 @click.option("--runtime", default="onnxruntime", show_default=True, help="Whose format to write.")
+@click.option(
+    "--precision",
+    "precisions",
+    multiple=True,
+    help="float32, float16, bfloat16, int8, as the runtime has them; float32 and calibrated int8 if not given.",
+)
 @click.option("--out", type=click.Path(path_type=Path), help="File to write, or, for an experiment, its run folder.")
 @click.option("--smoke", is_flag=True, help="As for `nas run`.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="As for `nas run`.")
 def export(
-    source: Path, params: Path | None, runtime: str, out: Path | None, smoke: bool, overrides: tuple[str, ...]
+    source: Path,
+    params: Path | None,
+    runtime: str,
+    precisions: tuple[str, ...],
+    out: Path | None,
+    smoke: bool,
+    overrides: tuple[str, ...],
 ) -> None:
     """Write model files: of one architecture.json (or a winner's folder), or of a whole experiment (.toml).
 
     Example: nas export runs/quickstart/winners/winner_1 --out best.onnx
     """
     if source.suffix == ".toml":
-        if params is not None or runtime != "onnxruntime":
-            raise click.UsageError("--params and --runtime are for a network; an experiment names its own device.")
+        _heed("where SOURCE is an experiment, whose device says it", "source", "out", "smoke", "overrides")
         _stages(source, out, smoke, overrides, ("export",))
         return
     from nas.deliver import export_network
 
-    for path in export_network(source, params=params, runtime=runtime, out=out):
+    _heed("where SOURCE is a network", "source", "params", "runtime", "precisions", "out")
+    for path in export_network(source, params=params, runtime=runtime, precisions=precisions, out=out):
         click.echo(path)
 
 

@@ -45,8 +45,8 @@ class Latency(Strict, frozen=True):
     min_rounds: int = 15  # fewest rounds, whatever the budget
     anchors: int = 16  # networks that fix the scale of the table
     holdout: int = 24  # random networks, measured end to end, that the proof is made of
-    tolerance: float = 0.01  # half the 95 % interval of a call, relative: no more rounds once all are as narrow
-    patience: float = 2.0  # times `seconds`: how long calls that are not as narrow are timed at most
+    tolerance: float = 0.01  # half the 95 % interval of a sum of entries and of a network, relative: then it stops
+    patience: float = 2.0  # times `seconds`: how long those that are not as narrow are timed at most
     max_drift: float = 0.15  # of the anchors between start and end: a table that drifted more is refused
     max_busy: float = 0.9  # share of the CPUs' time that other processes may take in the middle round
 
@@ -212,6 +212,7 @@ class Device(Strict, frozen=True):
 
     device: str  # in words
     runtime: str  # a name in nas.export.RUNTIMES; of hardware that is not the host, any
+    runtime_version: str = ""  # that its tables were measured with
     hardware: str = "host"  # "host": the machine that the run is on; else in words, and tables lie in its folder
     threads: int = 1
     batch: int = 1

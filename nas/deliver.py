@@ -82,17 +82,32 @@ def load_winner(path: str | Path, *, params: str | Path | None = None) -> Winner
 
 
 def export_network(
-    source: str | Path, *, params: str | Path | None = None, runtime: str = "onnxruntime", out: str | Path | None = None
+    source: str | Path,
+    *,
+    params: str | Path | None = None,
+    runtime: str = "onnxruntime",
+    precisions: Sequence[str] = (),
+    out: str | Path | None = None,
 ) -> Sequence[Path]:
-    """Writes a file for each precision, of float32 and int8, that the network and the runtime have; gives the paths.
+    """Writes a file for each of `precisions`; gives the paths.
 
-    `out` names the float32 file; int8 lies beside it, as name.int8.onnx.
+    Args:
+        precisions: those of float32 and int8 that the network and the runtime have, where none is given.
+        out: the float32 file, beside which others lie, as name.int8.onnx; or the file, where one precision is given.
+
+    Raises:
+        ConfigError, CheckpointError: as `load_winner` and `Winner.export`.
+        DeviceError: the precision is none that the runtime has on this machine.
     """
     winner = load_winner(source, params=params)
     chosen: Any = RUNTIMES.get(runtime)
-    suffix = chosen.suffix if chosen else ""
-    first = Path(out) if out else winner.folder / file_name("float32", suffix)
-    written = [winner.export(first, runtime=runtime)]
-    if winner.quantisation is not None and "int8" in chosen.precisions:
-        written.append(winner.export(first.with_suffix(f".int8{first.suffix}"), precision="int8", runtime=runtime))
+    if not precisions and chosen:
+        quantised = winner.quantisation is not None and "int8" in chosen.precisions
+        precisions = ("float32", "int8") if quantised else ("float32",)
+    first = Path(out) if out else winner.folder / file_name("float32", chosen.suffix if chosen else "")
+    written = []
+    for precision in precisions or ("float32",):
+        beside = precision != "float32" and not (out and len(precisions) == 1)
+        path = first.with_suffix(f".{precision}{first.suffix}") if beside else first
+        written.append(winner.export(path, precision=precision, runtime=runtime))
     return written

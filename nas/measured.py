@@ -13,8 +13,8 @@ from nas.console import Console
 from nas.errors import ConfigError, DeviceError, LatencyError
 from nas.files import write_json, write_text
 from nas.latency import Proof, Table, device_folder, find_table, load_device
-from nas.measure import Plan, bundle, evaluate, for_table, hardware, prove_again, record, runtime_of, tpu
-from nas.ondevice import program
+from nas.measure import Plan, bundle, evaluate, for_table, hardware, prove_again, record, remote, runtime_of, tpu
+from nas.ondevice.results import RESULTS, Recording, read
 from nas.space import Space, load_space
 
 STRICT = config.Latency(seconds=60.0, min_rounds=40, holdout=40, patience=4.0, max_drift=0.03, max_busy=0.25)
@@ -121,6 +121,41 @@ def write_bundle(
     return plan
 
 
+def measure_over(
+    space: Space,
+    device: str,
+    folder: Path,
+    over: str,
+    settings: config.Latency = STRICT,
+    *,
+    name: str,
+    precision: str | None = None,
+    seed: int = 0,
+    path: str | None = None,
+    command: str = "nas measure",
+    console: Console | None = None,
+) -> Path:
+    """`write_bundle` to `folder`, measured on another machine (`nas.measure.remote`), and `import_results`.
+
+    Args:
+        over: the way there, "ssh://user@host/folder" or "adb".
+        path: of the space, if it is not one of `nas.list_spaces()`.
+
+    Raises:
+        DeviceError: the machine cannot be reached or lacks something; and as of the two.
+        LatencyError: the connection was lost; and as of the two.
+    """
+    console = console or Console()
+    where = _folder(name)  # a name that cannot be is told before an hour of measuring
+    transport = remote.transport_of(over)
+    plan = write_bundle(space, device, folder, settings, precision=precision, seed=seed, console=console)
+    console.start(f"{space.name} on {transport.name}, {plan.precision}: {len(plan.graphs)} models")
+    remote.measure_there(folder, transport, progress=console.share)
+    with bundle.kept_if_accepted(folder):
+        import_results(folder, name=name, space=path, settings=settings, command=command, console=console)
+    return where / space.name
+
+
 def import_results(
     path: Path,
     *,
@@ -139,12 +174,24 @@ def import_results(
     Raises:
         LatencyError: the file is damaged, not complete, of a space that has changed, or of too uneven a machine.
     """
-    recording = program.read(path / program.RESULTS if path.is_dir() else path)
+    recording = read(path / RESULTS if path.is_dir() else path)
     if not recording.complete:
         raise LatencyError(
             f"{path}: the measuring was cut off after {len(recording.rounds)} rounds. Run `python measure.py` again on "
             f"the device: it goes on from there."
         )
+    plan = plan_of(recording, path, space=space)
+    table, proof = evaluate(plan, recording, settings, command=command)
+    keep(table, proof, plan.space, plan.device, _folder(name), console=console or Console())
+    return _folder(name) / plan.space.name
+
+
+def plan_of(recording: Recording, path: Path, *, space: str | None = None) -> Plan:
+    """What was timed, as the results in `path` say; `space` as of `import_results`.
+
+    Raises:
+        LatencyError: they are of a space that is not here, or has changed; or of another version of this package.
+    """
     said = recording.manifest["plan"]
     if space is None and said["space"] not in catalog.list_spaces():
         raise LatencyError(f"{path}: it is of space {said['space']!r}, which is not here: give its file as WHAT.")
@@ -154,8 +201,11 @@ def import_results(
             f"{path}: it was measured for another {said['space']} (hash {said['space_digest']}; here it has "
             f"{of.digest}). Bring the space back as it was, give its file as WHAT, or measure again."
         )
-    device = msgspec.convert(recording.manifest["device"], Device)
-    plan = Plan(
+    try:
+        device = msgspec.convert(recording.manifest["device"], Device)
+    except msgspec.ValidationError as e:
+        raise LatencyError(f"{path}: its bundle was made by another version of nas: {e}. Use that, or this.") from e
+    return Plan(
         of,
         device,
         said["precision"],
@@ -164,9 +214,6 @@ def import_results(
         blocks=said["blocks"],
         seed=said["seed"],
     )
-    table, proof = evaluate(plan, recording, settings, command=command)
-    keep(table, proof, of, device, _folder(name), console=console or Console())
-    return _folder(name) / of.name
 
 
 def prove_table(
@@ -194,6 +241,7 @@ def prove_table(
     proof = prove_again(table, space, about, settings, networks=networks, seed=seed, progress=console.share)
     keep_proof(proof, table.precision, device_folder(device) / table.space)
     console.say(f"  {proof}")
+    console.say(f"  in full: nas report {device_folder(device) / table.space}")
     return table, proof
 
 
@@ -249,6 +297,7 @@ def keep(table: Table, proof: Proof, space: Space, device: Device, folder: Path,
     now = msgspec.structs.replace(
         known or device,
         hardware=table.hardware,
+        runtime_version=table.runtime_version,
         precision=tuple(dict.fromkeys(precisions)),
         source=table.command,
         date=table.date,
@@ -257,7 +306,9 @@ def keep(table: Table, proof: Proof, space: Space, device: Device, folder: Path,
         threads = f"{device.threads} thread{'s' if device.threads > 1 else ''}"
         now = msgspec.structs.replace(now, device=f"{table.hardware}, {device.runtime}, {threads}")
     write_text(folder / "device.toml", tomli_w.dumps({k: v for k, v in msgspec.to_builtins(now).items() if v != ""}))
+    console.say(f"  {table.correction.choice}")
     console.say(f"  {proof}")
+    console.say(f"  in full: nas report {where}")
     for key, why in table.unsupported.items():
         console.say(f"  unsupported: {space.blocks()[key][0].label}: {why}")
 

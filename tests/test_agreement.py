@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from nas.agreement import advantage, agreement, resampled
+from nas.agreement import advantage, agreement, resampled, resampled_rho, spearman_rho
 
 
 @pytest.fixture
@@ -46,3 +46,15 @@ def test_resamples_without_an_order_are_left_out_and_none_at_all_gives_no_number
 def test_lists_of_unequal_lengths_are_refused():
     with pytest.raises(ValueError, match="two of one length"):
         advantage([1, 2], [1, 2, 3], [1, 2, 3])
+
+
+def test_rho_is_scipys_in_every_resample(ties):
+    truth, near, _ = ties
+    drawn = np.random.default_rng(5).multinomial(15, np.full(15, 1 / 15), size=1000)
+    wanted = [stats.spearmanr(*(np.repeat(v, times) for v in (near, truth))).statistic for times in drawn[:50]]
+    np.testing.assert_allclose(resampled_rho(near, truth, np.random.default_rng(5))[:50], wanted)
+
+
+def test_rho_of_one_value_is_none():
+    assert np.isnan(spearman_rho([1, 1, 1], [1, 2, 3]))
+    assert np.isnan(resampled_rho(np.ones(3), np.arange(3.0), np.random.default_rng(0))).all()

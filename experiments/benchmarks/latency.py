@@ -1,13 +1,14 @@
 """Question: how far may the latency tables of this machine be trusted, and what is predicted without measuring?
 
-Run: python experiments/benchmarks/latency.py [--quick] [--devices NAME,...] [--pixels 32,224] [--json FILE]
+Run: python experiments/benchmarks/latency.py [--quick] [--devices NAME,...] [--pixels 32,224] [--anew] [--json FILE]
      pip install 'nas[openvino,litert]' for the devices of those runtimes; a device whose runtime is missing is left out
      wants the machine for itself: tables whose anchors drift are refused, and the refusal is printed in their place
      with --quick one table of 32 pixels and 40 networks, in less than 6 minutes
 
-A table is made, and then, when all tables are made, proved on random networks that had no part in it: so the two are
-measured at different times, and only the anchors of the table, timed anew, tie them together. `repeat_tau` is how far
-the proof's own two halves agree in order: no prediction can be expected to do better.
+A table is proved on random networks that had no part in it, at another time than it was measured: only its anchors,
+timed anew, tie the two together. The tables are those that `latency_models/` keeps of this machine's kind; where it
+keeps none, or with --anew, they are made first, all of them before the first proof. `repeat_tau` is how far the
+proof's own two halves agree in order: no prediction can be expected to do better.
 
 Beside it, from the data folder `../shared/data` of the checkout where that is present: a new device from a few
 measurements (few_shot.py) and estimates of TPUv2 latency by the TPU compiler (tpu_v2.py has made the result that is
@@ -27,10 +28,12 @@ import numpy as np
 import price
 
 from nas import config
+from nas.catalog import list_devices
+from nas.config import Device
 from nas.console import Console
-from nas.errors import NasError
+from nas.errors import NasError, UnmeasuredBlock
 from nas.files import write_json
-from nas.latency import Proof, Table, load_device
+from nas.latency import Proof, Table, find_table, load_device
 from nas.measure import busiest, hardware, load, measure, prove_again, runtime_of
 from nas.space import Space, load_space
 
@@ -53,11 +56,17 @@ def space_at(pixels: int) -> Space:
 
 
 def tables(
-    wanted: dict[str, tuple[str, ...]], pixels: list[int], settings: config.Latency, networks: int, console: Console
+    wanted: dict[str, tuple[str, ...]],
+    pixels: list[int],
+    settings: config.Latency,
+    networks: int,
+    console: Console,
+    *,
+    anew: bool,
 ) -> dict[str, dict[str, Any]]:
     """For each device and precision, and each size: the proof of a table at another time than the table."""
     out: dict[str, dict[str, Any]] = {}
-    made: list[tuple[str, str, int, Table]] = []
+    ready: list[tuple[str, str, int, Table]] = []
     for device, precisions in wanted.items():
         about = load_device(device)
         try:
@@ -67,15 +76,17 @@ def tables(
             continue
         for precision in precisions:
             for px in pixels:
-                console.start(f"table: {device}, {precision}, {px} pixels")
                 try:
-                    table, _ = measure(space_at(px), about, precision, settings, seed=0, progress=console.share)
+                    table = None if anew else kept(about, precision, space_at(px))
+                    if table is None:
+                        console.start(f"table: {device}, {precision}, {px} pixels")
+                        table, _ = measure(space_at(px), about, precision, settings, seed=0, progress=console.share)
                 except NasError as e:
                     refused(out, device, precision, px, e, console)
                     continue
-                made.append((device, precision, px, table))
-    for device, precision, px, table in made:
-        console.start(f"proof: {device}, {precision}, {px} pixels, {networks} networks")
+                ready.append((device, precision, px, table))
+    for device, precision, px, table in ready:
+        console.start(f"proof: {device}, {precision}, {px} pixels, {networks} networks; table of {table.date}")
         about = load_device(device)
         try:
             proof = prove_again(table, space_at(px), about, settings, networks=networks, seed=1, progress=console.share)
@@ -83,8 +94,21 @@ def tables(
             refused(out, device, precision, px, e, console)
             continue
         console.say(f"  {proof}; repeat tau {proof.repeat_tau:.2f}")
-        out.setdefault(f"{device}.{precision}", {})[str(px)] = row(proof)
+        out.setdefault(f"{device}.{precision}", {})[str(px)] = {"table": table.date, **row(proof)}
     return out
+
+
+def kept(wanted: Device, precision: str, space: Space) -> Table | None:
+    """The table in `latency_models/` of this machine's kind, with runtime, threads and batch of the device `wanted`."""
+    for name in list_devices():
+        device = load_device(name)
+        like = (device.runtime, device.threads, device.batch) == (wanted.runtime, wanted.threads, wanted.batch)
+        if like and device.hardware == hardware():
+            try:
+                return find_table(name, precision, space)[0]
+            except UnmeasuredBlock:
+                continue
+    return None
 
 
 def refused(out: dict[str, Any], device: str, precision: str, px: int, error: NasError, console: Console) -> None:
@@ -107,6 +131,7 @@ def main() -> None:
     parser.add_argument("--devices", help=f"of {', '.join(DEVICES)}")
     parser.add_argument("--pixels", help="32, 224 or both")
     parser.add_argument("--networks", type=int, help="of each proof; 100, with --quick 40")
+    parser.add_argument("--anew", action="store_true", help="measure tables, even where latency_models/ has them")
     parser.add_argument("--json", type=Path, help="write everything there as well")
     options = parser.parse_args()
     names = options.devices.split(",") if options.devices else ["host_onnxruntime"] if options.quick else list(DEVICES)
@@ -122,7 +147,7 @@ def main() -> None:
         "question": __doc__.partition("\n")[0].removeprefix("Question: "),
         "machine": {"hardware": hardware(), "load": load(), "using_cpu": busiest()},
         "settings": msgspec.to_builtins(settings),
-        "tables": tables(wanted, pixels, settings, options.networks or networks, console),
+        "tables": tables(wanted, pixels, settings, options.networks or networks, console, anew=options.anew),
         "price_million_seconds": {name: found["seconds"] for name, found in price.price_million_seconds(3).items()},
     }
     for name, seconds in result["price_million_seconds"].items():

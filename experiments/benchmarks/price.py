@@ -1,13 +1,16 @@
 """Question: how long does a latency table take for a million genotypes, and how long did it take in int64?
 
 Run: python experiments/benchmarks/price.py [--rounds 5]    half a minute, on one core
-Both price the same genotypes to the last bit alike. They alternate within each round, because speeds of a shared
-machine compare only side by side; seconds are the least of the rounds, as for anything that only others can slow down.
+Both price the same genotypes to the last bit alike. A third price is of a table whose correction has what neighbours
+cost one another (`nas.latency.FORMS`): the state of each chain is carried along. They alternate within each round,
+because speeds of a shared machine compare only side by side; seconds are the least of the rounds, as for anything that
+only others can slow down.
 """
 
 import argparse
 import time
 
+import msgspec
 import numpy as np
 
 from nas.latency import Correction, Entry, Table
@@ -18,7 +21,11 @@ SPACES = ("mobilenet_v3_32", "ofa_mobilenet_v3")
 MILLION = 1_000_000
 
 
-def random_table(space: Space, seed: int = 0) -> Table:
+PLAIN = Correction(1 / 0.9, -0.0031, {"add": 1 / 700, "conv": 1e-4 / 3}, weights_ms=1e-2, floor_ms=1e-4)
+BORDERS = {"add > conv": 1 / 900, "conv > conv": -1e-4 / 7}
+
+
+def random_table(space: Space, seed: int = 0, correction: Correction = PLAIN) -> Table:
     """Latencies that nobody measured, with every part of a correction: what is timed does not depend on them."""
     rng = np.random.default_rng(seed)
     blocks = space.blocks().items()
@@ -35,7 +42,7 @@ def random_table(space: Space, seed: int = 0) -> Table:
         date="",
         command="experiments/benchmarks/price.py",
         overhead_ms=0.0,
-        correction=Correction(1 / 0.9, -0.0031, {"add": 1 / 700, "conv": 1e-4 / 3}),
+        correction=correction,
         anchors=(),
         entries={key: Entry(float(rng.lognormal(-5, 1)), 0.0, b.label, role, 1) for key, (b, role) in blocks},
     )
@@ -58,7 +65,12 @@ def price_million_seconds(rounds: int = 5) -> dict[str, dict[str, float]]:
     for name in SPACES:
         space = load_space(name)
         table, genotypes = random_table(space), space.sample(np.random.default_rng(1), MILLION)
-        forms = {"seconds": table.price, "former_seconds": lambda *given, table=table: former(table, *given)}
+        bordered = random_table(space, correction=msgspec.structs.replace(PLAIN, border_ms=BORDERS))
+        forms = {
+            "seconds": table.price,
+            "former_seconds": lambda *given, table=table: former(table, *given),
+            "neighbours_seconds": bordered.price,
+        }
         prices, seconds = {}, {form: [] for form in forms}
         for _ in range(rounds):
             for form, function in forms.items():
@@ -77,7 +89,7 @@ def main() -> None:
     for name, found in price_million_seconds(parser.parse_args().rounds).items():
         print(
             f"{name:<20} a million genotypes in {found['seconds']:.3f} s; formerly {found['former_seconds']:.3f} s: "
-            f"{found['ratio']:.1f} times as long"
+            f"{found['ratio']:.1f} times as long; with what neighbours cost {found['neighbours_seconds']:.3f} s"
         )
 
 

@@ -36,7 +36,7 @@ from nas import cost, kernels
 from nas.agreement import advantage, agreement, kendall_tau
 from nas.blocks.rounding import expanded
 from nas.files import read_as, write_json
-from nas.latency import calibrate, op_counts
+from nas.latency import Entry, calibrate
 from nas.measure import tpu
 from nas.ops import NORM_EPSILON, Act, Add, Block, Graph, Network, Norm, Recorder, Shape, weights
 from nas.run import compute
@@ -198,13 +198,16 @@ def estimates(networks: list[Network], form: str, cache: Path, seconds: float) -
 
 def calibrated(graphs: list[Graph], estimated_ms: np.ndarray, measured_ms: np.ndarray) -> dict[str, float]:
     """Means over draws of anchors, each judged on the networks that are no anchors."""
-    counts, rng, rows = [op_counts(graph) for graph in graphs], np.random.default_rng(0), []
+    entries = {
+        graph.key: Entry(float(ms), 0.0, "network", "first", 1) for graph, ms in zip(graphs, estimated_ms, strict=True)
+    }
+    rng, rows = np.random.default_rng(0), []
     for _ in range(DRAWS):
         order = rng.permutation(len(graphs))
         anchors, rest = order[:ANCHORS], order[ANCHORS:]
-        found = calibrate(estimated_ms[anchors], [counts[i] for i in anchors], measured_ms[anchors])
-        ops = np.array([sum(found.op_ms.get(kind, 0.0) * n for kind, n in counts[i].items()) for i in rest])
-        error = (found.scale * estimated_ms[rest] + found.offset_ms + ops) / measured_ms[rest] - 1
+        found = calibrate(entries, [[graphs[i]] for i in anchors], measured_ms[anchors])
+        ours = [found.offset_ms + found.block_ms(entries[graphs[i].key], graphs[i]) for i in rest]
+        error = np.array(ours) / measured_ms[rest] - 1
         predicted = (1 + error) * measured_ms[rest]
         scale = float(np.mean(measured_ms[anchors] / estimated_ms[anchors]))
         plain = scale * estimated_ms[rest] / measured_ms[rest] - 1

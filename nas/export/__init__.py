@@ -2,7 +2,7 @@
 
 from nas.export.iree import Iree
 from nas.export.litert import LiteRt
-from nas.export.onnxruntime import OnnxRuntime
+from nas.export.onnxruntime import OnnxRuntime, OnnxRuntimeCuda, OnnxRuntimeTensorRt
 from nas.export.openvino import OpenVino
 from nas.export.runtime import PRECISIONS, Runtime
 from nas.export.xla import Xla
@@ -10,6 +10,8 @@ from nas.ondevice.sessions import Session
 
 RUNTIMES: dict[str, type[Runtime]] = {
     "onnxruntime": OnnxRuntime,
+    "onnxruntime_cuda": OnnxRuntimeCuda,
+    "onnxruntime_tensorrt": OnnxRuntimeTensorRt,
     "openvino": OpenVino,
     "litert": LiteRt,
     "xla": Xla,

@@ -1,4 +1,4 @@
-"""ONNX Runtime on CPU."""
+"""ONNX Runtime on CPU, and on NVIDIA's GPUs."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,10 +20,11 @@ class OnnxRuntime:
     precisions: ClassVar[tuple[str, ...]] = ("float32", "int8")
     suffix: ClassVar[str] = ".onnx"
     layout: ClassVar[str] = "NCHW"
+    _name: ClassVar[str] = "onnxruntime"
 
     def version(self) -> str:
         """See `Runtime`."""
-        return sessions.version("onnxruntime")
+        return sessions.version(self._name)
 
     def emit(
         self,
@@ -40,8 +41,22 @@ class OnnxRuntime:
 
     def open(self, model: bytes | Path, *, threads: int = 1) -> Session:
         """See `Runtime`."""
-        return sessions.open_model("onnxruntime", model, threads=threads)
+        return sessions.open_model(self._name, model, threads=threads)
 
     def check(self, model: Path) -> None:
         """See `Runtime`: ONNX's full check."""
         writer.check(writer.load(model))
+
+
+class OnnxRuntimeCuda(OnnxRuntime):
+    """Models as ONNX, run by ONNX Runtime's CUDA provider."""
+
+    precisions: ClassVar[tuple[str, ...]] = ("float32",)
+    _name: ClassVar[str] = "onnxruntime_cuda"
+
+
+class OnnxRuntimeTensorRt(OnnxRuntime):
+    """Models as ONNX, run by ONNX Runtime's TensorRT provider, which may multiply in TF32."""
+
+    precisions: ClassVar[tuple[str, ...]] = ("float32",)
+    _name: ClassVar[str] = "onnxruntime_tensorrt"

@@ -9,7 +9,7 @@ import hashlib
 import io
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,10 @@ from nas import blocks, catalog, cost
 from nas.config import Device, nearest
 from nas.errors import DeviceError, LatencyError
 from nas.files import write_text
-from nas.latency.calibration import Correction, calibrate, op_counts
+from nas.latency.calibration import Correction, calibrate
 from nas.latency.device import load_device
-from nas.latency.table import Anchor, Entry, Table
+from nas.latency.entry import Entry
+from nas.latency.table import Anchor, Table
 from nas.ops import Add, Conv, Graph, Shape
 from nas.space import Space
 
@@ -32,14 +33,14 @@ UNITS = {"ms": 1.0, "us": 1e-3, "s": 1e3}  # in milliseconds
 # all else that networks run on; milliseconds told as seconds or as microseconds nearly always lie outside.
 _SLOWEST_GMACS, _FASTEST_GMACS = 0.05, 5_000.0
 _SAME_UNIT = 20.0  # a network and the sum of its blocks differ by less, whatever a sum leaves out
-_QUARTILE = 0.6745  # half the interquartile range of a normal distribution, in standard deviations
+_INTERVAL = 1.96  # half the 95 % interval of a normal distribution, in standard deviations
 
 
 class Sample(msgspec.Struct, frozen=True):
     """One published latency."""
 
     latency_ms: float
-    spread: float = 0.0  # as `Entry.spread`; 0 where nothing was published
+    interval_ms: float = 0.0  # as `Entry.interval_ms`; 0 where nothing was published
     rounds: int = 1
 
 
@@ -113,6 +114,10 @@ def import_table(
     about, toml = _device(device, folder, path)
     if unit is None:
         _require_plausible(path, published, space, about.batch)
+    entries = {
+        key: Entry(s.latency_ms, s.interval_ms, wanted[key][0].label, wanted[key][1], s.rounds)
+        for key, s in published.samples.items()
+    }
     table = Table(
         device=about.device,
         runtime=about.runtime,
@@ -123,10 +128,12 @@ def import_table(
         hardware=about.hardware,
         space=space.name,
         space_digest=space.digest,
+        input=space.input,
+        classes=space.classes,
         date=about.date or datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         command=f"nas import {path.name} --format {form} --space {space.name} --device {device}",
         overhead_ms=0.0,  # nobody published it apart: it is in the entries
-        correction=_correction(path, published, space),
+        correction=_correction(path, published.anchors, entries, space),
         anchors=published.anchors,
         notes=(
             f"source: {about.source or path.name}",
@@ -135,10 +142,7 @@ def import_table(
         ),
         kind="imported",
         licence=about.licence,
-        entries={
-            key: Entry(s.latency_ms, s.spread, wanted[key][0].label, wanted[key][1], s.rounds)
-            for key, s in published.samples.items()
-        },
+        entries=entries,
     )
     if toml is not None:
         write_text(folder / "device.toml", toml)
@@ -227,13 +231,13 @@ def comma_separated(path: Path, text: str, space: Space) -> Published:
     | `key` | of a block, `block.graph.key`, as table.<precision>.csv has it |
     | `label` | of a block, in place of `key`, where one block of the space has it: "mbconv expand=6 kernel=3 ..." |
     | `input`, `output` | shapes such as "56x56x24", where several blocks have the label |
-    | `spread` | half the interquartile range of the samples, relative to latency_ms; may be left out |
+    | `interval_ms` | half the 95 % interval of latency_ms; may be left out |
     | `genotype` | of a network in place of a block: its genes, separated by blanks |
 
     Networks fix a correction of the sums, as in tables that are measured, and give units away.
     """
     reader = csv.DictReader(io.StringIO(text))
-    known = {"latency_ms", "key", "label", "input", "output", "spread", "genotype"}
+    known = {"latency_ms", "key", "label", "input", "output", "interval_ms", "genotype"}
     columns = set(reader.fieldnames or ())
     if "latency_ms" not in columns or not columns & {"key", "label"} or not columns <= known:
         raise LatencyError(
@@ -256,8 +260,8 @@ def comma_separated(path: Path, text: str, space: Space) -> Published:
         if key in samples:
             raise LatencyError(f"{where}: this block has a row above. Leave one of them out.")
         if key is not None:
-            spread = _positive(where, "spread", row["spread"], least=0.0) if row.get("spread") else 0.0
-            samples[key] = Sample(latency_ms, spread)
+            said = row.get("interval_ms")
+            samples[key] = Sample(latency_ms, _positive(where, "interval_ms", said, least=0.0) if said else 0.0)
     return Published(samples, tuple(anchors))
 
 
@@ -275,9 +279,8 @@ class _Lookup:
             for op, row in _leaves(json.loads(text), tables):
                 mean = _positive(f"{path}, `{op}`", "mean", row["mean"])
                 deviation = float(row["std"]) if "std" in row else math.sqrt(row.get("var", 0.0))
-                self._ops.setdefault(op, []).append(
-                    Sample(mean, _QUARTILE * deviation / mean, max(int(row.get("count", 1)), 1))
-                )
+                count = max(int(row.get("count", 1)), 1)
+                self._ops.setdefault(op, []).append(Sample(mean, _INTERVAL * deviation / math.sqrt(count), count))
         except (AttributeError, KeyError, TypeError, ValueError) as e:
             raise LatencyError(
                 f"{path}: not a table of ops with `mean`, `std` or `var`, and `count`, in JSON: {e}. Is it of another "
@@ -307,15 +310,13 @@ def _merged(samples: list[Sample]) -> Sample:
     """Measurements of one thing."""
     rounds = sum(s.rounds for s in samples)
     mean = sum(s.latency_ms * s.rounds for s in samples) / rounds
-    return Sample(mean, max(s.spread for s in samples), rounds)
+    return Sample(mean, math.hypot(*(s.interval_ms * s.rounds for s in samples)) / rounds, rounds)
 
 
 def _in_a_row(samples: list[Sample]) -> Sample:
     """Ops that run one after the other, errors independent."""
     total = sum(s.latency_ms for s in samples)
-    return Sample(
-        total, math.hypot(*(s.spread * s.latency_ms for s in samples)) / total, min(s.rounds for s in samples)
-    )
+    return Sample(total, math.hypot(*(s.interval_ms for s in samples)), min(s.rounds for s in samples))
 
 
 # blocks
@@ -417,32 +418,29 @@ def _require_plausible(path: Path, published: Published, space: Space, batch: in
         )
 
 
-def _correction(path: Path, published: Published, space: Space) -> Correction:
+def _correction(path: Path, anchors: Sequence[Anchor], entries: Mapping[str, Entry], space: Space) -> Correction:
     """Fitted on the networks of the file; without any, sums are taken as they are.
 
     Raises:
         LatencyError: a network has a block without entry, or is far from the sum of its blocks.
     """
-    if not published.anchors:
+    if not anchors:
         return Correction()
-    sums, counts = [], []
-    for anchor in published.anchors:
-        network = space.decode(anchor.genotype)
-        if missing := [b.label for b in network.blocks if b.graph.key not in published.samples]:
+    networks = [space.decode(anchor.genotype).blocks for anchor in anchors]
+    for chain in networks:
+        if missing := [b.label for b in chain if b.graph.key not in entries]:
             raise LatencyError(
                 f"{path}: a network measured whole has `{missing[0]}`, which has no latency in the file. Add that row, "
                 f"or leave the network out."
             )
-        sums.append(sum(published.samples[b.graph.key].latency_ms for b in network.blocks))
-        counts.append(op_counts(network.flat()))
-    measured = np.array([a.measured_ms for a in published.anchors])
-    ratios = measured / np.array(sums)
+    measured = np.array([a.measured_ms for a in anchors])
+    ratios = measured / [sum(entries[b.graph.key].latency_ms for b in chain) for chain in networks]
     if (worst := ratios[np.abs(np.log(ratios)).argmax()]) > _SAME_UNIT or worst < 1 / _SAME_UNIT:
         raise LatencyError(
             f"{path}: a network measured whole takes {worst:.3g} times the sum of its blocks; networks and blocks must "
             f"be in one unit. Correct the file: `latency_ms` is in milliseconds in every row (or all as --unit says)."
         )
-    return calibrate(np.array(sums), counts, measured)
+    return calibrate(entries, [[b.graph for b in chain] for chain in networks], measured)
 
 
 # the device

@@ -30,6 +30,8 @@ def device_folder(name: str) -> Path:
 def find_table(name: str, precision: str, space: Space) -> tuple[Table, Proof | None]:
     """A table in the folder of device `name` that has all blocks of `space`, and its proof, if it has one.
 
+    A proof that is of another table says so (`Proof.doubt`).
+
     The table under the name of the space comes first; every other one will do as well, since equal blocks cost the
     same in all spaces.
 
@@ -47,7 +49,8 @@ def find_table(name: str, precision: str, space: Space) -> tuple[Table, Proof | 
         table = Table.load(where, precision)
         missing = [label for key, label in blocks.items() if key not in table.entries and key not in table.unsupported]
         if not missing:
-            return table, _proof(where / "proof.json", precision)
+            proof = read_proof(where / "proof.json", precision)
+            return table, None if proof is None else proof.beside(table.digest)
         if len(missing) < len(fewest[1]):
             fewest = f"; the nearest is {where.name}/", missing
     nearest, missing = fewest
@@ -67,7 +70,12 @@ def _sides(space: Space) -> str:
     return str(low) if low == high else f"{low} to {high}"
 
 
-def _proof(path: Path, precision: str) -> Proof | None:
+def read_proof(path: Path, precision: str) -> Proof | None:
+    """The proof in proof.json; None without that file, or without that precision in it.
+
+    Raises:
+        LatencyError: it is damaged.
+    """
     try:
         return msgspec.json.decode(path.read_bytes(), type=_Proofs).precisions.get(precision)
     except FileNotFoundError:

@@ -19,22 +19,13 @@ from numpy.typing import NDArray
 
 from nas.errors import LatencyError, UnmeasuredBlock
 from nas.files import write_text
-from nas.latency.calibration import Correction, op_counts
-from nas.ops import Block, Graph, Network
+from nas.latency.calibration import Correction, begins, border, borders, ends
+from nas.latency.entry import Entry
+from nas.ops import Graph, Network
 from nas.space import Space
-from nas.space.space import Genotypes
+from nas.space.space import Between, Genotypes
 
-_COLUMNS = ("key", "label", "role", "latency_ms", "spread", "rounds")
-
-
-class Entry(msgspec.Struct, frozen=True):
-    """One block, alone, before any correction."""
-
-    latency_ms: float
-    spread: float  # half the interquartile range of the samples it was found from, relative to latency_ms
-    label: str
-    role: str  # first, middle or last in the chain; the first one's latency includes what a call costs
-    rounds: int
+_COLUMNS = ("key", "label", "role", "latency_ms", "interval_ms", "rounds")
 
 
 class Anchor(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -65,6 +56,8 @@ class _Header(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     unsupported: dict[str, str] = {}  # key of a block that the device cannot run -> what the runtime said
     kind: Literal["measured", "imported", "estimated"] = "measured"  # here, by others, or not at all
     licence: str = ""  # of the numbers, where others published them
+    input: tuple[int, ...] = ()  # shape of the images that the space was made for; empty in tables without it
+    classes: int = 0  # likewise
 
 
 class Table(_Header, frozen=True, kw_only=True):
@@ -76,11 +69,11 @@ class Table(_Header, frozen=True, kw_only=True):
     def digest(self) -> str:
         """Hash of everything that decides what the table predicts."""
         deciding: list[Any] = [sorted((k, e.latency_ms) for k, e in self.entries.items())]
-        deciding += [msgspec.to_builtins(self.correction), *([sorted(self.unsupported)] if self.unsupported else [])]
+        deciding += [self.correction.deciding, *([sorted(self.unsupported)] if self.unsupported else [])]
         return hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()[:16]
 
     def block_ms(self, graph: Graph) -> float:
-        """Of one block, corrected, without the offset that comes once a network.
+        """Of one block, corrected, without the offset that comes once a network and without what neighbours cost.
 
         Raises:
             UnmeasuredBlock: it is not in the table.
@@ -93,7 +86,8 @@ class Table(_Header, frozen=True, kw_only=True):
 
         Blocks that the device cannot run cost infinitely much.
 
-        The offset that comes once a network is with the first position, which every network passes through.
+        The offset that comes once a network is with the first position, which every network passes through. What
+        neighbours cost is `between`.
 
         Raises:
             UnmeasuredBlock: naming the first block that is missing, and how many are.
@@ -103,6 +97,11 @@ class Table(_Header, frozen=True, kw_only=True):
         costs[0] = costs[0] + self.correction.offset_ms
         return costs
 
+    def between(self, space: Space) -> Between | None:
+        """Milliseconds that it costs that one block follows another, for `space.price` and `space.extreme`."""
+        of = self.correction.border_ms
+        return space.between(ends, begins, lambda end, begin: of.get(border(end, begin), 0.0)) if of else None
+
     def price(self, space: Space, genotypes: Genotypes) -> NDArray[np.float64]:
         """latency_ms [n] of genotypes [n, genes]: to the last bit what `network_ms` gives for each.
 
@@ -110,7 +109,7 @@ class Table(_Header, frozen=True, kw_only=True):
             UnmeasuredBlock: some block of the space is not in the table.
             SpaceError: the genotypes are of another space.
         """
-        return space.price(genotypes, self.costs(space))
+        return space.price(genotypes, self.costs(space), self.between(space))
 
     def network_ms(self, network: Network) -> float:
         """Of one network, as a sum over its blocks.
@@ -118,18 +117,24 @@ class Table(_Header, frozen=True, kw_only=True):
         Raises:
             UnmeasuredBlock: naming the first of its blocks that is missing, and how many are.
         """
-        blocks: Sequence[Block] = network.blocks
-        self._require([(b.graph.key, b.label) for b in blocks])
         total = 0.0
-        for index, block in enumerate(blocks):
-            total += self._corrected(block.graph) + (0.0 if index else self.correction.offset_ms)
+        for index, (block_ms, border_ms) in enumerate(self._parts(network)):
+            total += (block_ms + (0.0 if index else self.correction.offset_ms)) + border_ms
         return total
+
+    def parts_ms(self, network: Network) -> tuple[list[float], float]:
+        """What each block of a network takes, its border with the block before it included, and what comes once.
+
+        Raises:
+            UnmeasuredBlock: as of `network_ms`.
+        """
+        return [block_ms + border_ms for block_ms, border_ms in self._parts(network)], self.correction.offset_ms
 
     def reachable(self, space: Space) -> tuple[float, Genotypes, float, Genotypes]:
         """(smallest latency_ms, its genotype, largest latency_ms, its genotype) over the whole space, exactly."""
-        costs = self.costs(space)
-        fastest, low = space.extreme(costs, largest=False)
-        slowest, high = space.extreme(costs, largest=True)
+        costs, between = self.costs(space), self.between(space)
+        fastest, low = space.extreme(costs, between, largest=False)
+        slowest, high = space.extreme(costs, between, largest=True)
         return low, fastest, high, slowest
 
     def level(self, anchors_ms: NDArray[np.float64]) -> float:
@@ -147,7 +152,7 @@ class Table(_Header, frozen=True, kw_only=True):
         """
         values: list[tuple[str, ...]] = [_COLUMNS]
         for key, e in sorted(self.entries.items(), key=lambda item: (item[1].role, item[1].label, item[0])):
-            values.append((key, e.label, e.role, repr(e.latency_ms), repr(e.spread), str(e.rounds)))
+            values.append((key, e.label, e.role, repr(e.latency_ms), repr(e.interval_ms), str(e.rounds)))
         text = io.StringIO()
         csv.writer(text, lineterminator="\n").writerows(values)
         head = {name: msgspec.to_builtins(getattr(self, name)) for name in _Header.__struct_fields__}
@@ -181,7 +186,9 @@ class Table(_Header, frozen=True, kw_only=True):
             header = msgspec.convert(head, _Header)
             rows = list(csv.DictReader(io.StringIO(text)))
             entries = {
-                r["key"]: Entry(float(r["latency_ms"]), float(r["spread"]), r["label"], r["role"], int(r["rounds"]))
+                r["key"]: Entry(
+                    float(r["latency_ms"]), float(r["interval_ms"]), r["label"], r["role"], int(r["rounds"])
+                )
                 for r in rows
             }
         except (msgspec.ValidationError, KeyError, TypeError, ValueError) as e:
@@ -197,8 +204,17 @@ class Table(_Header, frozen=True, kw_only=True):
     def _corrected(self, graph: Graph) -> float:
         if graph.key in self.unsupported:
             return float("inf")
-        ops = sum(self.correction.op_ms.get(kind, 0.0) * n for kind, n in sorted(op_counts(graph).items()))
-        return self.correction.scale * self.entries[graph.key].latency_ms + ops
+        return self.correction.block_ms(self.entries[graph.key], graph)
+
+    def _parts(self, network: Network) -> list[tuple[float, float]]:
+        """Of each block: itself, and its border with the one before."""
+        self._require([(b.graph.key, b.label) for b in network.blocks])
+        of = self.correction.border_ms
+        names = borders([b.graph for b in network.blocks]) if of else [None] * len(network.blocks)
+        return [
+            (self._corrected(b.graph), 0.0 if name is None else of.get(name, 0.0))
+            for b, name in zip(network.blocks, names, strict=True)
+        ]
 
     def _require(self, blocks: Sequence[tuple[str, str]]) -> None:
         """Every (key, label) is in the table."""

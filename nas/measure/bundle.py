@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import msgspec
@@ -19,12 +19,14 @@ from nas import config
 from nas.errors import DeviceError, LatencyError
 from nas.files import write_bytes, write_json, write_text
 from nas.measure.plan import Plan, model_of, runtime_class
-from nas.ondevice import program
-from nas.ondevice.program import MANIFEST, RESULTS, Recording
+from nas.ondevice.manifest import MANIFEST, checksum, load_manifest
+from nas.ondevice.results import RESULTS, SCHEMA, Recording, read
 
 Progress = Callable[[str, float, float], None]  # (what is done, share done 0..1, seconds left)
 
 _BUSY = 0.25  # share of our CPUs' time that others take, from which on a round names them
+_OPEN_SECONDS = 600.0  # for one model to open and run a few times; XLA takes seconds for a block
+_HANG_SECONDS = 120.0  # for one sample of a model that has been tried
 _GRACE_SECONDS = 5.0
 
 
@@ -37,7 +39,7 @@ def write(plan: Plan, folder: Path, settings: config.Latency, *, progress: Progr
         RunError: the folder cannot be written to.
     """
     if (folder / MANIFEST).exists():
-        manifest = program.load_manifest(folder)
+        manifest = load_manifest(folder)
         found = manifest["digest"]
         if found == plan.digest:
             write_json(folder / MANIFEST, {**manifest, "settings": _settings(settings)})
@@ -59,7 +61,7 @@ def write(plan: Plan, folder: Path, settings: config.Latency, *, progress: Progr
             progress("writing", share, (time.perf_counter() - start) * (1 - share) / share)
     _copy_program(folder)
     manifest = {
-        "schema": program.SCHEMA,
+        "schema": SCHEMA,
         "digest": plan.digest,
         "runtime": plan.device.runtime,
         "threads": plan.device.threads,
@@ -67,6 +69,9 @@ def write(plan: Plan, folder: Path, settings: config.Latency, *, progress: Progr
         "settings": _settings(settings),
         "device": msgspec.to_builtins(plan.device),
         "plan": plan.about(),
+        "entries": plan.entries,
+        "networks": [*plan.anchor_names, *plan.held_out_names],
+        "network_blocks": plan.network_blocks,
         "calls": [
             {
                 "name": name,
@@ -78,7 +83,7 @@ def write(plan: Plan, folder: Path, settings: config.Latency, *, progress: Progr
             for name, graph in plan.graphs.items()
         ],
     }
-    write_json(folder / MANIFEST, {**manifest, "sha256": program.checksum(manifest)})
+    write_json(folder / MANIFEST, {**manifest, "sha256": checksum(manifest)})
 
 
 def _settings(settings: config.Latency) -> dict[str, float]:
@@ -89,6 +94,8 @@ def _settings(settings: config.Latency) -> dict[str, float]:
         "min_rounds": settings.min_rounds,
         "tolerance": settings.tolerance,
         "busy": _BUSY,
+        "open_seconds": _OPEN_SECONDS,
+        "hang_seconds": _HANG_SECONDS,
     }
 
 
@@ -102,10 +109,22 @@ def run(folder: Path, *, progress: Progress | None = None) -> Recording:
     command = [sys.executable, "-m", "nas.ondevice", str(folder), "--json"]
     root = str(Path(__file__).resolve().parents[2])
     path = os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH")) if p)
-    env = {**os.environ, "PYTHONPATH": path}
+    code, said = follow(command, progress=progress, env={**os.environ, "PYTHONPATH": path})
+    if code != 0:
+        kind = DeviceError if "not installed" in said else LatencyError
+        raise kind(error_in(said) or f"the measuring program ended with exit status {code}.")
+    return read(folder / RESULTS)
+
+
+def follow(
+    command: list[str], *, progress: Progress | None = None, env: Mapping[str, str] | None = None
+) -> tuple[int, str]:
+    """Runs the measuring program by `command`, telling its progress; its exit status and what it said on stderr."""
     with (
         tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as errors,
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=env) as process,
+        subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors, text=True, env=env
+        ) as process,
     ):
         assert process.stdout is not None
         try:
@@ -125,11 +144,12 @@ def run(folder: Path, *, progress: Progress | None = None) -> Recording:
                 process.kill()
             raise
         errors.seek(0)
-        said = errors.read()
-    if code != 0:
-        kind = DeviceError if "not installed" in said else LatencyError
-        raise kind(said.strip().rpartition("error: ")[2] or f"the measuring program ended with exit status {code}.")
-    return program.read(folder / RESULTS)
+        return code, errors.read()
+
+
+def error_in(said: str) -> str:
+    """The message of the error among what the measuring program said on stderr, or all of that."""
+    return said.strip().rpartition("error: ")[2]
 
 
 @contextlib.contextmanager
@@ -173,7 +193,8 @@ run there
 
     python measure.py
 
-Cut off, the same command goes on. Then bring results.jsonl back to where the bundle was made:
+Cut off, the same command goes on, on the same CPUs. To choose a core: `taskset -c 7 python measure.py`. Then
+bring results.jsonl back to where the bundle was made:
 
     nas measure --import results.jsonl --as NAME
 """

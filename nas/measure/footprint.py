@@ -20,6 +20,7 @@ import numpy as np
 from nas.config import nearest
 from nas.errors import DeviceError, ExportError, NasError
 from nas.export import RUNTIMES, Session
+from nas.ondevice.lock import alone
 from nas.ondevice.machine import pinned
 from nas.ops import Shape
 
@@ -80,6 +81,7 @@ def footprint(
     Raises:
         DeviceError: the runtime is unknown or not installed, or energy was asked for and is not counted here.
         ExportError: the file is missing, or the runtime cannot run it.
+        LatencyError: another measuring is running on this machine.
     """
     path = Path(model)
     if runtime not in RUNTIMES:
@@ -88,7 +90,7 @@ def footprint(
     if not path.is_file():
         raise ExportError(f"{path}: there is no such model file. `nas export` writes one.")
     if energy:
-        energy_counter()  # refused before anything is measured
+        energy_counter(runtime)  # refused before anything is measured
     asked = {
         "model": str(path.resolve()), "runtime": runtime, "image_shape": list(image_shape), "threads": threads,
         "batch": batch, "seconds": seconds, "energy": energy,
@@ -97,7 +99,7 @@ def footprint(
     environment = {**os.environ, "PJRT_NPROC": str(threads), "NAS_KEEP_MEMORY": "0"}
     root = str(Path(__file__).resolve().parents[2])
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-    with pinned(threads):
+    with alone(f"the footprint of {path}"), pinned(threads):
         done = subprocess.run(
             [sys.executable, "-c", _CHILD, json.dumps(asked)], capture_output=True, text=True, env=environment
         )
@@ -133,7 +135,8 @@ def _measure(
     loaded = time.perf_counter()
     session(images)
     first = time.perf_counter()
-    rate, joules, source = _sustained(session, images, seconds, energy)
+    source, read = energy_counter(runtime) if energy else ("not asked for", None)
+    rate, joules = _sustained(session, images, seconds, read)
     peak = _resident_bytes()
     return {
         "cold_start_ms": (imported - begin + loaded - loading) * 1e3,
@@ -145,41 +148,41 @@ def _measure(
     }
 
 
-def _sustained(session: Session, images: np.ndarray, seconds: float, energy: bool) -> tuple[float, float | None, str]:
-    """Images a second, joules an image and the name of their counter."""
+def _sustained(
+    session: Session, images: np.ndarray, seconds: float, read: Callable[[], float] | None
+) -> tuple[float, float | None]:
+    """Images a second, and joules an image by `read`."""
     run = session.prepare(images)
     run(2)
     begin = time.perf_counter()
     run(3)
     each = max((time.perf_counter() - begin) / 3, 1e-7)
     count = max(1, round(seconds / _SAMPLES / each))
-    source, read = energy_counter() if energy else ("not asked for", None)
     before, times = read() if read else 0.0, []
     for _ in range(_SAMPLES):
         begin = time.perf_counter()
         run(count)
         times.append((time.perf_counter() - begin) / count)
     used = (read() - before) / (_SAMPLES * count * len(images)) if read else None
-    return len(images) / float(np.median(times)), used, source
+    return len(images) / float(np.median(times)), used
 
 
-def energy_counter() -> tuple[str, Callable[[], float]]:
-    """Name of this machine's energy counter, and a function that reads it: joules since some moment.
+def energy_counter(runtime: str) -> tuple[str, Callable[[], float]]:
+    """Name of the energy counter of what `runtime` computes on, and a function that reads it: joules since some moment.
 
-    That of JAX's GPU where it computes on one, else of the CPU packages. Counters that start again at 0 are followed
+    That of the GPU, or of the CPU packages. Counters that start again at 0 are followed
     if they are read at least once a turn, which at 100 W is some 40 minutes.
 
     Raises:
         DeviceError: it has none that this process may read.
     """
-    gpu = _nvml_counter()
-    if gpu is not None:
-        return gpu
-    domains = [p for p in sorted(_POWERCAP.glob("*-rapl:*")) if re.fullmatch(r"[a-z-]+-rapl:\d+", p.name)]
+    if _on_gpu(runtime):
+        return _nvml_counter()
+    domains = [p for p in sorted(_POWERCAP.glob("*-rapl:*")) if _is_package(p)]
     if not domains:
         raise DeviceError(
             "this machine offers no energy counter: there is no RAPL domain in /sys/class/powercap (virtual machines "
-            "seldom have one), and no GPU that NVML tells of (pip install nvidia-ml-py). Leave energy out."
+            "seldom have one). Leave energy out."
         )
     try:
         turns = [int((d / "max_energy_range_uj").read_text()) for d in domains]
@@ -201,19 +204,46 @@ def energy_counter() -> tuple[str, Callable[[], float]]:
     return f"RAPL, {len(domains)} package{'s' if len(domains) > 1 else ''}", read
 
 
-def _nvml_counter() -> tuple[str, Callable[[], float]] | None:
-    """Of the first GPU that NVML tells of, if JAX computes on a GPU; None without one, or without pynvml."""
-    import jax
+def _is_package(domain: Path) -> bool:
+    """Whether a powercap zone (docs.kernel.org/power/powercap) counts a whole CPU package.
 
-    if jax.default_backend() != "gpu":
-        return None
+    Zones within one have a second number; "psys" counts the platform, packages included, and the same package may
+    appear again through another interface (intel-rapl-mmio).
+    """
+    if not re.fullmatch(r"[a-z]+-rapl:\d+", domain.name):
+        return False
+    try:
+        return (domain / "name").read_text().startswith("package")
+    except OSError:
+        return False
+
+
+def _on_gpu(runtime: str) -> bool:
+    """Whether a runtime computes on a GPU here."""
+    if runtime == "xla":
+        import jax
+
+        return jax.default_backend() == "gpu"
+    return runtime in ("onnxruntime_cuda", "onnxruntime_tensorrt")
+
+
+def _nvml_counter() -> tuple[str, Callable[[], float]]:
+    """Of the GPU that is computed on: the first one that CUDA_VISIBLE_DEVICES leaves.
+
+    Raises:
+        DeviceError: NVML is not there, or the GPU has no counter.
+    """
+    gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "").partition(",")[0] or "0"
     try:
         nvml = importlib.import_module("pynvml")
         nvml.nvmlInit()
-        handle = nvml.nvmlDeviceGetHandleByIndex(0)
+        handle = nvml.nvmlDeviceGetHandleByIndex(int(gpu)) if gpu.isdigit() else nvml.nvmlDeviceGetHandleByUUID(gpu)
         nvml.nvmlDeviceGetTotalEnergyConsumption(handle)
-    except Exception:  # not installed, no driver, or a GPU without the counter: NVML has an exception for each
-        return None
+    except Exception as e:  # not installed, no driver, or a GPU without the counter: NVML has an exception for each
+        raise DeviceError(
+            f"the GPU's energy counter cannot be read: {e}. NVML tells it of GPUs since Volta (pip install "
+            f"nvidia-ml-py). Leave energy out."
+        ) from e
     return "NVML", lambda: nvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1e3
 
 

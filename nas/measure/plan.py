@@ -64,6 +64,38 @@ class Plan:
         return [f"held-out {i}" for i in range(len(self.held_out))]
 
     @functools.cached_property
+    def entries(self) -> dict[str, dict[str, float]]:
+        """What each block's entry is made of: name of its sandwich -> names of calls and their weights in a sum.
+
+        With c1 and c2 the times of one and of two convolutions at a shape:
+
+            middle block = sandwich - (c2(in) + c2(out)) / 2        a call's overhead cancels
+            first block  = (block + conv) - (c2(out) - c1(out))     the overhead stays: a network has it once
+            last block   = (conv + block) - c1(in)
+        """
+        found: dict[str, dict[str, float]] = {}
+        for key, (block, role) in (self.space.blocks() if self.blocks else {}).items():
+            into, out = block.graph.input, block.graph.shape
+            match role:
+                case "first":
+                    convs = [(two_convs, out, -1.0), (one_conv, out, 1.0)]
+                case "last":
+                    convs = [(one_conv, into, -1.0)]
+                case _:
+                    convs = [(two_convs, into, -0.5), (two_convs, out, -0.5)]
+            terms = found[f"block {key}"] = {f"block {key}": 1.0}
+            for name, shape, weight in convs:
+                for repeat in range(REFERENCES):
+                    reference = name(shape, repeat)
+                    terms[reference] = terms.get(reference, 0.0) + weight / REFERENCES
+        return found
+
+    @property
+    def network_blocks(self) -> float:
+        """Of the median held-out network."""
+        return float(np.median([len(self.space.decode(g).blocks) for g in self.held_out]))
+
+    @functools.cached_property
     def digest(self) -> str:
         """Hash of all that decides what is timed."""
         of = [(name, graph.key) for name, graph in self.graphs.items()]

@@ -1,14 +1,7 @@
-"""From what was timed to a latency table with its proof.
-
-With c1 and c2 the times of one and of two convolutions at a shape, and blocks timed between convolutions
-(`nas.measure.plan`):
-
-    middle block = sandwich - (c2(in) + c2(out)) / 2        a call's overhead cancels
-    first block  = (block + conv) - (c2(out) - c1(out))     the overhead stays: a network has it once
-    last block   = (conv + block) - c1(in)
-"""
+"""From what was timed (`nas.measure.plan`) to a latency table with its proof."""
 
 import datetime
+import math
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,13 +12,13 @@ from nas import config
 from nas.agreement import agreement
 from nas.config import Device
 from nas.errors import LatencyError
-from nas.latency import Anchor, Entry, Proof, Table, calibrate, op_counts, prove
+from nas.latency import Anchor, Entry, Proof, Table, calibrate, prove
 from nas.measure import bundle
 from nas.measure.bundle import Progress
 from nas.measure.plan import REFERENCE, REFERENCES, Plan, choose_networks, for_table, one_conv, shapes_around, two_convs
-from nas.ondevice.program import Recording
+from nas.ondevice.results import Recording
+from nas.ondevice.stopping import combined
 from nas.ondevice.timing import Timing
-from nas.ops import Shape
 from nas.space import Space
 
 _SMALLEST_MS = 1e-6  # a block cheaper than the convs around it vary: it costs next to nothing, not less
@@ -131,7 +124,9 @@ def evaluate(
         hardware=start["hardware"],
         space=space.name,
         space_digest=space.digest,
-        date=datetime.datetime.fromtimestamp(start["time"], datetime.UTC).isoformat(timespec="seconds"),
+        input=space.input,
+        classes=space.classes,
+        date=_iso(start["time"]),
         command=command,
         notes=notes,
         unsupported={
@@ -171,6 +166,14 @@ def accept(plan: Plan, recording: Recording, settings: config.Latency) -> tuple[
             f"at most {settings.max_drift:.0%} can be used. {told} Measure when the machine is quieter, or longer "
             f"(latency.seconds)."
         )
+    timings = samples.timings()
+    noise = float(np.sqrt(np.mean([timings[name].interval ** 2 for name in anchors])))
+    if noise > settings.max_drift and len(recording.rounds) >= _ROUNDS_TO_REFUSE:  # what takes the CPU may be invisible
+        raise LatencyError(
+            f"the anchor networks are known to {noise:.1%} only, after {len(recording.rounds)} rounds; at most "
+            f"{settings.max_drift:.0%} can be used. {told} Measure when the machine is quieter, or longer "
+            f"(latency.seconds)."
+        )
     if busy is not None and busy > settings.max_busy:
         raise LatencyError(
             f"other processes took {busy:.0%} of the time of the CPUs that were measured on; at most "
@@ -180,6 +183,11 @@ def accept(plan: Plan, recording: Recording, settings: config.Latency) -> tuple[
     notes = [f"{recording.starts[-1]['load']} before; {len(recording.rounds)} rounds; {others}"]
     if drift > _DRIFT_WARNING:
         notes.append(f"uneven: networks measured at the start and at the end disagree by {drift:.0%}")
+    if len(recording.rounds) < _ROUNDS_TO_REFUSE:
+        notes.append(
+            f"drift was not judged: in {len(recording.rounds)} rounds, fewer than {_ROUNDS_TO_REFUSE}, {drift:.1%} "
+            f"cannot be told from noise; longer (latency.seconds, latency.min_rounds) it would be"
+        )
     if busy is not None and busy > _BUSY:
         notes.append(f"busy: {told}")
     return tuple(notes)
@@ -214,6 +222,8 @@ def proof_of(plan: Plan, recording: Recording, table: Table, *, at_level: bool =
         repeat_mape=samples.disagreement(names, parts=2),
         repeat_tau=agreement(*samples.apart(names, parts=2)).tau,
         drift=samples.disagreement([name for name in plan.anchor_names if name in timings], parts=3),
+        table=table.digest,
+        date=_iso(recording.starts[-1]["time"]),
         seed=plan.seed,
     )
 
@@ -226,15 +236,16 @@ def entries(plan: Plan, timings: Mapping[str, Timing]) -> dict:
 
     one = {s: float(np.mean([reference(one_conv(s, i)) for i in range(REFERENCES)])) for s in shapes_around(plan.space)}
     two = {s: float(np.mean([reference(two_convs(s, i)) for i in range(REFERENCES)])) for s in one}
+    of_sessions = 1.96 * _between_sessions(plan, timings)
     entries: dict[str, Entry] = {}
     for key, (block, role) in plan.space.blocks().items():
         if (timing := timings.get(f"block {key}")) is None:
             continue  # unsupported
-        latency_ms = max(
-            timing.latency_ms - _convs_ms(block.graph.input, block.graph.shape, role, one, two), _SMALLEST_MS
-        )
-        spread = timing.spread * timing.latency_ms / latency_ms
-        entries[key] = Entry(latency_ms, spread, block.label, role, timing.rounds)
+        terms = plan.entries[f"block {key}"]
+        latency_ms, interval_ms = combined(terms, timings)
+        sessions_ms = of_sessions * math.hypot(*(weight * reference(name) for name, weight in terms.items()))
+        interval_ms = math.hypot(interval_ms, sessions_ms)
+        entries[key] = Entry(max(latency_ms, _SMALLEST_MS), interval_ms, block.label, role, timing.rounds)
     genotypes = dict(zip(plan.anchor_names, plan.anchors, strict=True))
     names = [n for n, g in genotypes.items() if n in timings and _known(plan.space, g, entries)]
     anchors = plan.anchors[[plan.anchor_names.index(n) for n in names]]
@@ -244,28 +255,34 @@ def entries(plan: Plan, timings: Mapping[str, Timing]) -> dict:
             f"{len(plan.space.blocks())} blocks are so. Choose a space that this runtime supports."
         )
     measured = np.array([timings[n].latency_ms for n in names])
-    sums = plan.space.price(
-        anchors, plan.space.costs(lambda g: entries[g.key].latency_ms if g.key in entries else float("inf"))
-    )
-    counts = [op_counts(plan.space.decode(g).flat()) for g in anchors]
+    networks = [[b.graph for b in plan.space.decode(g).blocks] for g in anchors]
     return {
         "entries": entries,
         "overhead_ms": max(min(2 * one[s] - two[s] for s in one), 0.0),
-        "correction": calibrate(sums, counts, measured),
+        "correction": calibrate(entries, networks, measured),
         "anchors": tuple(Anchor(tuple(map(int, g)), float(m)) for g, m in zip(anchors, measured, strict=True)),
     }
+
+
+def _iso(time: float) -> str:
+    """Seconds since 1970 as a date, UTC."""
+    return datetime.datetime.fromtimestamp(time, datetime.UTC).isoformat(timespec="seconds")
 
 
 def _known(space: Space, genotype: np.ndarray, entries: Mapping[str, Entry]) -> bool:
     return all(b.graph.key in entries for b in space.decode(genotype).blocks)
 
 
-def _convs_ms(into: Shape, out: Shape, role: str, one: Mapping[Shape, float], two: Mapping[Shape, float]) -> float:
-    """Of what was timed with a block."""
-    match role:
-        case "first":
-            return two[out] - one[out]
-        case "last":
-            return one[into]
-        case _:
-            return (two[into] + two[out]) / 2
+def _between_sessions(plan: Plan, timings: Mapping[str, Timing]) -> float:
+    """Standard deviation of a latency between one session of a model and another, relative, beyond sampling.
+
+    More rounds do not lessen it. The references tell: they are the same models in several sessions.
+    """
+    groups = [
+        [timings[name(shape, i)] for i in range(REFERENCES)]
+        for shape in shapes_around(plan.space)
+        for name in (one_conv, two_convs)
+    ]
+    found = np.var([[math.log(t.latency_ms) for t in group] for group in groups], axis=1, ddof=1).mean()
+    sampling = np.mean([[(t.interval / 1.96) ** 2 for t in group] for group in groups])
+    return math.sqrt(max(float(found - sampling), 0.0))

@@ -215,6 +215,8 @@ def estimate_table(
         hardware=device.hardware,
         space=space.name,
         space_digest=space.digest,
+        input=space.input,
+        classes=space.classes,
         date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         command=command,
         kind="measured" if here else "estimated",
@@ -222,7 +224,7 @@ def estimate_table(
         **entries(plan, timings),
     )
     held_out = np.array([timings[name].latency_ms for name in plan.held_out_names])
-    proof = prove(table.price(space, plan.held_out), held_out, genotypes=plan.held_out, seed=seed)
+    proof = prove(table.price(space, plan.held_out), held_out, genotypes=plan.held_out, table=table.digest, seed=seed)
     return table, proof
 
 

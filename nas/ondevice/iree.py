@@ -10,6 +10,8 @@ import numpy as np
 from nas.errors import DeviceError, ExportError
 from nas.ondevice.sessions import Images, Session
 
+NEEDS = ("iree.runtime", "iree-base-runtime")
+
 
 def version() -> str:
     """See `nas.ondevice.sessions`."""

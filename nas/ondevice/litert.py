@@ -10,6 +10,8 @@ import numpy as np
 from nas.errors import DeviceError, ExportError
 from nas.ondevice.sessions import Images, Session
 
+NEEDS = ("ai_edge_litert", "ai-edge-litert")
+
 
 def version() -> str:
     """See `nas.ondevice.sessions`."""

@@ -8,16 +8,19 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
+
+from nas.errors import LatencyError
 
 _TELLING_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "asimd", "asimddp", "i8mm", "sve")
 _TICKS = os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 100  # of /proc, a second
+_NVIDIA = Path("/proc/driver/nvidia/gpus")
 _LINUX = sys.platform.startswith("linux")
 
 
 def hardware() -> str:
-    """CPU model, cores, and the vector extensions that decide which kernels run: "AMD EPYC, 2 cores, avx2 avx512f"."""
+    """CPU model, cores, vector extensions, which decide what kernels run, GPUs: "AMD EPYC, 2 cores, avx2 avx512f"."""
     model, flags = platform.processor() or platform.machine(), ""
     with contextlib.suppress(OSError):  # there is no such file on macOS and Windows
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
@@ -28,7 +31,17 @@ def hardware() -> str:
                 flags = " ".join(f for f in _TELLING_FLAGS if f in value.split())
             if key in ("flags", "Model"):
                 break
-    return ", ".join(part for part in (model, f"{os.cpu_count() or 1} cores", flags) if part)
+    return ", ".join(part for part in (model, f"{os.cpu_count() or 1} cores", flags, *_gpus()) if part)
+
+
+def _gpus() -> list[str]:
+    """NVIDIA's, as their driver names them."""
+    found = []
+    for path in sorted(_NVIDIA.glob("*/information")):
+        with contextlib.suppress(OSError):
+            fields = dict(line.split(":", 1) for line in path.read_text(encoding="utf-8").splitlines() if ":" in line)
+            found.append(fields.get("Model", "").strip())
+    return found
 
 
 def load() -> str:
@@ -91,22 +104,38 @@ def _processes() -> dict[int, tuple[str, float]]:
 
 
 @contextlib.contextmanager
-def pinned(threads: int) -> Iterator[tuple[int, ...]]:
+def pinned(threads: int, *, on: Collection[int] = ()) -> Iterator[tuple[int, ...]]:
     """Holds this thread, and those it starts, on the `threads` least busy of its CPUs; yields their numbers.
 
     Where the system cannot pin (macOS), or there are no more CPUs than that, nothing is held and () is yielded.
+
+    Args:
+        on: these CPUs instead, if there are any, however busy they are.
+
+    Raises:
+        LatencyError: this process may not use them.
     """
     before = os.sched_getaffinity(0) if hasattr(os, "sched_setaffinity") else set()
+    if not before >= set(on):
+        raise LatencyError(
+            f"what was timed so far ran on CPU {', '.join(map(str, on))}, and this process may use "
+            f"{', '.join(map(str, sorted(before))) or 'no certain ones'}. CPUs of one machine need not be equally "
+            f"fast: let it use the same ones (taskset, the container's settings), or measure anew into another file."
+        )
     if len(before) <= threads:
         yield ()
         return
-    then = busy_seconds()
-    time.sleep(0.2)
-    used = {cpu: now - then.get(cpu, now) for cpu, now in busy_seconds().items()}
-    order = sorted(before, key=lambda cpu: (used.get(cpu, 0.0), -cpu))
-    chosen = tuple(sorted(order[:threads]))
+    chosen = tuple(sorted(on)) or _least_busy(before, threads)
     os.sched_setaffinity(0, chosen)
     try:
         yield chosen
     finally:
         os.sched_setaffinity(0, before)
+
+
+def _least_busy(cpus: Collection[int], count: int) -> tuple[int, ...]:
+    """`count` of `cpus`."""
+    then = busy_seconds()
+    time.sleep(0.2)
+    used = {cpu: now - then.get(cpu, now) for cpu, now in busy_seconds().items()}
+    return tuple(sorted(sorted(cpus, key=lambda cpu: (used.get(cpu, 0.0), -cpu))[:count]))

@@ -14,6 +14,8 @@ PRECISION = "nas.precision"  # the property of a file that says what to compute 
 # Always given: left alone, OpenVINO computes float32 models in bfloat16 where the CPU has that.
 _HINTS = {"float32": "f32", "int8": "f32", "bfloat16": "bf16", "float16": "f16"}
 
+NEEDS = ("openvino", "openvino")
+
 
 def version() -> str:
     """See `nas.ondevice.sessions`."""

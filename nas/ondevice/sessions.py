@@ -13,11 +13,14 @@ from nas.errors import DeviceError
 
 Images = NDArray[np.float32]  # [n, height, width, channels]
 
-# Each module has `open_model(model, *, threads) -> Session` and `version() -> str`.
+# Each module has `open_model(model, *, threads) -> Session`, `version() -> str`, and NEEDS: the module that it imports
+# and the package that brings it.
 SESSIONS: dict[str, str] = {
     "iree": "nas.ondevice.iree",
     "litert": "nas.ondevice.litert",
     "onnxruntime": "nas.ondevice.onnxruntime",
+    "onnxruntime_cuda": "nas.ondevice.onnxruntime_cuda",
+    "onnxruntime_tensorrt": "nas.ondevice.onnxruntime_tensorrt",
     "openvino": "nas.ondevice.openvino",
     "xla": "nas.ondevice.xla",
 }
@@ -56,6 +59,15 @@ def version(runtime: str) -> str:
         DeviceError: it is unknown or not installed.
     """
     return _module(runtime).version()
+
+
+def needs(runtime: str) -> tuple[str, str]:
+    """The module that a runtime's library is imported by, and the package that brings it.
+
+    Raises:
+        DeviceError: it is unknown.
+    """
+    return _module(runtime).NEEDS
 
 
 def nchw(images: Images) -> Images:

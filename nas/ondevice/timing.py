@@ -18,6 +18,7 @@ from typing import Generic, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from nas.ondevice.lock import alone
 from nas.ondevice.machine import pinned
 
 K = TypeVar("K", bound=Hashable)
@@ -123,6 +124,7 @@ def rounds(
     seed: int,
     done: int = 0,
     wanted: Callable[[], Sequence[int]] | None = None,
+    begins: Callable[[int], None] | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Iterator[Round]:
     """Times `calls` round by round, each in an order of its own, for as long as it is asked to.
@@ -131,15 +133,18 @@ def rounds(
         seed: of the orders.
         done: rounds that an earlier process has timed.
         wanted: the numbers of the calls to time in the next round; all of them where it is None.
-        clock: seconds; for tests.
+        begins: is told the number of each call before it is run.
+        clock: seconds, that never go back; for tests.
     """
-    repeats = _repeats(calls, clock)
+    begins = begins or (lambda number: None)
+    repeats = _repeats(calls, begins, clock)
     while True:
         numbers = range(len(calls)) if wanted is None else wanted()
         order = tuple(np.random.default_rng([seed, done]).permutation(np.array(numbers, np.intp)).tolist())
         times = []
         for number in order:
             call, count = calls[number], repeats[number]
+            begins(number)
             call(1)  # the call before left the caches to another network
             begin = clock()
             call(count)
@@ -185,7 +190,13 @@ def interleave(
 
 
 def measure_files(
-    openers: Mapping[K, Callable[[], Call]], *, seconds: float, min_rounds: int = 15, seed: int = 0, threads: int = 1
+    openers: Mapping[K, Callable[[], Call]],
+    *,
+    seconds: float,
+    min_rounds: int = 15,
+    seed: int = 0,
+    threads: int = 1,
+    wait_seconds: float = 0.0,
 ) -> dict[K, Timing]:
     """Opens sessions and times them against each other, pinned and interleaved.
 
@@ -195,19 +206,30 @@ def measure_files(
 
     Args:
         openers: each opens a session and returns its prepared inferences.
+        wait_seconds: for another measuring on this machine to end.
+
+    Raises:
+        LatencyError: another measuring is running.
     """
-    with pinned(threads):
+    with alone(f"{len(openers)} files against each other", wait_seconds=wait_seconds), pinned(threads):
         calls = {name: opened() for name, opened in openers.items()}
         return interleave(calls, seconds=seconds, min_rounds=min_rounds, seed=seed).timings()
 
 
-def _repeats(calls: Sequence[Call], clock: Callable[[], float]) -> list[int]:
+def _repeats(calls: Sequence[Call], begins: Callable[[int], None], clock: Callable[[], float]) -> list[int]:
     """How many inferences one sample of each call takes.
 
     As many as fill a sample, and as many as make what comes once a call, like waiting for an accelerator, a hundredth.
     """
-    alone = [_fastest(call, 1, clock) for call in calls]
-    fixed = _once(calls[int(np.argmin(alone))], min(alone), clock) if alone else 0.0
+    alone = []
+    for number, call in enumerate(calls):
+        begins(number)
+        alone.append(_fastest(call, 1, clock))
+    fixed = 0.0
+    if alone:
+        quickest = int(np.argmin(alone))
+        begins(quickest)
+        fixed = _once(calls[quickest], alone[quickest], clock)
     each = [max(seconds - fixed, 1e-7) for seconds in alone]
     return [max(1, min(1000, math.ceil(max(_SAMPLE_SECONDS, fixed / _FIXED_SHARE) / seconds))) for seconds in each]
 

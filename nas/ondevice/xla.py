@@ -14,6 +14,8 @@ from nas.ondevice.sessions import Images, Session
 
 _POOL = "tf_XLAEigen"  # how the threads that XLA computes on are named
 
+NEEDS = ("jax", "jax")
+
 
 def version() -> str:
     """See `nas.ondevice.sessions`; with the platform, since one jaxlib serves several."""

@@ -81,16 +81,15 @@ def block_latencies(job: Job, made: Finished) -> dict[str, list[dict[str, str | 
 
     What comes once a network, whatever its blocks, is the last entry, `once`; it may be below 0.
     """
-    return {
-        precision: [
-            *(
-                {"name": b.name, "label": b.label, "latency_ms": table.block_ms(b.graph)}
-                for b in made.architecture.network.blocks
-            ),
-            {"name": "once", "label": "once a network", "latency_ms": table.correction.offset_ms},
+    network, out = made.architecture.network, {}
+    for precision, table in job.tables.items():
+        blocks_ms, once_ms = table.parts_ms(network)
+        rows = [
+            {"name": b.name, "label": b.label, "latency_ms": ms}
+            for b, ms in zip(network.blocks, blocks_ms, strict=True)
         ]
-        for precision, table in job.tables.items()
-    }
+        out[precision] = [*rows, {"name": "once", "label": "once a network", "latency_ms": once_ms}]
+    return out
 
 
 def card(job: Job, made: Finished) -> str:

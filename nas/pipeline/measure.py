@@ -18,7 +18,10 @@ from nas.measure import measure as measure_table
 from nas.pipeline.job import Job, together
 from nas.space import copy_space
 
-_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "onnx", "onnxruntime", "ray")
+_PACKAGES = (
+    "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "onnx", "ray", "libtpu",
+    "onnxruntime", "openvino", "ai-edge-litert", "iree-base-compiler", "iree-base-runtime",
+)  # fmt: skip
 
 
 def measure(job: Job) -> None:
@@ -43,10 +46,8 @@ def measure(job: Job) -> None:
             job.console.say("  it has no proof: how well it predicts networks is not known")
             continue
         proofs[precision] = msgspec.to_builtins(proof)
-        job.console.say(
-            f"  {proof.networks} held-out networks: MAPE {proof.mape:.1%}, within 5 % {proof.within_5:.0%}, "
-            f"within 10 % {proof.within_10:.0%}, Kendall tau {proof.kendall_tau:.3f}"
-        )
+        job.console.say(f"  {table.correction.choice}")
+        job.console.say(f"  {proof}")
     write_json(job.path / "latency" / "proof.json", {**proofs.get(job.precision, {}), "precisions": proofs})
     copy_space(job.experiment.space, job.path)
     write_json(job.path / "environment.json", environment(job, {p: t.digest for p, t in tables.items()}))

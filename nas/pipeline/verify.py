@@ -23,6 +23,7 @@ from nas.quantise import Quantisation, simulate
 
 ACCURACY_TOLERANCE = 0.001  # top-1 in the runtime may differ so much from JAX's: 0.1 point, in float32 and in int8
 RELATIVE_TOLERANCE = 1e-3  # of float32 logits, relative to the largest
+_WAIT_SECONDS = 900.0  # for another measuring on this machine: nobody may be watching a run when it comes so far
 
 
 class Latency(msgspec.Struct, frozen=True):
@@ -108,7 +109,11 @@ def _measured(job: Job, networks: Sequence[Finished]) -> dict[tuple[str, str], d
             openers[precision, index] = functools.partial(prepare, graph, job.device, precision, seed=index)
     job.console.say(f"  latency: {count} files and the tables' anchors, interleaved, batch {job.device.batch}")
     timings: dict[tuple[str, Any], Timing] = measure_files(
-        openers, seconds=job.experiment.verify.seconds, threads=job.device.threads, seed=job.experiment.seed
+        openers,
+        seconds=job.experiment.verify.seconds,
+        threads=job.device.threads,
+        seed=job.experiment.seed,
+        wait_seconds=_WAIT_SECONDS,
     )
     level = {
         precision: table.level(np.array([timings[precision, i].latency_ms for i in range(len(table.anchors))]))

@@ -30,6 +30,7 @@ def draw(
     *,
     positions: Sequence[str] = (),
     limit_ms: float | None = None,
+    limit_name: str = "limit",
     span_ms: float | None = None,
 ) -> str:
     """A network as SVG, top to bottom as it runs; each block's bar starts when the one before it ends.
@@ -39,7 +40,7 @@ def draw(
         latency_ms: of each block; one more, at the end, is what comes once a network, which may be below 0: a bar of
             its own, hollow, that goes back then. The bars end at the sum.
         positions: names of all positions of the space in order; those that the network skips are drawn as gaps.
-        limit_ms: drawn as a line across.
+        limit_ms: drawn as a line across, with the words `limit_name`.
         span_ms: the time at the right end, to draw several networks to one scale (at least `reach` of each); by
             default just enough.
     """
@@ -93,9 +94,12 @@ def draw(
     )
     axis += f'<text x="{left - 14}" y="14" text-anchor="end" font-size="11" opacity=".65">predicted, ms</text>'
     if math.isfinite(limit):
+        clear = limit >= left + total * scale and limit + 7.5 * len(limit_name) < WIDTH  # of bars, and of the border
+        beside, anchor = (limit + 6, "start") if clear else (limit - 6, "end")
         axis += (
             f'<line x1="{limit:.1f}" x2="{limit:.1f}" y1="20" y2="{y:.0f}" stroke="#d9534f" stroke-width="1.5" '
-            f'stroke-dasharray="5 3"/><text x="{limit + 6:.1f}" y="{spine_end - 14:.0f}" font-size="11">limit</text>'
+            f'stroke-dasharray="5 3"/><text x="{beside:.1f}" y="{spine_end - 14:.0f}" text-anchor="{anchor}" '
+            f'font-size="11">{escape(limit_name)}</text>'
         )
     spine = (
         f'<line x1="{_SPINE}" x2="{_SPINE}" y1="{spine_top + 4:.0f}" y2="{spine_end - 4:.0f}" stroke="currentColor" '

@@ -6,6 +6,7 @@ from html import escape
 from typing import Any
 
 from nas.fidelity import Fidelity
+from nas.latency import Proof, Tried
 from nas.report import words
 from nas.report.folder import Agreement, Member, Metrics, Run
 from nas.search import Front, Trial
@@ -79,24 +80,66 @@ def agreement(run: Run, precision: str, proof: Agreement) -> Figure:
         files = [(m.facts.name, m.files.get(precision)) for m in run.members if m.facts.role == role]
         known = [(n, o.predicted_ms, o.comparable_ms) for n, o in files if o and o.comparable_ms is not None]
         groups.append((known, _marker(role)))
-    axis = _logarithmic([ms for rows, _ in groups for row in rows for ms in row[1:]])
-    low, high = (10**end for end in axis["range"])
-    equal = {"mode": "lines", "line": {"color": COLOURS["trial"], "width": 1}, "hoverinfo": "skip"}
-    traces = [
-        _band(0.10, low, high, opacity=0.10),
-        _band(0.05, low, high, opacity=0.16),
-        {"x": [low, high], "y": [low, high], **equal},
+    return _against(groups)
+
+
+def proved(proof: Proof) -> Figure:
+    """Measured against predicted latency of the networks of a table's proof."""
+    rows = [(numbered(i), r.predicted_ms, r.measured_ms) for i, r in enumerate(proof.rows, 1)]
+    return _against([(rows, {"color": COLOURS["front"], "size": 7, "opacity": 0.75})])
+
+
+def errors(proof: Proof, xs: Sequence[float], title: str, *, macs: bool = False) -> Figure:
+    """Relative error of each network of a proof against `xs`: latency in ms, or MACs."""
+    ys = [r.predicted_ms / r.measured_ms - 1 for r in proof.rows]
+    texts = [
+        f"<b>{numbered(i)}</b><br>{words.percent(y, sign=True)}: predicted {words.ms(r.predicted_ms)}, measured "
+        f"{words.ms(r.measured_ms)}<br>{words.count(x) + ' MACs' if macs else ''}"
+        for i, (r, x, y) in enumerate(zip(proof.rows, xs, ys, strict=True), 1)
     ]
-    for rows, marker in groups:
-        texts = [
-            f"<b>{escape(name)}</b><br>predicted {words.ms(predicted)}, measured {words.ms(measured)} "
-            f"({words.percent(predicted / measured - 1, sign=True)})"
-            for name, predicted, measured in rows
-        ]
-        traces.append(_dots([row[1] for row in rows], [row[2] for row in rows], texts, marker=marker))
-    figure = _figure(traces, "predicted, ms", "measured, ms")
-    for name in ("xaxis", "yaxis"):
-        figure["layout"][name] |= axis
+    figure = _figure(
+        [_dots(xs, ys, texts, marker={"color": COLOURS["front"], "size": 7, "opacity": 0.75})], title, "error"
+    )
+    axis, layout = _logarithmic(xs), figure["layout"]
+    layout["xaxis"] |= axis | ({"ticktext": [words.count(tick) for tick in axis["tickvals"]]} if macs else {})
+    reach = 1.1 * max(0.06, *map(abs, ys))
+    layout["yaxis"] |= {
+        "tickformat": "+.1~%",
+        "range": [-reach, reach],
+        "zeroline": True,
+        "zerolinecolor": COLOURS["trial"],
+    }
+    layout["shapes"] = [
+        {
+            "type": "rect", "xref": "paper", "x0": 0, "x1": 1, "y0": -share, "y1": share, "layer": "below",
+            "line": {"width": 0}, "fillcolor": f"rgba(143, 153, 168, {opacity})",
+        }
+        for share, opacity in ((0.10, 0.10), (0.05, 0.16))
+    ]  # fmt: skip
+    return figure
+
+
+def forms(tried: Sequence[Tried], chosen: str) -> Figure:
+    """Error of each form of correction on anchors that it was not fitted on, with one standard error."""
+    colours = [COLOURS["winner" if t.form == chosen else "trial"] for t in tried]
+    bars = {
+        "type": "data",
+        "array": [t.error_high - t.error for t in tried],
+        "arrayminus": [t.error - t.error_low for t in tried],
+        "thickness": 1,
+        "width": 4,
+        "color": COLOURS["trial"],
+    }
+    texts = [
+        f"<b>{t.form}</b><br>{words.percent(t.error)}, {words.percent(t.error_low)} to {words.percent(t.error_high)}"
+        for t in tried
+    ]
+    names = [t.form for t in tried]
+    dots = _dots([t.error for t in tried], names, texts, marker={"color": colours, "size": 10}, error_x=bars)
+    figure = _figure([dots], "error on anchors left out (root mean square)", "")
+    figure["layout"]["xaxis"] |= {"tickformat": ".1~%", "rangemode": "tozero"}
+    figure["layout"]["yaxis"] |= {"autorange": "reversed", "type": "category"}
+    figure["layout"]["height"] = 60 + 34 * len(tried)
     return figure
 
 
@@ -186,7 +229,35 @@ def _risen(run: Run) -> Figure:
     return {"x": xs, "y": ys, "name": "from trial to winner", "mode": "lines", "line": dotted, "hoverinfo": "skip"}
 
 
-def _dots(x: Sequence[float], y: Sequence[float], texts: Sequence[str], **style: Any) -> Figure:
+def _against(groups: Sequence[tuple[Sequence[tuple[str, float, float]], Figure]]) -> Figure:
+    """(name, predicted, measured) of networks, in groups with a marker each; within 5 and 10 % is shaded."""
+    axis = _logarithmic([ms for rows, _ in groups for row in rows for ms in row[1:]])
+    low, high = (10**end for end in axis["range"])
+    equal = {"mode": "lines", "line": {"color": COLOURS["trial"], "width": 1}, "hoverinfo": "skip"}
+    traces = [
+        _band(0.10, low, high, opacity=0.10),
+        _band(0.05, low, high, opacity=0.16),
+        {"x": [low, high], "y": [low, high], **equal},
+    ]
+    for rows, marker in groups:
+        texts = [
+            f"<b>{escape(name)}</b><br>predicted {words.ms(predicted)}, measured {words.ms(measured)} "
+            f"({words.percent(predicted / measured - 1, sign=True)})"
+            for name, predicted, measured in rows
+        ]
+        traces.append(_dots([row[1] for row in rows], [row[2] for row in rows], texts, marker=marker))
+    figure = _figure(traces, "predicted, ms", "measured, ms")
+    for name in ("xaxis", "yaxis"):
+        figure["layout"][name] |= axis
+    return figure
+
+
+def numbered(number: int) -> str:
+    """How a network of a proof is called on the page."""
+    return f"network {number}"
+
+
+def _dots(x: Sequence[float], y: Sequence[float] | Sequence[str], texts: Sequence[str], **style: Any) -> Figure:
     """Points with a text each, shown when pointed at."""
     return {"x": x, "y": y, "text": texts, "hovertemplate": "%{text}<extra></extra>", "mode": "markers", **style}
 

@@ -88,11 +88,12 @@ class Agreement(msgspec.Struct, frozen=True):
     mape: float
     within_5: float
     within_10: float
-    kendall_tau: float
-    tau_low: float
-    tau_high: float
+    kendall_tau: float | None
+    tau_low: float | None
+    tau_high: float | None
     repeat_mape: float | None = None
     rows: tuple[Pair, ...] = ()
+    doubt: str = ""
 
 
 class Proof(msgspec.Struct, frozen=True):

@@ -30,6 +30,14 @@ def write_report(run_folder: Path) -> Path:
 
 
 def _render(run: Run) -> str:
+    decimals = 1 if run.environment.data.test < 2000 else 2
+    return render("template.html", _context(run), decimals=decimals)
+
+
+def render(template: str, context: dict[str, Any], *, decimals: int = 1) -> str:
+    """A template of this folder, filled, with the style sheet and the library that draws its `plots` inside it."""
+    from plotly.offline import get_plotlyjs
+
     templates = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_HERE),
         autoescape=True,
@@ -37,7 +45,6 @@ def _render(run: Run) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    decimals = 1 if run.environment.data.test < 2000 else 2
     templates.filters |= {
         "accuracy": lambda share: words.percent(share, decimals),
         "percent": words.percent,
@@ -47,13 +54,12 @@ def _render(run: Run) -> str:
         "seconds": words.seconds,
         "shape": words.shape,
     }
-    return templates.get_template("template.html").render(_context(run))
+    css = Markup((_HERE / "style.css").read_text(encoding="utf-8"))
+    return templates.get_template(template).render(plotly=Markup(get_plotlyjs()), css=css, **context)
 
 
 def _context(run: Run) -> dict[str, Any]:
-    """Everything the template names."""
-    from plotly.offline import get_plotlyjs
-
+    """Everything the template names, but for what `render` adds."""
     summary, winner = run.summary, run.winner
     precision = summary.precision
     answer = winner.facts
@@ -98,8 +104,6 @@ def _context(run: Run) -> dict[str, Any]:
         "slowest_stage": max(summary.seconds.values(), default=0.0) or 1.0,
         "commands": _commands(run),
         "plots": plots,
-        "plotly": Markup(get_plotlyjs()),
-        "css": Markup((_HERE / "style.css").read_text(encoding="utf-8")),
     }
 
 

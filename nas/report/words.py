@@ -16,7 +16,10 @@ def _known(value: float | None) -> bool:
 
 def percent(share: float | None, decimals: int = 1, *, sign: bool = False) -> str:
     """0.981 -> "98.1 %"."""
-    return f"{100 * share:{'+' if sign else ''}.{decimals}f}{_SPACE}%" if share is not None and _known(share) else NONE
+    if share is None or not _known(share):
+        return NONE
+    value = round(100 * share, decimals) + 0.0  # which makes -0.0 to 0.0
+    return f"{value:{'+' if sign else ''}.{decimals}f}{_SPACE}%"
 
 
 def ms(value: float | None, *, unit: bool = True, like: float | None = None) -> str:

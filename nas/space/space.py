@@ -74,6 +74,18 @@ class Position:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
+class Between:
+    """What it costs that one block follows another, by the way in which the first ends (`Space.between`).
+
+    Way 0 is that no block came before; a skipped position, and a block without ops, leave it as it is.
+    """
+
+    ways: int
+    cost: tuple[NDArray[np.float64], ...]  # for each position [ways, branches]
+    after: tuple[NDArray[np.intp], ...]  # the way that comes out, likewise
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class Space:
     """All networks. Genotypes are uint8 arrays [genes], one value number per choice."""
 
@@ -293,15 +305,45 @@ class Space:
         """For each position, the cost [branches] of each branch; a skipped position costs nothing."""
         return [np.array([0.0 if b is None else of(b.graph) for b in p.branches], np.float64) for p in self.positions]
 
-    def price(self, genotypes: Any, costs: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:
-        """Sum of `costs` over positions, [..., genes] -> [...].
+    def between(
+        self,
+        ends: Callable[[Graph], str | None],
+        begins: Callable[[Graph], str | None],
+        of: Callable[[str, str], float],
+    ) -> Between:
+        """The cost `of` each block's end and the beginning of the block that follows it; None: a block without ops."""
+        blocks = {key: block.graph for key, (block, _) in self.blocks().items()}
+        end_of = {key: ends(graph) for key, graph in blocks.items()}
+        begin_of = {key: begins(graph) for key, graph in blocks.items()}
+        ways = ["", *sorted({end for end in end_of.values() if end is not None})]
+        cost, after = [], []
+        for position in self.positions:
+            keys = ["" if b is None else b.graph.key for b in position.branches]
+            cost.append(
+                np.array(
+                    [[of(way, begin) if way and (begin := begin_of.get(k)) else 0.0 for k in keys] for way in ways],
+                    np.float64,
+                )
+            )
+            after.append(
+                np.array([[ways.index(end) if (end := end_of.get(k)) else i for k in keys] for i in range(len(ways))])
+            )
+        return Between(len(ways), tuple(cost), tuple(after))
 
-        Added in order of position, so that the sum over one network's blocks is equal to the last bit.
+    def price(
+        self, genotypes: Any, costs: Sequence[NDArray[np.float64]], between: Between | None = None
+    ) -> NDArray[np.float64]:
+        """Sum of `costs` over positions, [..., genes] -> [...], and of what is `between` blocks.
+
+        Added in order of position, each block with its border, so that the sum over one network's blocks is equal to
+        the last bit.
 
         Raises:
             SpaceError: the genotypes are of another space.
         """
         genotypes = self.check(genotypes)
+        if between is not None:
+            return self._price_between(genotypes, costs, between)
         flat = [cost_of[p.branch_of].ravel() for p, cost_of in zip(self.positions, costs, strict=True)]
         out = np.zeros(genotypes.shape[:-1])
         looked_up = np.empty(_PART)
@@ -311,26 +353,52 @@ class Space:
                 total += np.take(cost_of, position.index(columns), out=looked_up[: len(total)], mode="clip")
         return out
 
-    def extreme(self, costs: Sequence[NDArray[np.float64]], *, largest: bool) -> tuple[Genotypes, float]:
-        """The genotype of the smallest or largest finite sum of `costs`, exactly, and that sum.
+    def _price_between(
+        self, genotypes: Genotypes, costs: Sequence[NDArray[np.float64]], between: Between
+    ) -> NDArray[np.float64]:
+        """`price`, carrying along how the last block of each network ended."""
+        sums = [c + of for c, of in zip(costs, between.cost, strict=True)]
+        flat = [
+            (p, p.branch_of.size, sum_of[:, p.branch_of].ravel(), after[:, p.branch_of].ravel())
+            for p, sum_of, after in zip(self.positions, sums, between.after, strict=True)
+        ]
+        out = np.zeros(genotypes.shape[:-1])
+        for (_, columns), total in zip(_parts(genotypes), _split(out.reshape(-1)), strict=True):
+            way = np.zeros(len(total), np.intp)
+            for position, size, sum_of, after in flat:
+                index = way * size + position.index(columns)
+                total += sum_of.take(index, mode="clip")
+                way = after.take(index, mode="clip")
+        return out
+
+    def extreme(
+        self, costs: Sequence[NDArray[np.float64]], between: Between | None = None, *, largest: bool
+    ) -> tuple[Genotypes, float]:
+        """The genotype of the smallest or largest finite sum of `costs` and `between`, exactly, and that sum.
 
         Bucket elimination (Dechter 1999, Artificial Intelligence 113, sec. 4): each gene is minimised out of the
-        positions that read it. Genes that only one position reads go first, so the tables stay small.
+        positions that read it. Genes that only one position reads go first, so the tables stay small. With `between`,
+        the way in which the chain ends before each position is one more variable, that two positions read.
         """
         sign = -1.0 if largest else 1.0
         finite = [np.where(np.isinf(c), np.inf, sign * c) for c in costs]
-        factors = [(p.genes, c[p.branch_of]) for p, c in zip(self.positions, finite, strict=True)]
-        readers = [sum(g in p.genes for p in self.positions) for g in range(len(self.sizes))]
+        sizes = self.sizes
+        if between is None:
+            factors = [(p.genes, c[p.branch_of]) for p, c in zip(self.positions, finite, strict=True)]
+        else:
+            sizes = (*sizes, *[between.ways] * (len(self.positions) + 1))
+            factors = [self._factor(number, c, between, sign) for number, c in enumerate(finite)]
+        readers = [sum(g in genes for genes, _ in factors) for g in range(len(sizes))]
         decisions: list[tuple[int, tuple[int, ...], NDArray[np.intp]]] = []
         constant = sum(float(table) for genes, table in factors if not genes)
         factors = [f for f in factors if f[0]]
-        for gene in sorted(range(len(self.sizes)), key=lambda g: readers[g]):
+        for gene in sorted(range(len(sizes)), key=lambda g: readers[g]):
             mine = [f for f in factors if gene in f[0]]
             if not mine:
                 decisions.append((gene, (), np.zeros((), np.intp)))
                 continue
             scope = tuple(sorted({g for genes, _ in mine for g in genes} - {gene}))
-            joint = sum(_aligned(table, genes, (*scope, gene), self.sizes) for genes, table in mine)
+            joint = sum(_aligned(table, genes, (*scope, gene), sizes) for genes, table in mine)
             decisions.append((gene, scope, np.asarray(joint).argmin(-1)))
             factors = [f for f in factors if gene not in f[0]]
             reduced = np.asarray(joint).min(-1)
@@ -338,11 +406,23 @@ class Space:
                 factors.append((scope, reduced))
             else:
                 constant += float(reduced)
-        genotype = np.zeros(len(self.sizes), np.uint8)
+        values = np.zeros(len(sizes), np.uint8)
         for gene, scope, best in reversed(decisions):
-            genotype[gene] = best[tuple(genotype[list(scope)])] if scope else best
-        genotype = self.canonical(genotype)
-        return genotype, float(self.price(genotype, costs))
+            values[gene] = best[tuple(values[list(scope)])] if scope else best
+        genotype = self.canonical(values[: len(self.sizes)])
+        return genotype, float(self.price(genotype, costs, between))
+
+    def _factor(
+        self, number: int, cost_of: NDArray[np.float64], between: Between, sign: float
+    ) -> tuple[tuple[int, ...], NDArray[np.float64]]:
+        """Position `number` as a table over its genes and, before and after them, how the chain ends."""
+        position, first = self.positions[number], len(self.sizes) + number
+        total = cost_of + sign * between.cost[number]
+        reached = between.after[number][..., None] == np.arange(between.ways)
+        table = np.where(reached, total[..., None], np.inf)[:, position.branch_of]
+        if number == 0:
+            return (*position.genes, first + 1), table[0]
+        return (first, *position.genes, first + 1), table
 
     def smallest(self) -> Genotypes:
         """The genotype with the fewest MACs."""

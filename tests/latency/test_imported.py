@@ -133,7 +133,7 @@ def test_only_equal_blocks_are_found(here):
         assert {e.latency_ms for e in imported.table.entries.values()} == expected
         assert len(imported.missing) == 4 - len(expected)
     entry = next(iter(imported.table.entries.values()))
-    assert (entry.spread, entry.rounds) == (pytest.approx(0.6745 * 0.1), 7)
+    assert (entry.interval_ms, entry.rounds) == (pytest.approx(1.96 * 0.3 / 7**0.5), 7)
 
 
 # ProxylessNAS
@@ -264,7 +264,7 @@ def test_networks_in_another_unit_than_blocks_are_an_error(here, space):
         ("key,latency_ms\nK,nan\n", "line 2: `latency_ms` is 'nan'"),
         ("key,latency_ms\nK,fast\n", "line 2: `latency_ms` is 'fast'"),
         ("key,latency_ms\nK\n", "line 2: `latency_ms` is None"),
-        ("key,latency_ms,spread\nK,1,-1\n", "line 2: `spread` is '-1': a number"),
+        ("key,latency_ms,interval_ms\nK,1,-1\n", "line 2: `interval_ms` is '-1': a number"),
         ("key,latency_ms\nK,1\nK,1\n", "line 3: this block has a row above"),
         ("key,latency_ms\n,1\n", "line 2: neither `key` nor `label`"),
         ("key,latency_ms,genotype\n,1,a b\n", "line 2: `genotype` is 'a b'"),

@@ -1,3 +1,5 @@
+import json
+
 import msgspec
 import numpy as np
 import pytest
@@ -54,3 +56,31 @@ def test_a_proof_keeps_its_networks_through_json():
 def test_too_few_or_unequal_numbers_are_refused(predicted, measured):
     with pytest.raises(ValueError, match="two equal lengths"):
         prove(np.array(predicted), np.array(measured))
+
+
+def test_spearman_is_scipys_and_lies_within_its_interval():
+    rng = np.random.default_rng(0)
+    measured = rng.integers(1, 9, 40).astype(float)  # with ties
+    predicted = measured + rng.normal(0, 1, 40)
+    proof = prove(predicted, measured)
+    assert proof.spearman == pytest.approx(stats.spearmanr(predicted, measured).statistic)
+    assert proof.spearman_low < proof.spearman < proof.spearman_high
+
+
+@pytest.mark.parametrize("of", ["predicted", "measured"])
+def test_without_an_order_there_is_a_reason_and_no_number_that_json_does_not_know(of):
+    same, other = np.full(5, 2.0), np.linspace(1.5, 2.5, 5)
+    proof = prove(*((same, other) if of == "predicted" else (other, same)), repeat_tau=float("nan"))
+    assert (proof.kendall_tau, proof.spearman, proof.tau_low, proof.repeat_tau) == (None, None, None, None)
+    assert proof.no_order == f"all {of} latencies are one value"
+    assert proof.no_order in str(proof)
+    text = json.dumps(msgspec.to_builtins(proof), allow_nan=False)
+    assert msgspec.json.decode(text, type=Proof) == proof
+
+
+def test_a_proof_of_another_table_says_so():
+    proof = prove(np.array([1.0, 2.1]), np.array([1.0, 2.0]), table="abc")
+    assert proof.beside("abc") is proof
+    assert str(proof.beside("def")).startswith("PROOF OF ANOTHER TABLE (hash abc; the table here has def): 2 held-out")
+    old = prove(np.array([1.0, 2.1]), np.array([1.0, 2.0]))
+    assert old.beside("def") is old

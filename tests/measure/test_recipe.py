@@ -11,7 +11,7 @@ from nas.errors import DeviceError, LatencyError
 from nas.latency import Table, load_device, op_counts
 from nas.measure import Plan, evaluate, for_table, measure, prepare, prove_again, recipe, runtime_class, runtime_of
 from nas.measure.plan import choose_networks
-from nas.ondevice.program import Recording
+from nas.ondevice.results import Recording
 from nas.ondevice.timing import Round, rounds
 from nas.ops import Graph
 from nas.pipeline.job import Job
@@ -97,6 +97,39 @@ def test_where_costs_add_up_the_table_is_exact_and_counts_a_call_once(space, dev
     assert table.correction.scale == pytest.approx(1)
 
 
+def test_the_interval_of_an_entry_covers_what_another_measuring_would_give(space, device):
+    """Each session has a speed of its own and each sample noise, so two tables differ: as much as both say."""
+    settings = settings_of()
+    plan = for_table(space, device, "float32", settings, seed=0)
+    tables = []
+    for seed in range(6):
+        recording, rng = Simulated().record(plan), np.random.default_rng(seed)
+        sessions = np.exp(0.02 * rng.standard_normal(len(plan.graphs)))
+        noisy = [
+            Round(
+                r.order, tuple(np.array(r.times_ms) * sessions[list(r.order)] * np.exp(0.05 * rng.random(len(r.order))))
+            )
+            for r in recording.rounds
+        ]
+        tables.append(evaluate(plan, dataclasses.replace(recording, rounds=tuple(noisy)), settings)[0])
+    inside = [
+        abs(a.entries[k].latency_ms - b.entries[k].latency_ms)
+        <= np.hypot(a.entries[k].interval_ms, b.entries[k].interval_ms)
+        for a, b in zip(tables[::2], tables[1::2], strict=True)
+        for k in a.entries
+    ]
+    assert 0.9 <= np.mean(inside) <= 0.99
+
+
+def test_few_rounds_say_that_drift_was_not_judged(space, device):
+    settings = settings_of(max_drift=0.0)
+    plan = for_table(space, device, "float32", settings, seed=0)
+    few, _ = evaluate(plan, Simulated(changes_at=0.5).record(plan, number=20), settings)
+    assert any("drift was not judged: in 20 rounds" in note for note in few.notes)
+    many, _ = evaluate(plan, Simulated().record(plan), settings_of())
+    assert not any("not judged" in note for note in many.notes)
+
+
 @pytest.mark.parametrize("anchors", [1, 3, 6])
 def test_any_number_of_anchors_will_do(space, device, anchors):
     table, proof = simulate(space, device, Simulated(), anchors=anchors)
@@ -107,6 +140,24 @@ def test_any_number_of_anchors_will_do(space, device, anchors):
 def test_an_uneven_machine_is_refused_and_who_uses_it_is_told(space, device):
     with pytest.raises(LatencyError, match=r"disagree by \d+\.\d%.*make \(pid 1\) 90 %.*quieter"):
         simulate(space, device, Simulated(changes_at=1.0))
+
+
+def test_samples_that_tell_too_little_are_refused_whatever_the_cause(space, device):
+    """Where nobody says who uses the CPU, as on macOS, the samples themselves do."""
+    settings = settings_of(max_drift=0.03)
+    plan = for_table(space, device, "float32", settings, seed=0)
+    recording, rng = Simulated(others=float("nan")).record(plan), np.random.default_rng(0)
+    noisy = tuple(
+        Round(r.order, tuple(np.array(r.times_ms) * np.exp(0.5 * rng.standard_normal(len(r.order)))))
+        for r in recording.rounds
+    )
+    with pytest.raises(LatencyError, match=r"(disagree by|are known to) \d+\.\d%.*at most 3%"):
+        evaluate(plan, dataclasses.replace(recording, rounds=noisy), settings)
+    two_kinds = tuple(  # alike at the start and at the end, but two speeds, each half of the time
+        Round(r.order, tuple(np.array(r.times_ms) * rng.choice([1.0, 1.6], len(r.order)))) for r in recording.rounds
+    )
+    with pytest.raises(LatencyError, match=r"(disagree by|are known to) \d+\.\d%.*at most 3%"):
+        evaluate(plan, dataclasses.replace(recording, rounds=two_kinds), settings)
 
 
 def test_a_busy_machine_is_refused_and_who_uses_it_is_told(space, device):

@@ -3,6 +3,7 @@ import time
 
 import pytest
 
+from nas.errors import LatencyError
 from nas.ondevice.machine import busiest, busy_seconds, hardware, load, pinned
 
 
@@ -38,6 +39,19 @@ def test_affinity_is_restored_also_after_an_error():
     with pytest.raises(RuntimeError), pinned(1):
         raise RuntimeError
     assert os.sched_getaffinity(0) == before
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system cannot pin")
+def test_what_is_continued_is_held_on_the_same_cpus_or_refused():
+    before = sorted(os.sched_getaffinity(0))
+    if len(before) < 2:
+        pytest.skip("one CPU: nothing to pin to")
+    for cpu in before:
+        with pinned(1, on=(cpu,)) as cpus:
+            assert cpus == (cpu,)
+            assert os.sched_getaffinity(0) == {cpu}
+    with pytest.raises(LatencyError, match=r"ran on CPU 4096.*measure anew"), pinned(1, on=(4096,)):
+        pass
 
 
 def test_more_threads_than_cpus_pin_nothing():

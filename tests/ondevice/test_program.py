@@ -1,8 +1,8 @@
 """The measuring program: from a bundle to a table, on this machine and where only the runtime is installed."""
 
-import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,8 +18,11 @@ from nas.errors import LatencyError
 from nas.latency import load_device
 from nas.measure import bundle, evaluate, for_table
 from nas.measure.plan import Plan
-from nas.ondevice import program
-from nas.ondevice.program import MANIFEST, RESULTS, Results, read
+from nas.ondevice import machine, program
+from nas.ondevice.lock import alone
+from nas.ondevice.manifest import MANIFEST, checksum, load_manifest
+from nas.ondevice.results import RESULTS, Results, read
+from nas.ondevice.sessions import version
 from nas.space import load_space
 
 QUICK = Latency(seconds=1.0, min_rounds=6, anchors=4, holdout=4, patience=1.0)
@@ -39,7 +42,7 @@ def folder(plan, tmp_path) -> Path:
 
 def rewrite(folder: Path, manifest: dict) -> None:
     """As `nas measure --bundle` would have written it."""
-    (folder / MANIFEST).write_text(json.dumps({**manifest, "sha256": program.checksum(manifest)}))
+    (folder / MANIFEST).write_text(json.dumps({**manifest, "sha256": checksum(manifest)}))
 
 
 def start(folder: Path, *arguments: str, python: str = sys.executable) -> subprocess.Popen:
@@ -114,32 +117,133 @@ def test_killed_measuring_goes_on_and_loses_no_round(folder):
     assert after.complete
 
 
+TRAPS = """
+import os, signal, time
+
+untrapped, opened = open_model, 0
+
+
+def fail(error=RuntimeError("it fell over")):
+    raise error
+
+
+def open_model(model, *, threads=1):
+    global opened
+    opened += 1
+    eval(OPENING)
+    session = untrapped(model, threads=threads)
+    trap, prepare = RUNNING.get(os.path.basename(model)), session.prepare
+
+    def prepared(images):
+        inferences, count = prepare(images), 0
+
+        def trapped(n):
+            nonlocal count
+            count += 1
+            eval(trap, globals() | {"count": count})
+            inferences(n)
+
+        return trapped if trap else inferences
+
+    session.prepare = prepared
+    return session
+"""
+
+
+def trapped(folder: Path, *running: str, opening: str = "None") -> list[str]:
+    """Lets models of a bundle misbehave in ONNX Runtime, one for each of `running`; returns the names of their calls.
+
+    Args:
+        running: expressions that are evaluated with every inference of a model, the `count`th.
+        opening: one that is evaluated before any model is opened, the `opened`th in its process.
+    """
+    manifest = json.loads((folder / MANIFEST).read_text())
+    blocks = [c for c in manifest["calls"] if c["name"].startswith("block ")][3 : 3 + len(running)]
+    for number, block in enumerate(blocks):
+        shutil.copy(folder / block["file"], folder / f"{number}.onnx")
+        block["file"] = f"{number}.onnx"
+    rewrite(folder, manifest)
+    path = folder / "nas" / "ondevice" / "onnxruntime.py"
+    traps = {f"{number}.onnx": trap for number, trap in enumerate(running)}
+    path.write_text(f"{path.read_text()}\nOPENING, RUNNING = {opening!r}, {traps!r}\n{TRAPS}")
+    return [block["name"] for block in blocks]
+
+
+def set_settings(folder: Path, **settings: float) -> None:
+    """The settings of a bundle, which may be changed."""
+    manifest = json.loads((folder / MANIFEST).read_text())
+    manifest["settings"] |= settings
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+
+
 def test_a_model_that_brings_the_process_down_is_left_out_with_what_was_said(plan, folder):
     """The first call of one model ends the process, of another raises: both are noted, all else is timed."""
-    manifest = json.loads((folder / MANIFEST).read_text())
-    blocks = [c for c in manifest["calls"] if c["name"].startswith("block ")]
-    for block, name in ((blocks[3], "fatal.onnx"), (blocks[5], "broken.onnx")):
-        (folder / name).write_bytes(name.encode())
-        block |= {"file": name, "sha256": hashlib.sha256(name.encode()).hexdigest()}
-    rewrite(folder, manifest)
-    patched = folder / "nas" / "ondevice" / "onnxruntime.py"
-    text = patched.read_text()
-    trap = "    if str(model).endswith('fatal.onnx'):\n        __import__('os').kill(__import__('os').getpid(), 11)\n"
-    assert "    ort = _library()" in text
-    patched.write_text(text.replace("    ort = _library()", trap + "    ort = _library()", 1))
+    fatal, broken = trapped(folder, "os.kill(os.getpid(), signal.SIGSEGV)", "fail()")
     said = finished(start(folder))
     assert "going on without it" in said
     recording = read(folder / RESULTS)
-    assert set(recording.unsupported) == {blocks[3]["name"], blocks[5]["name"]}
-    assert "signal 11" in recording.unsupported[blocks[3]["name"]]
-    assert "cannot load" in recording.unsupported[blocks[5]["name"]]
+    assert set(recording.unsupported) == {fatal, broken}
+    assert "nothing else open (signal 11)" in recording.unsupported[fatal]
+    assert "RuntimeError: it fell over" in recording.unsupported[broken]
     table, _ = evaluate(plan, recording, QUICK)
-    assert set(table.unsupported) == {blocks[i]["name"].removeprefix("block ") for i in (3, 5)}
+    assert set(table.unsupported) == {name.removeprefix("block ") for name in (fatal, broken)}
 
 
-@pytest.mark.skipif(os.name == "nt", reason="locks are of POSIX")
+@pytest.mark.parametrize(
+    ("trap", "why"),
+    [
+        ("count == 30 and fail()", "RuntimeError: it fell over"),
+        pytest.param("count == 30 and os.abort()", "signal 6", marks=pytest.mark.slow),
+        ("count == 30 and time.sleep(1000)", "not ended after 2 s"),
+        pytest.param(
+            "count == 5 and opened > 1 and fail()", "it fell over, 2 times while it was timed", marks=pytest.mark.slow
+        ),
+    ],
+    ids=["raises", "aborts", "hangs", "raises in company"],
+)
+def test_a_model_that_fails_late_is_left_out_and_the_rounds_before_it_stay(plan, folder, trap, why):
+    set_settings(folder, hang_seconds=2.0, min_rounds=40)
+    (name,) = trapped(folder, trap)
+    finished(start(folder))
+    recording = read(folder / RESULTS)
+    assert recording.complete
+    assert set(recording.unsupported) == {name}
+    assert why in recording.unsupported[name]
+    assert len(recording.rounds) >= 40
+    assert recording.failures[0].timing
+    table, _ = evaluate(plan, recording, QUICK)
+    assert set(table.unsupported) == {name.removeprefix("block ")}
+
+
+@pytest.mark.parametrize(
+    "shortage",
+    ["fail(MemoryError())", pytest.param("os.kill(os.getpid(), signal.SIGKILL)", marks=pytest.mark.slow)],
+)
+def test_a_shortage_of_memory_condemns_no_model(folder, shortage):
+    """Whatever model is opened as the sixth cannot be, in every process: nobody is condemned, and it is told."""
+    trapped(folder, opening=f"opened > 5 and {shortage}")
+    process = start(folder)
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert "too little memory" in said
+    assert "fails only while the other models are open" in said
+    assert not read(folder / RESULTS).unsupported
+
+
+def test_a_shortage_of_memory_that_passes_costs_nothing_but_time(folder):
+    flag = str(folder / "flag")
+    trapped(
+        folder, opening=f"opened > 5 and not os.path.exists({flag!r}) and (os.mkdir({flag!r}), fail(MemoryError()))"
+    )
+    finished(start(folder))
+    recording = read(folder / RESULTS)
+    assert recording.complete
+    assert not recording.unsupported
+    assert [f.why for f in recording.failures] == ["MemoryError: "]
+
+
 def test_two_at_once_are_refused(folder):
-    with program._alone(folder / RESULTS):
+    with alone("something"):
         process = start(folder)
         said, _ = process.communicate(timeout=60)
     assert process.returncode == 2
@@ -177,12 +281,31 @@ def test_results_of_another_bundle_or_machine_or_damaged_ones_are_refused(folder
         read(tmp_path / "none.jsonl")
 
 
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system cannot pin")
+def test_rounds_go_on_on_the_cpus_they_began_on_or_not_at_all(folder):
+    usable = sorted(os.sched_getaffinity(0))
+    if len(usable) < 2:
+        pytest.skip("one CPU: nothing to pin to")
+    set_settings(folder, seconds=0.0, max_seconds=0.0, min_rounds=2)
+    for cpu in usable:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        results = folder / f"{cpu}.jsonl"
+        now = {"hardware": machine.hardware(), "version": version("onnxruntime")}
+        Results(results, manifest).append({"kind": "start", **now, "cpus": [cpu], "time": 0.0, "load": ""})
+        finished(start(folder, "--out", str(results)))
+        assert [start["cpus"] for start in read(results).starts] == [[cpu], [cpu]]
+    results.unlink()
+    Results(results, manifest).append({"kind": "start", **now, "cpus": [4096], "time": 0.0, "load": ""})
+    with pytest.raises(LatencyError, match="ran on CPU 4096"):
+        program.work(folder, results, lambda *_: None)
+
+
 def test_a_bundle_that_was_edited_or_copied_in_part_condemns_no_block(folder):
     whole = (folder / MANIFEST).read_text()
     manifest = json.loads(whole)
     (folder / MANIFEST).write_text(json.dumps({**manifest, "threads": 4}))
     with pytest.raises(LatencyError, match="edited or damaged"):
-        program.load_manifest(folder)
+        load_manifest(folder)
     (folder / MANIFEST).write_text(whole)
     model = folder / manifest["calls"][-1]["file"]
     content = model.read_bytes()

@@ -1,5 +1,6 @@
 import gc
 import os
+import time
 from collections.abc import Callable
 
 import numpy as np
@@ -52,6 +53,22 @@ def test_a_machine_that_changes_speed_does_not_change_ratios():
     np.testing.assert_allclose(ratios / np.median(ratios), 1, atol=0.01)
     assert np.median(ratios) == pytest.approx(1.0, rel=0.02)  # stated at the quiet level
     assert timings["net0"].p90_ms > 1.5 * timings["net0"].p10_ms  # the percentiles tell how it was
+
+
+def test_a_clock_that_jumps_moves_no_timing():
+    """A machine that is stopped, or sleeps, for an hour now and then; backwards the clock cannot go."""
+    calls = 0
+
+    def speed(now: float) -> float:
+        nonlocal calls
+        calls += 1
+        return 3.6e6 if calls % 97 == 0 else 1.0
+
+    samples = times(Machine(speed), {f"net{i}": 1.0 + i for i in range(10)}, min_rounds=60)
+    assert 3 <= (samples.times_ms > 1e5).sum() <= 12
+    for i in range(10):
+        assert samples.timings()[f"net{i}"].latency_ms == pytest.approx(1.0 + i, rel=1e-6)
+    assert time.get_clock_info("perf_counter").monotonic
 
 
 def test_preemption_hardly_moves_a_timing():

@@ -55,6 +55,7 @@ def test_an_image_folder_made_of_real_images_runs_too(real_data, tmp_path):
     check(run, 10, (28, 28, 1))
 
 
+@pytest.mark.slow  # two minutes; `make smoke` has it
 def test_the_quickstart_smoke_runs_on_ray_and_the_notebook_reads_it(tmp_path):
     experiment = nas.load_experiment(ROOT / "experiments" / "quickstart.toml", smoke=True)
     run = nas.load_run(nas.run_experiment(experiment, tmp_path / "run"))

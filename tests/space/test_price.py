@@ -1,5 +1,6 @@
 """The arithmetic of additive costs over populations, against the same sums done block by block."""
 
+import msgspec
 import numpy as np
 import pytest
 import tiny
@@ -12,8 +13,19 @@ from nas.latency import Correction, Entry, Table
 from nas.space import Space, load_space
 from nas.space import space as module
 
+PLAIN = Correction(1 / 0.9, -0.0031, {"add": 1 / 700, "conv": 1e-4 / 3})
+FULL = Correction(  # every part that a correction can have
+    scale=1 / 0.9,
+    offset_ms=-0.0031,
+    op_ms={"add": 1 / 700, "conv": 1e-4 / 3},
+    weights_ms=1 / 7,
+    floor_ms=1e-2 / 3,
+    kind_scale={"mbconv": 1 / 0.7, "conv_stem": 1.1},
+    border_ms={"add > conv": 1 / 30, "conv > conv": -1 / 70, "conv > depthwise": 1 / 9, "act > conv": 1 / 11},
+)
 
-def table_of(space: Space, seed: int = 0) -> Table:
+
+def table_of(space: Space, seed: int = 0, correction: Correction = PLAIN) -> Table:
     rng = np.random.default_rng(seed)
     return Table(
         device="a test",
@@ -28,7 +40,7 @@ def table_of(space: Space, seed: int = 0) -> Table:
         date="2026-01-01T00:00:00+00:00",
         command="none",
         overhead_ms=0.0,
-        correction=Correction(1 / 0.9, -0.0031, {"add": 1 / 700, "conv": 1e-4 / 3}),
+        correction=correction,
         anchors=(),
         entries={
             key: Entry(float(rng.lognormal(-3, 2)), 0.0, b.label, role, 1) for key, (b, role) in space.blocks().items()
@@ -43,10 +55,11 @@ def spaces(tmp_path_factory) -> list[Space]:
     return [tiny.space(folder), tiny.elastic_space(folder)]
 
 
+@pytest.mark.parametrize("correction", [PLAIN, FULL], ids=["plain", "full"])
 @pytest.mark.parametrize("name", catalog.list_spaces())
-def test_a_population_costs_what_each_of_its_networks_does_to_the_last_bit(name):
+def test_a_population_costs_what_each_of_its_networks_does_to_the_last_bit(name, correction):
     space = load_space(name)
-    table = table_of(space)
+    table = table_of(space, correction=correction)
     genotypes = space.sample(np.random.default_rng(1), 40)
     each = [table.network_ms(space.decode(g)) for g in genotypes]
     assert table.price(space, genotypes).tolist() == each
@@ -56,7 +69,7 @@ def test_a_population_costs_what_each_of_its_networks_does_to_the_last_bit(name)
 @given(data=st.data())
 def test_any_genotypes_in_any_form_cost_what_each_of_them_does(spaces, data):
     space = data.draw(st.sampled_from(spaces))
-    table = table_of(space, data.draw(st.integers(0, 3)))
+    table = table_of(space, data.draw(st.integers(0, 3)), data.draw(st.sampled_from([PLAIN, FULL])))
     shape = data.draw(st.sampled_from([(), (0,), (1,), (5,), (2, 3)]))
     dtype = data.draw(st.sampled_from([np.uint8, np.int64, np.int8]))
     order = data.draw(st.sampled_from("CF"))
@@ -68,14 +81,54 @@ def test_any_genotypes_in_any_form_cost_what_each_of_them_does(spaces, data):
     assert prices.ravel().tolist() == [table.network_ms(space.decode(g)) for g in rows]
 
 
-def test_the_seams_between_parts_of_a_population_do_not_show(spaces, monkeypatch):
+@pytest.mark.parametrize("correction", [PLAIN, FULL], ids=["plain", "full"])
+def test_the_seams_between_parts_of_a_population_do_not_show(spaces, correction, monkeypatch):
     space = spaces[1]
-    table, genotypes = table_of(space), space.sample(np.random.default_rng(0), 23)
+    table, genotypes = table_of(space, correction=correction), space.sample(np.random.default_rng(0), 23)
     whole = table.price(space, genotypes), space.branches(genotypes), space.canonical(genotypes)
     monkeypatch.setattr(module, "_PART", 5)
     parts = table.price(space, genotypes), space.branches(genotypes), space.canonical(genotypes)
     for a, b in zip(whole, parts, strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("correction", [PLAIN, FULL], ids=["plain", "full"])
+def test_the_reachable_range_is_that_of_all_networks_there_are(spaces, correction, seed):
+    for space in spaces:
+        table = table_of(space, seed, correction)
+        low, fastest, high, slowest = table.reachable(space)
+        assert [table.network_ms(space.decode(g)) for g in (fastest, slowest)] == [low, high]
+        if np.prod(space.sizes) < 2e5:
+            prices = table.price(space, np.indices(space.sizes).reshape(len(space.sizes), -1).T)
+            assert (prices.min(), prices.max()) == (low, high)
+        else:
+            prices = table.price(space, space.sample(np.random.default_rng(seed), 20_000))
+            assert low <= prices.min() <= prices.max() <= high
+
+
+def test_what_neighbours_cost_moves_the_extremes(spaces):
+    """A cost of borders alone: the extremes are of networks with the fewest and the most of them."""
+    space = spaces[0]
+    table = table_of(space, correction=Correction(scale=0.0, border_ms={"add > conv": 1.0, "shuffle > conv": 1.0}))
+    genotypes = np.indices(space.sizes).reshape(len(space.sizes), -1).T
+    prices = table.price(space, genotypes)
+    low, _, high, _ = table.reachable(space)
+    assert (low, high) == (prices.min(), prices.max())
+    assert high > low
+
+
+def test_a_block_that_cannot_run_is_in_no_extreme_with_neighbours_either(spaces):
+    space = spaces[0]
+    table = table_of(space, correction=FULL)
+    key = next(k for k, (b, role) in space.blocks().items() if role == "middle" and b.label.startswith("shuffle"))
+    table = msgspec.structs.replace(table, unsupported={key: "it fell over"})
+    genotypes = np.indices(space.sizes).reshape(len(space.sizes), -1).T
+    prices = table.price(space, genotypes)
+    low, _, high, _ = table.reachable(space)
+    assert np.isinf(prices).any()
+    finite = prices[np.isfinite(prices)]
+    assert (low, high) == (finite.min(), finite.max())
 
 
 def test_branches_are_those_that_the_genes_of_each_position_name(spaces):

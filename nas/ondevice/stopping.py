@@ -1,0 +1,62 @@
+"""When enough was timed: what is asked for is known well enough, not every single call."""
+
+import dataclasses
+import math
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+
+from nas.ondevice.timing import Timing
+
+K = TypeVar("K", bound=Hashable)
+
+
+def combined(terms: Mapping[K, float], timings: Mapping[K, Timing]) -> tuple[float, float]:
+    """A weighted sum of timings, and half its 95 % interval, in milliseconds. Errors of calls are independent.
+
+    Args:
+        terms: timing -> weight.
+    """
+    latency_ms = sum(weight * timings[name].latency_ms for name, weight in terms.items())
+    each = (weight * timings[name].latency_ms * timings[name].interval for name, weight in terms.items())
+    return latency_ms, math.hypot(*each)
+
+
+@dataclasses.dataclass(frozen=True)
+class Wanted:
+    """What a measuring is to find out.
+
+    An entry of a table is a difference of calls, so its error is theirs together. What it does to the prediction of a
+    network does not depend on how small the block is: so it is stated relative to the median network, and times the
+    root of the number of blocks, by which independent errors grow in a sum. Of a network itself it is the relative
+    error. A tolerance of 1 % then is the same for both: sums of entries, and what they are compared with, to 1 %.
+    """
+
+    entries: Mapping[str, Mapping[str, float]]  # a block's call -> the weights of the calls that its entry is made of
+    networks: Sequence[str]
+    blocks: float  # of a network
+
+    @classmethod
+    def of(cls, manifest: Mapping[str, Any]) -> "Wanted":
+        """As the manifest of a bundle says."""
+        return cls(manifest["entries"], manifest["networks"], manifest["network_blocks"])
+
+    def intervals(self, timings: Mapping[str, Timing]) -> dict[str, float]:
+        """Call of a block or network -> half a 95 % interval, to be compared with the tolerance.
+
+        Empty if no network was timed: nothing says then what is enough.
+        """
+        networks = [name for name in self.networks if name in timings]
+        found = {name: timings[name].interval for name in networks}
+        if networks:
+            scale = math.sqrt(self.blocks) / float(np.median([timings[name].latency_ms for name in networks]))
+            for name, terms in self.entries.items():
+                if all(term in timings for term in terms):
+                    found[name] = combined(terms, timings)[1] * scale
+        return found
+
+    def noise(self, intervals: Mapping[str, float]) -> float:
+        """Half the 95 % interval of the sum for a network, relative; without entries, of a network. NaN: not known."""
+        found = [intervals[name] for name in (self.entries or intervals) if name in intervals]
+        return float(np.sqrt(np.mean(np.square(found)))) if found else float("nan")
