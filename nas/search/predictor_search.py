@@ -33,6 +33,7 @@ _FRESH = 100  # mutants of the front that join the shortlist for a single trial
 _BELIEVED = 8  # proposals of a list that take those before them into account
 _DESIGN = 256  # uniform candidates of which one joins the space-filling design
 _DOUBT = 0.5  # mean of how much more unsure than the process a trial may be: where it is wrong, it does not know that
+_BEYOND = 1.6  # times the worst error that counts: as bad as any error is taken to be
 _SEARCHES = 8  # inner ones, each under the costs of another network of the front
 _EVALUATIONS = 1500  # of each
 _REFIT_AFTER = 5  # trials, or a twelfth of those that are remembered
@@ -103,8 +104,11 @@ class _Plan:
         return float(error[error > 0].min() / 2) if (error > 0).any() else 1.0
 
     def targets(self, costs: Floats) -> Floats:
-        """Logarithms of the errors [n] of `costs` [n, 1 + cheap]; failures, NaN, count as the worst."""
-        return np.log(np.clip(np.fmin(costs[:, 0], self.worst_error), self.least, None))
+        """Logarithms of the errors [n] of `costs` [n, 1 + cheap]; failures, NaN, count as the worst.
+
+        They end a way beyond the reference: at the reference itself, doubt would make hopeless networks promising.
+        """
+        return np.log(np.clip(np.fmin(costs[:, 0], _BEYOND * self.worst_error), self.least, None))
 
     @functools.cached_property
     def model(self) -> GaussianProcess:
