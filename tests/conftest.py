@@ -14,7 +14,8 @@ sys.path.insert(0, str(ROOT / "tests"))
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "xla"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 
-os.environ.setdefault("NAS_LOCKS", tempfile.mkdtemp(prefix="nas-locks-"))  # test processes measure beside each other
+# Test processes measure beside each other: each of them has a lock of its own, whatever it has inherited.
+os.environ["NAS_LOCKS"] = tempfile.mkdtemp(prefix="nas-locks-")
 
 
 @pytest.fixture(scope="session")
@@ -27,7 +28,7 @@ def real_data() -> Path:
 
 
 # Files that take minutes come first: two workers then end at nearly the same time.
-LONG = ("pipeline/test_pipeline", "pipeline/test_experiments", "train/test_step", "supernet/", "search/", "pipeline/")
+LONG = ("pipeline/test_pipeline", "train/test_step", "supernet/", "search/", "pipeline/")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
