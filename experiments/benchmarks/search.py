@@ -2,8 +2,9 @@
 
 Run: python experiments/benchmarks/search.py [--quick] [--rows FILE] [--json FILE] [--only TASK] [--seeds 20] [--jobs 2]
 Everything is in ../shared/data; pymoo is needed (`pip install 'nas[benchmark]'`). Each figure is mean and standard
-deviation over seeds; others run beside ours, on the same problems. `--rows` keeps every finished run, one JSON line
-each, and does not repeat it; `--quick` takes fewer seeds and up to 250 evaluations: under 6 minutes on 2 cores.
+deviation over seeds; others run beside ours, on the same problems. `--quick` takes fewer seeds and up to 250
+evaluations. `--rows` keeps every finished run, one JSON line each, and does not repeat it; with `--seeds 0` it only
+sums them up, and each figure says of how many seeds it is.
 
 `ofa_note10`: the best predicted top-1 within a latency, for the inner search alone, Once-for-All's own evolution and
     ageing, on Once-for-All's accuracy predictor and the table of the Note10. Seconds are CPU seconds of one core.
@@ -11,7 +12,7 @@ each, and does not repeat it; `--quick` takes fewer seeds and up to 250 evaluati
     how many evaluations reach .98 of it (in `evaluations_to_98`: the median; null where most runs never do).
 `ofa_subnets`: hypervolume (error x million MACs) over a regression of measured Once-for-All subnets.
 `predictor_tau`: Kendall tau of the accuracy predictor on NAS-Bench-Macro against ridge regression on the choices.
-`engine`: candidates scored by table and predictor in a CPU second; milliseconds of ask and tell by number of trials.
+`engine`: candidates scored by table and accuracy predictor (a process of 100 networks) in a CPU second.
 """
 
 import argparse
@@ -20,6 +21,7 @@ import multiprocessing
 import os
 import platform
 import subprocess
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -245,7 +247,9 @@ def provenance(arguments: list[str] | None) -> dict[str, Any]:
     except (OSError, StopIteration):
         model = platform.processor()
     return {
-        "command": " ".join(["python experiments/benchmarks/search.py", *(arguments or [])]),
+        "command": " ".join(
+            ["python experiments/benchmarks/search.py", *(sys.argv[1:] if arguments is None else arguments)]
+        ),
         "commit": commit,
         "machine": f"{model.partition(': ')[2] or model}, {os.cpu_count()} CPUs",
         "versions": {"python": platform.python_version()} | {n: version(n) for n in ("numpy", "scipy", "pymoo")},
