@@ -1,8 +1,7 @@
 """What needs no evaluation: latencies, MACs and parameters as objectives and limits, and what the space can reach.
 
 All of these but learned latencies are sums over blocks, whose smallest and largest values over the whole space are
-found exactly. With
-several limits at once, a network that meets them all is looked for, or a proof that there is none.
+found exactly. With several limits at once, a network that meets them all is looked for, or a proof that there is none.
 """
 
 import dataclasses

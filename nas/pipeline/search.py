@@ -10,7 +10,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from nas import config
+from nas import config, cost
 from nas.data import load_data
 from nas.evaluate import SubnetEvaluator
 from nas.pipeline.costs import cost_names, exact_costs, within
@@ -55,7 +55,9 @@ def run(job: Job, on_trial: Callable[[Trial], None] | None = None) -> Trials:
     settings = job.experiment.search
     problem = make_problem(job)
     factory = STRATEGIES[settings.strategy]
-    strategy = make_strategy(factory, problem, population=settings.population, settings=settings.settings)
+    strategy = make_strategy(
+        factory, problem, population=settings.population, features=_features(job), settings=settings.settings
+    )
     if settings.feasible_only:
         strategy = feasible_only(strategy, problem)
     executor = EXECUTORS[settings.executor](
@@ -79,6 +81,13 @@ def run(job: Job, on_trial: Callable[[Trial], None] | None = None) -> Trials:
         initial=[smallest, job.handmade(), largest],
         on_trial=on_trial,
     )
+
+
+def _features(job: Job) -> Callable[[NDArray[np.uint8]], NDArray[np.float64]]:
+    """MACs and parameters [n, 2] of genotypes."""
+    space = job.space
+    costs = [space.costs(cost.macs), space.costs(cost.parameters)]
+    return lambda genotypes: np.stack([space.price(genotypes, each) for each in costs], axis=1)
 
 
 def make_problem(job: Job) -> Problem:

@@ -10,6 +10,7 @@ from nas.search.inline import InlineExecutor
 from nas.search.local_search import local_search
 from nas.search.nsga2 import nsga2
 from nas.search.nsga3 import nsga3
+from nas.search.predictor_search import predictor_search
 from nas.search.problem import Problem
 from nas.search.random_search import random_search
 from nas.search.ray_executor import RayExecutor
@@ -20,7 +21,7 @@ from nas.search.strategy import Strategy, trial_rng
 from nas.search.successive_halving import successive_halving
 from nas.search.wrappers import feasible_only, warm_start
 
-# Called as `strategy(sizes, population=...)`; further keyword arguments are `search.settings` of an experiment.
+# `make_strategy` calls them: by `strategy(sizes, population=...)`, with further keyword arguments.
 STRATEGIES = {
     "random": random_search,
     "grid": grid,
@@ -32,6 +33,7 @@ STRATEGIES = {
     "reinforce": reinforce,
     "bananas": bananas,
     "successive_halving": successive_halving,
+    "predictor": predictor_search,
 }
 
 EXECUTORS = {
@@ -60,6 +62,7 @@ __all__ = [
     "make_strategy",
     "nsga2",
     "nsga3",
+    "predictor_search",
     "random_search",
     "read_trials",
     "reinforce",

@@ -7,23 +7,37 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import msgspec
+import numpy as np
+from numpy.typing import NDArray
 
 from nas.config import nearest
 from nas.errors import ConfigError
 from nas.search.problem import Problem
-from nas.search.strategy import Strategy
+from nas.search.strategy import Genotypes, Strategy
+
+Features = Callable[[Genotypes], NDArray[np.float64]]
 
 
 def make_strategy(
-    factory: Callable[..., Strategy], problem: Problem, *, population: int, settings: Mapping[str, Any]
+    factory: Callable[..., Strategy],
+    problem: Problem,
+    *,
+    population: int,
+    features: Features | None = None,
+    settings: Mapping[str, Any] = types.MappingProxyType({}),
 ) -> Strategy:
-    """`factory(problem.sizes, population=population, **settings)`, with `problem=problem` where it takes one.
+    """`factory(problem.sizes, population=population, **settings)`, with `problem` and `features` where it takes them.
+
+    Args:
+        features: [n, genes] -> [n, k]: what else is known of networks without evaluating them.
+        settings: `search.settings` of an experiment.
 
     Raises:
         ConfigError: as `check_settings`.
     """
     check_settings(factory, population=population, settings=settings)
-    known = {"problem": problem} if "problem" in inspect.signature(factory).parameters else {}
+    taken = inspect.signature(factory).parameters
+    known = {name: value for name, value in (("problem", problem), ("features", features)) if name in taken}
     return factory(problem.sizes, population=population, **known, **settings)
 
 

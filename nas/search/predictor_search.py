@@ -1,0 +1,326 @@
+"""Predictor in the loop: a Gaussian process learns the error from few trials, and cheap costs are exact.
+
+Every few trials the process is fitted anew, and an inner search over predictor and exact costs looks for networks that
+may push the front (`_shortlist`). Each proposal is the one of them whose expected hypervolume improvement is largest,
+given the proposals before it as if they had come out as predicted (a "kriging believer": Ginsbourger et al. 2010,
+doi:10.1007/978-3-642-10701-6_6); so a list of proposals is diverse, and those that are under way already are not
+proposed in disguise. Before the first fit a space-filling design is evaluated.
+"""
+
+import functools
+import hashlib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.special import ndtri
+
+from nas.search.gaussian_process import GaussianProcess, fit
+from nas.search.improvement import expected_improvement, front_of
+from nas.search.inner_search import search_within
+from nas.search.pareto import nondominated
+from nas.search.problem import Problem
+from nas.search.strategy import Costs, Genotype, Genotypes, Population, Strategy, mutate, uniform
+
+Floats = NDArray[np.float64]
+
+_ENUMERATE = 2**15  # spaces up to this size are scored to their last genotype
+_REMEMBERED = 400  # trials that the predictor learns from at most
+_SHORTLIST = 400
+_FRESH = 100  # mutants of the front that join the shortlist for a single trial
+_BELIEVED = 8  # proposals of a list that take those before them into account
+_DESIGN = 256  # uniform candidates of which one joins the space-filling design
+_DOUBT = 0.5  # mean of how much more unsure than the process a trial may be: where it is wrong, it does not know that
+_BEYOND = 1.6  # times the worst error that counts: as bad as any error is taken to be
+_SEARCHES = 8  # inner ones, each under the costs of another network of the front
+_EVALUATIONS = 1500  # of each
+_REFIT_AFTER = 5  # trials, or a twelfth of those that are remembered
+
+
+@dataclass(frozen=True)
+class _Knowledge:
+    """What is known without evaluating: the problem, or of it only the sizes."""
+
+    sizes: tuple[int, ...]
+    problem: Problem | None
+    features: Callable[[Genotypes], Floats] | None
+
+    def candidates(self, genotypes: Genotypes) -> Genotypes:
+        """Those that are feasible, canonical, each once."""
+        if self.problem is not None:
+            genotypes = self.problem.canonical(genotypes)
+            genotypes = genotypes[self.problem.feasible(genotypes)]
+        return np.unique(genotypes, axis=0)
+
+    def canonical(self, genotypes: Genotypes) -> Genotypes:
+        return genotypes if self.problem is None else self.problem.canonical(genotypes)
+
+    def feasible(self, genotypes: Genotypes) -> NDArray[np.bool_]:
+        return np.ones(len(genotypes), bool) if self.problem is None else self.problem.feasible(genotypes)
+
+    @functools.cached_property
+    def everything(self) -> Genotypes | None:
+        """All candidates of a small space."""
+        if (count := math.prod(self.sizes)) > _ENUMERATE:
+            return None
+        whole = np.unravel_index(np.arange(count), self.sizes)
+        return self.candidates(np.stack(whole, axis=1).astype(np.uint8))
+
+
+@dataclass(frozen=True, eq=False)
+class _Plan:
+    """What was learned from some trials. Lazy, because most states are never asked."""
+
+    known: _Knowledge
+    trials: Population
+    worst_error: float  # nothing is learned or won beyond it
+
+    @functools.cached_property
+    def cheap_models(self) -> list[GaussianProcess]:
+        """Of cheap costs, where no problem tells them."""
+        t = self.trials
+        finite = t.take(np.flatnonzero(np.isfinite(t.costs).all(axis=1)))
+        none = np.empty((len(finite), 0))
+        return [fit(self.known.sizes, finite.genotypes, none, column) for column in finite.costs[:, 1:].T]
+
+    def cheap(self, genotypes: Genotypes) -> Floats:
+        """[n, cheap]."""
+        if self.known.problem is not None:
+            return self.known.problem.cheap(genotypes)[:, : self.trials.costs.shape[1] - 1]
+        none = np.empty((len(genotypes), 0))
+        return np.stack([m.mean_of(genotypes, none) for m in self.cheap_models], 1) if self.cheap_models else none
+
+    def features(self, genotypes: Genotypes, cheap: Floats) -> Floats:
+        """[n, features]: logarithms, since costs differ by factors."""
+        others = [] if self.known.features is None else [self.known.features(genotypes)]
+        return np.log(np.maximum(np.concatenate([cheap, *others], axis=1), 1e-12))
+
+    @functools.cached_property
+    def least(self) -> float:
+        """An error below all that were seen but 0, which has no logarithm."""
+        error = self.trials.costs[:, 0]
+        return float(error[error > 0].min() / 2) if (error > 0).any() else 1.0
+
+    def targets(self, costs: Floats) -> Floats:
+        """Logarithms of the errors [n] of `costs` [n, 1 + cheap]; failures, NaN, count as the worst.
+
+        They end a way beyond the reference: at the reference itself, doubt would make hopeless networks promising.
+        """
+        return np.log(np.clip(np.fmin(costs[:, 0], _BEYOND * self.worst_error), self.least, None))
+
+    @functools.cached_property
+    def model(self) -> GaussianProcess:
+        """Of the logarithm of the error."""
+        genotypes = self.trials.genotypes
+        return fit(
+            self.known.sizes,
+            genotypes,
+            self.features(genotypes, self.cheap(genotypes)),
+            self.targets(self.trials.costs),
+        )
+
+    @functools.cached_property
+    def reference(self) -> Floats:
+        """Where the hypervolume ends [1 + cheap]."""
+        finite = self.trials.costs[np.isfinite(self.trials.costs).all(axis=1)]
+        return np.array([self.worst_error, *(1.1 * finite[:, 1:].max(axis=0))])
+
+    @functools.cached_property
+    def shortlist(self) -> Genotypes:
+        """The candidates of largest expected improvement that the inner search found."""
+        # Its randomness comes from what was learned: it belongs to the state, not to the one trial that first asks.
+        told = hashlib.sha256(self.trials.genotypes.tobytes() + self.trials.costs.tobytes()).digest()
+        rng = np.random.Generator(np.random.Philox(key=np.frombuffer(told[:16], np.uint64)))
+        found = self.known.everything
+        found = self.known.candidates(self._searched(rng)) if found is None else found
+        found = _unknown(found, self.trials.genotypes)
+        parts = np.array_split(found, max(1, len(found) // 2048))
+        improvement = np.concatenate([self._improvements(part) for part in parts])
+        best = np.argsort(-improvement, axis=0, kind="stable")[: _SHORTLIST // 2]
+        return found[np.unique(best)]
+
+    def _improvements(self, genotypes: Genotypes) -> Floats:
+        """[n, 2]: as the process has it, and were it twice as unsure."""
+        cheap = self.cheap(genotypes)
+        mean, deviation = self.model.predict(genotypes, self.features(genotypes, cheap))
+        front = front_of(self.trials.costs, self.reference)
+        return np.stack([expected_improvement(front, mean, k * deviation, cheap) for k in (1, 2)], axis=1)
+
+    def _searched(self, rng: np.random.Generator) -> Genotypes:
+        """Candidates at least as cheap as a network of the front, that may well be more accurate."""
+        seen: list[Genotypes] = []
+
+        def hopes(genotypes: Genotypes) -> Floats:
+            seen.append(genotypes)
+            mean, deviation = self.model.predict(genotypes, self.features(genotypes, self.cheap(genotypes)))
+            return deviation - mean
+
+        front = np.flatnonzero(nondominated(self.trials.costs))
+        front = front[np.argsort(self.trials.costs[front, -1])]
+        for index in np.unique(np.linspace(0, len(front) - 1, _SEARCHES).round().astype(int)):
+            member = self.trials.take(front[index : index + 1])
+            bound = np.maximum(1.02 * member.costs[0, 1:], 1e-12)
+
+            def cost(genotypes: Genotypes, bound: Floats = bound) -> Floats:
+                cheap = self.cheap(genotypes)
+                highest = (cheap / bound).max(axis=1) if cheap.shape[1] else np.zeros(len(genotypes))
+                return np.where(self.known.feasible(genotypes), highest, np.inf)
+
+            search_within(
+                self.known.sizes, hopes, cost, 1.0, rng=rng, evaluations=_EVALUATIONS, canonical=self.known.canonical,
+                starts=np.concatenate([member.genotypes, uniform(rng, self.known.sizes, 1)]),
+            )  # fmt: skip
+        return np.concatenate([*seen, uniform(rng, self.known.sizes, _DESIGN)])
+
+
+@dataclass(frozen=True, eq=False)
+class _State:
+    told: int
+    trials: Population  # the remembered ones
+    plan: _Plan | None = None
+    planned: int = 0  # trials told by then
+
+
+def predictor_search(
+    sizes: tuple[int, ...],
+    *,
+    population: int,
+    problem: Problem | None = None,
+    features: Callable[[Genotypes], Floats] | None = None,
+) -> Strategy:
+    """Expected hypervolume improvement on a Gaussian process of the error.
+
+    Args:
+        sizes: the number of values of each gene.
+        population: trials of the space-filling design before the first fit.
+        problem: knows the cheap costs of all candidates exactly, and which are feasible; None: cheap costs are
+            predicted too, and every genotype counts as feasible.
+        features: [n, genes] -> [n, k], positive: what else is known of networks without evaluating them, such as MACs
+            and parameters. Networks that are alike in them are taken to be alike in error.
+    """
+    known = _Knowledge(sizes, problem, features)
+
+    def ask(rng: np.random.Generator, state: _State, n: int) -> Genotypes:
+        if state.plan is None:
+            return _space_filling(rng, known, state.trials, n)
+        pool = np.concatenate([state.plan.shortlist, _mutants(rng, known, state.trials)])
+        pool = _unknown(np.unique(pool, axis=0), state.trials.genotypes)
+        new = state.trials.take(slice(len(state.trials) - (state.told - state.planned), None))
+        doubt = 1 + rng.exponential(_DOUBT)
+        best = _believer(state.plan, new, pool, n, doubt)
+        return np.concatenate([best, uniform(rng, sizes, n - len(best))])
+
+    def tell(state: _State, genotype: Genotype, costs: Costs) -> _State:
+        trials, told = _forget(state.trials.add(genotype, costs)), state.told + 1
+        if told < population or np.isfinite(trials.costs).all(axis=1).sum() < 2:
+            return _State(told, trials)
+        if state.plan is not None and told - state.planned < max(_REFIT_AFTER, len(trials) // 12):
+            return replace(state, told=told, trials=trials)
+        worst_error = worst_of(trials.costs[:, 0]) if state.plan is None else state.plan.worst_error
+        return _State(told, trials, _Plan(known, trials, worst_error), told)
+
+    return Strategy(
+        init=lambda: _State(0, Population.empty(len(sizes))),
+        ask=ask,
+        tell=tell,
+        identity=f"predictor(population={population}, exact={problem is not None}, features={features is not None})",
+    )
+
+
+def worst_of(errors: Floats) -> float:
+    """The error beyond which networks are all alike bad, from those of a few uniform ones.
+
+    Networks that err at random would rule a fit, and how bad they are teaches nothing about good ones. So errors end
+    where the worst of as many would be, were their logarithms normal with the median and the spread of the better half
+    (as in the output warping of Song et al. 2022, arXiv:2207.13676).
+    """
+    known = errors[np.isfinite(errors)]
+    logs = np.log(known[known > 0])
+    if not len(logs):
+        return 1.0
+    middle = np.median(logs)
+    spread = np.sqrt(np.mean((logs[logs <= middle] - middle) ** 2))
+    normal_worst = middle + spread * ndtri(1 - 0.5 / len(logs))
+    return float(1.1 * np.exp(min(normal_worst, logs.max())))
+
+
+def _unknown(genotypes: Genotypes, told: Genotypes) -> Genotypes:
+    """Those not among the told ones."""
+    seen = {row.tobytes() for row in told}
+    return genotypes[[row.tobytes() not in seen for row in genotypes]]
+
+
+def _forget(trials: Population) -> Population:
+    """At most `_REMEMBERED` trials: the oldest that is not on the front goes."""
+    if len(trials) <= _REMEMBERED:
+        return trials
+    others = np.flatnonzero(~nondominated(trials.costs))
+    goes = others[0] if len(others) else 0
+    return trials.take(np.delete(np.arange(len(trials)), goes))
+
+
+def _space_filling(rng: np.random.Generator, known: _Knowledge, trials: Population, n: int) -> Genotypes:
+    """Uniform candidates, those first that differ most from every trial: in genes, and in the rank of their costs."""
+    pool = known.candidates(uniform(rng, known.sizes, _DESIGN))
+    if not len(pool):
+        return uniform(rng, known.sizes, n)
+    pool = pool[rng.permutation(len(pool))]
+    if len(trials):
+        distance = (pool[:, None] != trials.genotypes[None]).mean(axis=2)
+        if known.problem is not None:
+            cheap, told = known.problem.cheap(pool), known.problem.cheap(trials.genotypes)
+            for ours, theirs in zip(cheap.T, told.T, strict=True):
+                ordered = np.sort(ours)
+                place, other = (np.searchsorted(ordered, v) / len(ordered) for v in (ours, theirs))
+                distance += np.abs(place[:, None] - other)
+        pool = pool[np.argsort(-distance.min(axis=1), kind="stable")]
+    return np.concatenate([pool[:n], uniform(rng, known.sizes, max(0, n - len(pool)))])
+
+
+def _mutants(rng: np.random.Generator, known: _Knowledge, trials: Population) -> Genotypes:
+    """Networks of the front with one or two other genes."""
+    front = trials.genotypes[nondominated(trials.costs)]
+    if not len(front):
+        return known.candidates(uniform(rng, known.sizes, _FRESH))
+    parents = front[rng.integers(0, len(front), _FRESH)]
+    where = rng.random(parents.shape) < 1.5 / len(known.sizes)
+    return known.candidates(mutate(rng, parents, known.sizes, where))
+
+
+def _believer(plan: _Plan, new: Population, pool: Genotypes, n: int, doubt: float) -> Genotypes:
+    """At most `n` of `pool` by expected improvement, the first `_BELIEVED` each given those before it.
+
+    `new` trials were told since the plan was made; the process learns them without a new fit. Deviations are taken
+    `doubt` times as large as the process has them.
+    """
+    if not len(pool):
+        return pool
+    model = plan.model
+    if len(new):
+        features = plan.features(new.genotypes, plan.cheap(new.genotypes))
+        model = model.observe(new.genotypes, features, plan.targets(new.costs))
+    cheap = plan.cheap(pool)
+    features = plan.features(pool, cheap)
+    mean, deviation, solved = model.explained(pool, features)
+    variance = (deviation / model.scale) ** 2
+    standard = model.standardised(features)
+    believed = np.concatenate([plan.trials.costs, new.costs])
+    order: list[int] = []
+    gain = np.zeros(len(pool))
+    for _ in range(min(_BELIEVED, n, len(pool))):
+        front = front_of(believed, plan.reference)
+        gain = expected_improvement(front, mean, doubt * np.sqrt(variance) * model.scale, cheap)
+        gain[order] = -np.inf
+        pick = int(gain.argmax())
+        order.append(pick)
+        believed = np.concatenate([believed, [[np.exp(mean[pick]), *cheap[pick]]]])
+        # the posterior covariance of all with the pick, and what its result would explain
+        prior = model.covariance(pool, standard, pool[pick : pick + 1], standard[pick : pick + 1])[:, 0]
+        shared = (prior - solved.T @ solved[:, pick]) / np.sqrt(variance[pick] + model.noise)
+        variance = np.maximum(variance - shared**2, 1e-12)
+        solved = np.concatenate([solved, shared[None]])
+    rest = np.argsort(-gain, kind="stable")
+    rest = rest[~np.isin(rest, order)]
+    return pool[np.concatenate([np.array(order, np.int64), rest])[:n]]

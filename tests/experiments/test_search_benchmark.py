@@ -1,0 +1,92 @@
+"""The benchmark of searches: its problems are those that were published, and its figures are means over its rows."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "experiments" / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+
+import search as benchmark  # noqa: E402
+import search_peers as peers  # noqa: E402
+import search_tasks as tasks  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def note10(real_data):
+    return tasks.ofa_note10(real_data)
+
+
+def test_the_predictor_is_once_for_alls_network_on_its_features(real_data, note10):
+    space, predictor, _ = note10
+    file = np.load(real_data / "ofa_acc_predictor.npz")
+    genotypes = space.sample(np.random.default_rng(0), 30)
+    features = np.zeros((30, 128), np.float32)
+    for row, genotype in zip(features, genotypes, strict=True):
+        values = space.describe(genotype)
+        for slot in range(20):
+            name = f"stage{slot // 4 + 2}/layer{slot % 4 + 1}"
+            if f"{name}/kernel" in values:
+                row[3 * slot + (3, 5, 7).index(values[f"{name}/kernel"])] = 1
+                row[60 + 3 * slot + (3, 4, 6).index(values[f"{name}/expand"])] = 1
+        row[120 + (values["resolution"] - 112) // 16] = 1
+    hidden = features
+    for i in range(3):
+        hidden = np.maximum(hidden @ file[f"w{i}"].T + file[f"b{i}"], 0)
+    expected = (hidden @ file["w3"].T + file["b3"])[:, 0] * 100
+    np.testing.assert_allclose(predictor(genotypes), expected, rtol=1e-5)
+
+
+def test_latencies_are_sums_of_the_table_of_each_resolution(note10):
+    space, _, latency = note10
+    kernels = [(3, 3), (5, 3, 3), (5, 5, 3), (3, 3, 3), (3, 3, 3, 3)]
+    expands = [(3, 3), (4, 3, 4), (4, 4, 3), (6, 4, 4), (6, 6, 4, 3)]
+    values: dict[str, int] = {"resolution": 224}  # the network that its authors publish for 30 ms
+    for stage, (kernel, expand) in enumerate(zip(kernels, expands, strict=True), start=2):
+        values[f"stage{stage}/depth"] = len(kernel)
+        for layer, pair in enumerate(zip(kernel, expand, strict=True), start=1):
+            values[f"stage{stage}/layer{layer}/kernel"], values[f"stage{stage}/layer{layer}/expand"] = pair
+    assert latency(space.encode(values)[None])[0] == pytest.approx(29.965345915208594, rel=1e-12)
+
+
+def test_peers_and_ours_keep_the_limit_and_what_they_find_is_comparable(note10):
+    space, predictor, latency = note10
+    asked = []
+
+    def score(genotypes):
+        asked.append(latency(genotypes).max())
+        return predictor(genotypes)
+
+    for search in (peers.ofa_evolution, peers.ageing):
+        top1 = search(space.sizes, space.canonical, score, latency, 25, evaluations=1000, rng=np.random.default_rng(0))
+        assert 78 < top1 < 83
+    assert max(asked) <= 25
+
+
+def test_nas_bench_201_is_whole(real_data):
+    for task, volume in tasks.nb201(real_data).values():
+        everything = np.stack(np.unravel_index(np.arange(5**6), task.problem.sizes), 1).astype(np.uint8)
+        assert task.volume(task.costs(everything)) == pytest.approx(volume)
+        assert task.problem.cheap(task.problem.smallest[None])[0, 0] == task.problem.cheap(everything).min()
+
+
+def test_figures_are_means_over_seeds():
+    same = {"task": "nb201", "device": "raspi4", "trials": 50}
+    rows = [
+        {**same, "seed": seed, "who": who, "result": {"share": {"50": share}, "to_98": to_98}}
+        for who in ("ours", "nsga2", "ageing", "random")
+        for seed, share, to_98 in ((0, 0.9, 40), (1, 0.8, None), (2, 0.7, None))
+    ]
+    figures = benchmark.summary(rows)["nb201"]["raspi4"]
+    assert figures["50"]["ours"] == {"mean": pytest.approx(0.8), "sd": pytest.approx(0.1), "seeds": 3}
+    assert figures["evaluations_to_98"]["ours"] is None  # most never reach it
+    assert set(figures) == {"50", "evaluations_to_98"}
+
+
+def test_every_planned_run_has_a_function(real_data):
+    planned = list(benchmark.planned(real_data, 1, True))
+    assert {task for task, _ in planned} == set(benchmark.RUNS)
+    row = benchmark.run(real_data, "predictor_tau", {"seed": 0, "count": 25})
+    assert row["result"]["ours"] > 0.5
