@@ -10,12 +10,15 @@ timed anew, tie the two together. The tables are those that `latency_models/` ke
 keeps none, or with --anew, they are made first, all of them before the first proof. `repeat_tau` is how far the
 proof's own two halves agree in order: no prediction can be expected to do better.
 
-Beside it, from the data folder `../shared/data` of the checkout where that is present: a new device from a few
-measurements (few_shot.py) and estimates of TPUv2 latency by the TPU compiler (tpu_v2.py has made the result that is
-read here: it takes hours), and the time to price a million networks (price.py).
+Beside it: the time to price a million networks (price.py), a new device from a few measurements where the data folder
+`../shared/data` of the checkout is present (few_shot.py; here Spearman's correlation, mean over draws and devices), and
+estimates of TPUv2 latency by the TPU compiler: tpu_v2.py has made the result that is read here, it takes hours.
+
+A FILE that is there keeps the tables of devices that are not named: one that was refused can be tried again alone.
 """
 
 import argparse
+import datetime
 import json
 import sys
 import tempfile
@@ -94,7 +97,13 @@ def tables(
             refused(out, device, precision, px, e, console)
             continue
         console.say(f"  {proof}; repeat tau {proof.repeat_tau:.2f}")
-        out.setdefault(f"{device}.{precision}", {})[str(px)] = {"table": table.date, **row(proof)}
+        out.setdefault(f"{device}.{precision}", {})[str(px)] = {
+            "table": table.date,
+            "correction": table.correction.form,
+            "proved": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "load": load(),
+            **row(proof),
+        }
     return out
 
 
@@ -111,6 +120,32 @@ def kept(wanted: Device, precision: str, space: Space) -> Table | None:
     return None
 
 
+def few_shots(*, quick: bool) -> dict[str, Any]:
+    """What few_shot.py finds."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "few_shot.json"
+        few_shot.main(["--data", str(DATA), "--json", str(path), *(["--quick"] if quick else [])])
+        return json.loads(path.read_text())["few_shot"]
+
+
+def spearman(task: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """Of a task of few_shot.py, by number of measured networks, which were drawn at random.
+
+    The baseline is the most similar known device; where no device is known, the best ridge on counts.
+    """
+    found = {}
+    for label, of in task.items():
+        if label.startswith("random "):
+            means = {method: of[method]["spearman"]["mean"] for method in of if "spearman" in of[method]}
+            ours = means.pop("ours")
+            means.pop("difference", None)
+            found[label.removeprefix("random ")] = {
+                "ours": ours,
+                "baseline": means.get("baseline", max(means.values())),
+            }
+    return found
+
+
 def refused(out: dict[str, Any], device: str, precision: str, px: int, error: NasError, console: Console) -> None:
     """A table that could not be had is told as that."""
     console.say(f"  refused: {error}")
@@ -119,7 +154,7 @@ def refused(out: dict[str, Any], device: str, precision: str, px: int, error: Na
 
 def row(proof: Proof) -> dict[str, Any]:
     """What is written of a proof."""
-    names = ("networks", "mape", "within_5", "within_10", "bias", "kendall_tau", "tau_low", "tau_high")
+    names = ("networks", "mape", "within_5", "within_10", "bias", "kendall_tau", "tau_low", "tau_high", "spearman")
     found = {name: getattr(proof, name) for name in (*names, "repeat_tau", "repeat_mape", "drift")}
     errors = np.abs([r.predicted_ms / r.measured_ms - 1 for r in proof.rows])
     return {**found, "worst": float(errors.max())}
@@ -145,7 +180,7 @@ def main() -> None:
     settings, networks = (QUICK, 40) if options.quick else (FULL, 100)
     result: dict[str, Any] = {
         "question": __doc__.partition("\n")[0].removeprefix("Question: "),
-        "machine": {"hardware": hardware(), "load": load(), "using_cpu": busiest()},
+        "machine": {"hardware": hardware(), "using_cpu": busiest()},
         "settings": msgspec.to_builtins(settings),
         "tables": tables(wanted, pixels, settings, options.networks or networks, console, anew=options.anew),
         "price_million_seconds": {name: found["seconds"] for name, found in price.price_million_seconds(3).items()},
@@ -153,16 +188,18 @@ def main() -> None:
     for name, seconds in result["price_million_seconds"].items():
         console.say(f"a million networks of {name} priced in {seconds:.3f} s")
     if DATA.is_dir():
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "few_shot.json"
-            few_shot.main(["--data", str(DATA), "--json", str(path), *(["--quick"] if options.quick else [])])
-            result["few_shot"] = json.loads(path.read_text())["few_shot"]
+        result["few_shot_in_full"] = in_full = few_shots(quick=options.quick)
+        result["few_shot"] = {task: spearman(of) for task, of in in_full.items()}
+        console.say(f"few_shot, Spearman: {json.dumps(result['few_shot'])}")
     else:
         console.say("few_shot: left out: the data are not beside the checkout")
     known = ROOT / "experiments" / "results" / "tpu_v2.json"
     if known.exists():
         result["tpu_v2"] = json.loads(known.read_text())["tpu_v2"]
         console.say(f"tpu_v2, as tpu_v2.py has found it: {result['tpu_v2']}")
+    if options.json and options.json.exists():
+        for device, found in json.loads(options.json.read_text()).get("tables", {}).items():
+            result["tables"][device] = {**found, **result["tables"].get(device, {})}
     if options.json:
         write_json(options.json, result)
 
