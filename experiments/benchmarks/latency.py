@@ -22,6 +22,7 @@ import datetime
 import json
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ DEVICES = {
     "host_litert": ("float32",),
     "host_xla": ("float32",),
 }
-FULL = config.Latency(seconds=90.0, min_rounds=40, patience=3.0, max_drift=0.03, max_busy=0.25)
+FULL = config.Latency(seconds=90.0, min_rounds=40, patience=1.0, max_drift=0.03, max_busy=0.25)
 QUICK = config.Latency(seconds=40.0, min_rounds=30, patience=1.5, max_drift=0.05, max_busy=0.5)
 
 
@@ -64,11 +65,14 @@ def tables(
     settings: config.Latency,
     networks: int,
     console: Console,
+    out: dict[str, dict[str, Any]],
     *,
     anew: bool,
-) -> dict[str, dict[str, Any]]:
-    """For each device and precision, and each size: the proof of a table at another time than the table."""
-    out: dict[str, dict[str, Any]] = {}
+) -> Iterator[None]:
+    """Writes to `out`, for each device, precision and size, the proof of a table at another time than the table.
+
+    Yields after each of them, so that none is lost when the next is cut off.
+    """
     ready: list[tuple[str, str, int, Table]] = []
     for device, precisions in wanted.items():
         about = load_device(device)
@@ -95,6 +99,7 @@ def tables(
             proof = prove_again(table, space_at(px), about, settings, networks=networks, seed=1, progress=console.share)
         except NasError as e:
             refused(out, device, precision, px, e, console)
+            yield
             continue
         console.say(f"  {proof}; repeat tau {proof.repeat_tau:.2f}")
         out.setdefault(f"{device}.{precision}", {})[str(px)] = {
@@ -104,7 +109,7 @@ def tables(
             "load": load(),
             **row(proof),
         }
-    return out
+        yield
 
 
 def kept(wanted: Device, precision: str, space: Space) -> Table | None:
@@ -182,7 +187,7 @@ def main() -> None:
         "question": __doc__.partition("\n")[0].removeprefix("Question: "),
         "machine": {"hardware": hardware(), "using_cpu": busiest()},
         "settings": msgspec.to_builtins(settings),
-        "tables": tables(wanted, pixels, settings, options.networks or networks, console, anew=options.anew),
+        "tables": {},
         "price_million_seconds": {name: found["seconds"] for name, found in price.price_million_seconds(3).items()},
     }
     for name, seconds in result["price_million_seconds"].items():
@@ -198,8 +203,11 @@ def main() -> None:
         result["tpu_v2"] = json.loads(known.read_text())["tpu_v2"]
         console.say(f"tpu_v2, as tpu_v2.py has found it: {result['tpu_v2']}")
     if options.json and options.json.exists():
-        for device, found in json.loads(options.json.read_text()).get("tables", {}).items():
-            result["tables"][device] = {**found, **result["tables"].get(device, {})}
+        result["tables"] = json.loads(options.json.read_text())["tables"]
+    out = result["tables"]
+    for _ in tables(wanted, pixels, settings, options.networks or networks, console, out, anew=options.anew):
+        if options.json:
+            write_json(options.json, result)
     if options.json:
         write_json(options.json, result)
 
