@@ -18,7 +18,9 @@ from nas.ondevice.manifest import load_manifest
 from nas.ondevice.results import RESULTS, Recording, read
 from nas.space import Space, load_space
 
-STRICT = config.Latency(seconds=60.0, min_rounds=40, holdout=40, patience=4.0, max_drift=0.03, max_busy=0.25)
+STRICT = config.Latency(
+    seconds=60.0, min_rounds=40, anchors=24, holdout=40, patience=4.0, max_drift=0.03, max_busy=0.25
+)
 
 
 def measure_space(
