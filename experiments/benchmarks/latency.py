@@ -1,6 +1,7 @@
 """Question: how far may the latency tables of this machine be trusted, and what is predicted without measuring?
 
-Run: python experiments/benchmarks/latency.py [--quick] [--devices NAME,...] [--pixels 32,224] [--anew] [--json FILE]
+Run: python experiments/benchmarks/latency.py [--quick] [--devices NAME,...] [--pixels 32,224] [--precision float32]
+     [--anew] [--json FILE]
      pip install 'nas[openvino,litert]' for the devices of those runtimes; a device whose runtime is missing is left out
      wants the machine for itself: tables whose anchors drift are refused, and the refusal is printed in their place
      with --quick one table of 32 pixels and 40 networks, in less than 6 minutes
@@ -170,6 +171,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one table, fewer networks, fewer draws")
     parser.add_argument("--devices", help=f"of {', '.join(DEVICES)}")
     parser.add_argument("--pixels", help="32, 224 or both")
+    parser.add_argument("--precision", help="float32 or int8; all that a device has if not given")
     parser.add_argument("--networks", type=int, help="of each proof; 100, with --quick 40")
     parser.add_argument("--anew", action="store_true", help="measure tables, even where latency_models/ has them")
     parser.add_argument("--json", type=Path, help="write everything there as well")
@@ -178,6 +180,8 @@ def main() -> None:
     if unknown := set(names) - DEVICES.keys():
         parser.error(f"--devices {', '.join(sorted(unknown))}: known are {', '.join(DEVICES)}")
     wanted = {name: DEVICES[name][:1] if options.quick else DEVICES[name] for name in names}
+    if options.precision:
+        wanted = {name: tuple(p for p in of if p == options.precision) for name, of in wanted.items()}
     pixels = [int(p) for p in (options.pixels or ("32" if options.quick else "32,224")).split(",")]
     if unknown := set(pixels) - SPACES.keys():
         parser.error(f"--pixels {unknown}: known are {', '.join(map(str, SPACES))}")
