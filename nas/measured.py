@@ -60,7 +60,8 @@ def measure_space(
     if not about.at_hand and about.hardware != here:
         raise DeviceError(
             f"device {device} is {about.hardware!r}, this machine is {here!r}. Measure it from a bundle: `nas measure "
-            f"{space.name} --device {device} --bundle FOLDER`; or give this machine a name of its own with --as."
+            f"{space.name} --device {device} --bundle FOLDER`; or measure this one: `--device "
+            f"host_{about.runtime} --as NAME`."
         )
     runtime_of(about)
     sources = [] if networks is None else find_sources(space)
@@ -137,7 +138,7 @@ def write_bundle(
     else:
         plan = whole.for_networks(space, about, precision, find_sources(space), settings, networks=networks, seed=seed)
     bundle.write(plan, folder, settings, progress=(console or Console()).share)
-    if networks is not None:
+    if networks is not None and not (folder / whole.SHEET).exists():  # it may have been filled in since
         files = {call["name"]: call["file"] for call in load_manifest(folder)["calls"]}
         write_text(folder / whole.SHEET, whole.sheet(plan, files))
     return plan
@@ -176,8 +177,7 @@ def measure_over(
     )
     console.start(f"{space.name} on {transport.name}, {plan.precision}: {len(plan.graphs)} models")
     remote.measure_there(folder, transport, progress=console.share)
-    with bundle.kept_if_accepted(folder):
-        import_results(folder, name=name, space=path, settings=settings, command=command, console=console)
+    import_results(folder, name=name, space=path, settings=settings, command=command, set_aside=True, console=console)
     return where / space.name
 
 
@@ -188,6 +188,7 @@ def import_results(
     space: str | None = None,
     settings: config.Latency = STRICT,
     command: str = "nas measure --import",
+    set_aside: bool = False,
     console: Console | None = None,
 ) -> Path:
     """The table and proof from results that a bundle's program wrote, as of `measure_space`.
@@ -195,6 +196,7 @@ def import_results(
     Args:
         space: that the bundle was made of, if not one of `nas.list_spaces()`: its path.
         settings: `max_drift` and `max_busy` decide what is refused.
+        set_aside: results in the folder `path` that are refused for the machine's sake: the next call times anew.
 
     Raises:
         LatencyError: the file is damaged, not complete, of a space that has changed, or of too uneven a machine.
@@ -207,7 +209,8 @@ def import_results(
         )
     plan = plan_of(recording, path, space=space)
     sources = [] if plan.blocks else find_sources(plan.space)
-    table, proof = _evaluated(plan, recording, settings, sources, command=command)
+    with bundle.kept_if_accepted(path if set_aside else None):
+        table, proof = _evaluated(plan, recording, settings, sources, command=command)
     keep(table, proof, plan.space, plan.device, _folder(name), console=console or Console())
     return _folder(name) / plan.space.name
 

@@ -187,7 +187,7 @@ class Learned(_Header, frozen=True, kw_only=True, eq=False, dict=True):
 
     def level(self, anchors_ms: Floats) -> float:
         """How fast the machine is now, given its networks measured again: 1.1 is 10 % slower than then."""
-        return float(np.median(np.asarray(anchors_ms) / [m.latency_ms for m in self.measured]))
+        return float(np.nanmedian(np.asarray(anchors_ms) / [m.latency_ms for m in self.measured]))
 
     def without(self, unsupported: dict[str, str]) -> "Learned":
         """The same, but all of these blocks (key -> why) count as ones that the device cannot run."""

@@ -111,7 +111,10 @@ class LatencyModel(Protocol):
         ...
 
     def level(self, anchors_ms: Floats) -> float:
-        """How fast the machine is now, given its anchors measured again [anchors]: 1.1 is 10 % slower than then."""
+        """How fast the machine is now, given its anchors measured again [anchors]: 1.1 is 10 % slower than then.
+
+        NaN: an anchor that cannot be run any more.
+        """
         ...
 
     def without(self, unsupported: dict[str, str]) -> "LatencyModel":

@@ -142,7 +142,7 @@ class Table(_Header, frozen=True, kw_only=True):
 
         Other latencies measured together with them, divided by it, compare with the table.
         """
-        return float(np.median(np.asarray(anchors_ms) / [a.measured_ms for a in self.anchors]))
+        return float(np.nanmedian(np.asarray(anchors_ms) / [a.measured_ms for a in self.anchors]))
 
     @property
     def basis(self) -> str:

@@ -87,7 +87,13 @@ def prove_again(
     if table.space_digest != space.digest:
         raise LatencyError(f"the table is of space {table.space!r} ({table.space_digest}), not of this {space!r}.")
     anchors = np.array([a.genotype for a in table.anchors], np.uint8)
-    _, held_out = choose_networks(space, 1, networks, np.random.default_rng([seed, 1]))
+    _, random = choose_networks(space, 1, networks, np.random.default_rng([seed, 1]))
+    held_out = random[~(random[:, None] == anchors).all(axis=2).any(axis=1)]
+    if len(held_out) < 2:
+        raise LatencyError(
+            f"{len(random) - len(held_out)} of {len(random)} networks are anchors of the table, and a proof needs two "
+            f"others: space {space.name!r} has too few networks, or --prove asks for too few."
+        )
     plan = Plan(space, device, table.precision, anchors, held_out, blocks=False, seed=seed)
     recording = record(plan, settings, folder=folder, progress=progress)
     with bundle.kept_if_accepted(folder):
@@ -213,7 +219,8 @@ def proof_of(plan: Plan, recording: Recording, table: Table, *, at_level: bool =
         )
     level = 1.0
     if at_level:
-        level = table.level(np.array([timings[name].latency_ms for name in plan.anchor_names]))
+        again = [timings[n].latency_ms if n in timings else np.nan for n in plan.anchor_names]
+        level = table.level(np.array(again))
     return prove(
         predicted[priced],
         np.array([timings[n].latency_ms for n in names]) / level,

@@ -107,7 +107,8 @@ def _processes() -> dict[int, tuple[str, float]]:
 def pinned(threads: int, *, on: Collection[int] = ()) -> Iterator[tuple[int, ...]]:
     """Holds this thread, and those it starts, on the `threads` least busy of its CPUs; yields their numbers.
 
-    Where the system cannot pin (macOS), or there are no more CPUs than that, nothing is held and () is yielded.
+    Where there are no more CPUs than that (taskset, a container's share) they are held already; where the system cannot
+    pin (macOS) () is yielded.
 
     Args:
         on: these CPUs instead, if there are any, however busy they are.
@@ -123,7 +124,7 @@ def pinned(threads: int, *, on: Collection[int] = ()) -> Iterator[tuple[int, ...
             f"fast: let it use the same ones (taskset, the container's settings), or measure anew into another file."
         )
     if len(before) <= threads:
-        yield ()
+        yield tuple(sorted(before))
         return
     chosen = tuple(sorted(on)) or _least_busy(before, threads)
     os.sched_setaffinity(0, chosen)

@@ -59,7 +59,7 @@ class Position:
 
         In the smallest integers that hold it: with int64 the same arithmetic takes twice as long.
         """
-        out = np.zeros(columns.shape[1], np.min_scalar_type(self.branch_of.size - 1))
+        out = np.zeros(columns.shape[1], np.min_scalar_type(max([self.branch_of.size - 1, *self.branch_of.shape])))
         for gene, size in zip(self.genes, self.branch_of.shape, strict=True):
             out *= size
             out += columns[gene]

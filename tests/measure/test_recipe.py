@@ -206,6 +206,12 @@ def test_a_proof_at_another_time_takes_the_level_of_the_machine_out(monkeypatch,
     proof = prove_again(table, space, device, settings_of(), networks=30, seed=1)
     assert proof.networks == 30
     assert proof.mape < 1e-6
+    assert not {r.genotype for r in prove_again(table, space, device, settings_of(), networks=200, seed=0).rows} & {
+        a.genotype for a in table.anchors
+    }
+    lost = Simulated(speed=1.3, broken=("anchor 1",))
+    monkeypatch.setattr(recipe, "record", lambda plan, *_, **__: lost.record(plan))
+    assert prove_again(table, space, device, settings_of(), networks=30, seed=1).mape < 1e-6
     other = load_space("digits_mixed", input_shape=(20, 20, 1), classes=10)
     with pytest.raises(LatencyError, match="not of this"):
         prove_again(table, other, device, settings_of(), networks=30, seed=1)

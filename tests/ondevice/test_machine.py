@@ -54,6 +54,15 @@ def test_what_is_continued_is_held_on_the_same_cpus_or_refused():
         pass
 
 
-def test_more_threads_than_cpus_pin_nothing():
+def test_no_more_cpus_than_threads_are_held_already():
+    mine = os.sched_getaffinity(0)
     with pinned(10_000) as cpus:
-        assert cpus == ()
+        assert set(cpus) == mine
+    try:
+        os.sched_setaffinity(0, {max(mine)})  # as under taskset
+        with pinned(1) as cpus:
+            assert cpus == (max(mine),)
+        with pytest.raises(LatencyError, match="measure anew"), pinned(1, on=(4096,)):
+            pass
+    finally:
+        os.sched_setaffinity(0, mine)

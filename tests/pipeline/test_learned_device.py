@@ -101,6 +101,9 @@ def test_a_bundle_of_networks_comes_back_from_its_program_or_from_a_sheet(here, 
         for row in rows:
             genotype = np.array([row["genotype"].split()], np.uint8)
             sheet.writerow(row | {"latency_ms": truth.price(space, genotype)[0]})
+    filled = (here / "out/networks.csv").read_bytes()
+    assert nas_command("measure", *OF_TINY, "--networks", 8, "--bundle", "out", *QUICK) == 0  # the bundle is kept:
+    assert (here / "out/networks.csv").read_bytes() == filled  # so is what was filled in
     options = ("--space", "tiny.toml", "--image", "8x8x1", "--classes", "3", "--unit", "ms")
     assert nas_command("import", "out/networks.csv", "--format", "networks", "--device", "by_hand", *options) == 0
     assert "learned from 8 networks" in capsys.readouterr().out

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from nas import catalog
 from nas.errors import SpaceError
 from nas.latency import Correction, Entry, Table
-from nas.space import Space, load_space
+from nas.space import Position, Space, load_space
 from nas.space import space as module
 
 PLAIN = Correction(1 / 0.9, -0.0031, {"add": 1 / 700, "conv": 1e-4 / 3})
@@ -136,6 +136,11 @@ def test_branches_are_those_that_the_genes_of_each_position_name(spaces):
         genotypes = space.sample(np.random.default_rng(0), 50)
         expected = [[p.branch_of[tuple(g[list(p.genes)])] for p in space.positions] for g in genotypes]
         assert space.branches(genotypes).tolist() == expected
+
+
+def test_256_values_of_a_choice_have_256_indices():
+    position = Position("stage", (0,), np.arange(256, dtype=np.int32), (None,) * 256)
+    assert position.index(np.arange(256, dtype=np.uint8)[None]).tolist() == list(range(256))
 
 
 @pytest.mark.parametrize("order", ["C", "F"])
