@@ -14,7 +14,7 @@ from sklearn.svm import SVR
 
 from nas import cost
 from nas.latency import import_table
-from nas.search.pareto import hypervolume_2d
+from nas.search.pareto import hypervolume
 from nas.search.problem import Problem
 from nas.search.strategy import Genotype, Genotypes
 from nas.space import Space, load_space
@@ -36,7 +36,7 @@ class Task:
         return np.c_[self.error(genotypes), self.problem.cheap(genotypes)[:, 0]]
 
     def volume(self, costs: Floats) -> float:
-        return hypervolume_2d(costs, self.reference)
+        return hypervolume(costs, self.reference)
 
 
 def problem_of(

@@ -82,7 +82,7 @@ def choose(job: Job) -> list[Candidate]:
     winner_1 is the most accurate trial within the limit. The others are spread evenly, by latency, over the part of
     the front that is faster than it.
     """
-    front = Front.of(run_search(job))
+    front = Front.of(run_search(job), ("error", "latency_ms"))
     best = front.best(latency_ms=job.limit.ms)
     faster: list[Trial] = [t for t in front if t.latency_ms < best.latency_ms]
     picked = [best]

@@ -93,7 +93,7 @@ def bananas(sizes: tuple[int, ...], *, population: int) -> Strategy:
         if not np.isfinite(costs).all():
             return state
         latest = state.latest.add(genotype, costs).take(slice(-_MEMORY, None))
-        if len(latest) >= population and (state.ensemble is None or state.told % _REFIT == 0):
+        if len(latest) >= min(population, _MEMORY) and (state.ensemble is None or state.told % _REFIT == 0):
             return replace(state, latest=latest, ensemble=fitted(latest, state.told))
         return replace(state, latest=latest)
 

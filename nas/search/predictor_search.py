@@ -166,7 +166,8 @@ class _Plan:
             def cost(genotypes: Genotypes, bound: Floats = bound) -> Floats:
                 cheap = self.cheap(genotypes)
                 highest = (cheap / bound).max(axis=1) if cheap.shape[1] else np.zeros(len(genotypes))
-                return np.where(self.known.feasible(genotypes), highest, np.inf)
+                # Beyond the bound a cost says how far: one change may make up for another.
+                return np.where(self.known.feasible(genotypes) | (highest > 1), highest, np.inf)
 
             search_within(
                 self.known.sizes, hopes, cost, 1.0, rng=rng, evaluations=_EVALUATIONS, canonical=self.known.canonical,

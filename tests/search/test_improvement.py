@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from nas.search.improvement import expected_improvement, expected_shortfall, front_of
-from nas.search.pareto import hypervolume_2d
+from nas.search.pareto import hypervolume
 
 FRONT = np.array([[0.5, 1.0], [0.3, 2.0], [0.2, 4.0], [0.6, 3.0], [np.nan, 0.1]])
 REFERENCE = np.array([0.9, 5.0])
@@ -24,8 +24,8 @@ def test_the_shortfall_is_the_mean_of_samples(threshold):
 def test_the_improvement_is_the_mean_of_samples(cost, mean):
     rng = np.random.default_rng(1)
     samples = np.exp(np.log(mean) + 0.3 * rng.standard_normal(1000))
-    before = hypervolume_2d(FRONT, tuple(REFERENCE))
-    gains = np.array([hypervolume_2d(np.r_[FRONT, [[s, cost]]], tuple(REFERENCE)) - before for s in samples])
+    before = hypervolume(FRONT, tuple(REFERENCE))
+    gains = np.array([hypervolume(np.r_[FRONT, [[s, cost]]], tuple(REFERENCE)) - before for s in samples])
     got = expected_improvement(
         front_of(FRONT, REFERENCE), np.array([np.log(mean)]), np.array([0.3]), np.array([[cost]])
     )
@@ -34,7 +34,7 @@ def test_the_improvement_is_the_mean_of_samples(cost, mean):
 
 def test_without_doubt_it_is_the_improvement_itself():
     point = np.array([[0.25, 1.5]])
-    exact = hypervolume_2d(np.r_[FRONT, point], tuple(REFERENCE)) - hypervolume_2d(FRONT, tuple(REFERENCE))
+    exact = hypervolume(np.r_[FRONT, point], tuple(REFERENCE)) - hypervolume(FRONT, tuple(REFERENCE))
     got = expected_improvement(front_of(FRONT, REFERENCE), np.log(point[:, 0]), np.zeros(1), point[:, 1:])
     assert got[0] == pytest.approx(exact)
 

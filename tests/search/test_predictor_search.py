@@ -6,7 +6,7 @@ import search_toy as toy
 from test_strategies import lived
 
 from nas.search import Problem, nsga2, predictor_search, trial_rng
-from nas.search.pareto import hypervolume_2d, nondominated
+from nas.search.pareto import hypervolume, nondominated
 from nas.search.predictor_search import _REMEMBERED, worst_of
 from nas.search.problem import choose
 
@@ -28,7 +28,7 @@ def volume(problem, strategy, trials, seed, fails=lambda genotype: False):
         seen.add(genotype.tobytes())
         costs.append(costs_of(problem, genotype, fails))
         state = strategy.tell(state, genotype, costs[-1])
-    return hypervolume_2d(np.array(costs), REFERENCE)
+    return hypervolume(np.array(costs), REFERENCE)
 
 
 def test_thirty_trials_find_more_than_three_times_as_many_of_nsga2():
@@ -42,7 +42,7 @@ def test_a_small_space_is_solved():
     problem = toy.problem((3, 2, 3, 2, 3))
     everything = np.stack(np.unravel_index(np.arange(108), problem.sizes), 1).astype(np.uint8)
     everything = everything[problem.feasible(everything)]
-    whole = hypervolume_2d(np.array([costs_of(problem, g) for g in everything]), REFERENCE)
+    whole = hypervolume(np.array([costs_of(problem, g) for g in everything]), REFERENCE)
     strategy = predictor_search(problem.sizes, population=8, problem=problem)
     assert volume(problem, strategy, 40, 0) > 0.99 * whole
 
