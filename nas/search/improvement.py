@@ -23,6 +23,7 @@ from nas.search.pareto import nondominated
 Floats = NDArray[np.float64]
 
 _POINTS = 512  # of the sequence, for two and more cheap costs
+_LARGEST_LOG = 700.0  # of a number of double precision
 
 
 def expected_shortfall(mean: Floats, deviation: Floats, threshold: Floats) -> Floats:
@@ -33,7 +34,8 @@ def expected_shortfall(mean: Floats, deviation: Floats, threshold: Floats) -> Fl
     deviation = np.maximum(deviation, 1e-9)
     with np.errstate(divide="ignore"):
         d = (np.log(threshold) - mean) / deviation
-    return np.maximum(threshold * ndtr(d) - np.exp(mean + deviation**2 / 2) * ndtr(d - deviation), 0.0)
+    expected = np.exp(np.minimum(mean + deviation**2 / 2, _LARGEST_LOG))
+    return np.maximum(threshold * ndtr(d) - expected * ndtr(d - deviation), 0.0)
 
 
 @dataclass(frozen=True, eq=False)

@@ -50,7 +50,10 @@ def start(folder: Path, *arguments: str, python: str = sys.executable) -> subpro
     """The program of the bundle itself, without this package on its path."""
     env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     command = [python, str(folder / "measure.py"), *arguments]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env, cwd="/")
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env, cwd="/",
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # jobs in the background ignore it
+    )  # fmt: skip
 
 
 def finished(process: subprocess.Popen) -> str:

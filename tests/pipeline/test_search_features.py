@@ -29,4 +29,4 @@ def test_strategies_that_want_features_are_given_them():
     problem: Any = SimpleNamespace(sizes=(2, 3))
     make_strategy(factory, problem, population=4, features=np.zeros_like)
     assert given[-1] is np.zeros_like
-    assert make_strategy(random_search, problem, population=4, features=np.zeros_like).init() is not None
+    assert make_strategy(random_search, problem, population=4, features=np.zeros_like).identity
