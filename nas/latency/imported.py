@@ -5,7 +5,6 @@ Networks that somebody measured whole become a learned model instead (`import_ne
 """
 
 import csv
-import datetime
 import hashlib
 import io
 import json
@@ -25,10 +24,10 @@ from nas.files import write_json, write_text
 from nas.latency.calibration import Correction, calibrate
 from nas.latency.device import load_device
 from nas.latency.entry import Entry
-from nas.latency.learned import About, Learned, date_of, learn, prove_learned, require_unit
+from nas.latency.learned import About, Learned, learn, prove_learned, require_unit
 from nas.latency.proof import Proof
 from nas.latency.shelf import find_sources
-from nas.latency.table import Anchor, Table
+from nas.latency.table import Anchor, Table, date_of
 from nas.latency.transfer import KnownDevices
 from nas.ops import Add, Conv, Graph, Shape
 from nas.space import Space
@@ -265,7 +264,7 @@ def import_table(
         space_digest=space.digest,
         input=space.input,
         classes=space.classes,
-        date=about.date or datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        date=about.date or date_of(time.time()),
         command=f"nas import {path.name} --format {form} --space {space.name} --device {device}",
         overhead_ms=0.0,  # nobody published it apart: it is in the entries
         correction=_correction(path, published.anchors, entries, space),

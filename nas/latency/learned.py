@@ -10,11 +10,8 @@ disk it is a folder of text files that diff well:
 Weights are not kept: from the hyper-parameters and the measurements they come back in milliseconds when it is loaded.
 """
 
-import csv
-import datetime
 import functools
 import hashlib
-import io
 import json
 import math
 import shutil
@@ -27,8 +24,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from nas.errors import LatencyError
-from nas.files import write_text
 from nas.latency import transfer
+from nas.latency.pair import read_pair, write_pair
 from nas.latency.predictor import FEWEST, Kernel, Prediction, Scaling
 from nas.latency.proof import Learning, Proof, prove
 from nas.latency.table import Anchor, Table
@@ -106,7 +103,8 @@ class Learned(_Header, frozen=True, kw_only=True, eq=False, dict=True):
     def digest(self) -> str:
         """Hash of everything that decides what is predicted."""
         parts = ("space_digest", "sources", "kernel", "mean", "factor", "unsupported", "measured")
-        return _hash(json.dumps([msgspec.to_builtins(getattr(self, name)) for name in parts], sort_keys=True))[:16]
+        deciding = json.dumps([msgspec.to_builtins(getattr(self, name)) for name in parts], sort_keys=True)
+        return hashlib.sha256(deciding.encode()).hexdigest()[:16]
 
     @property
     def basis(self) -> str:
@@ -200,15 +198,11 @@ class Learned(_Header, frozen=True, kw_only=True, eq=False, dict=True):
             RunError: the folder cannot be written to.
         """
         where = _where(folder, self.precision)
-        text = io.StringIO()
         rows = [(" ".join(map(str, m.genotype)), repr(m.latency_ms), int(m.at_random)) for m in self.measured]
-        csv.writer(text, lineterminator="\n").writerows([_COLUMNS, *rows])
         head = {name: msgspec.to_builtins(getattr(self, name)) for name in _Header.__struct_fields__}
-        head["sha256"] = _checksum(head, text.getvalue())
         for source, table in zip(self.sources, self.fitted.known.tables, strict=True):
             table.save(where / "sources" / source.device)
-        write_text(where / "networks.csv", text.getvalue())
-        write_text(where / "model.json", json.dumps(head, indent=1) + "\n")  # last: before, the checksum does not fit
+        write_pair(where / "networks.csv", where / "model.json", [_COLUMNS, *rows], head)
         for stale in {f.name for f in (where / "sources").iterdir()} - {s.device for s in self.sources}:
             shutil.rmtree(where / "sources" / stale)
         return where / "model.json"
@@ -221,23 +215,14 @@ class Learned(_Header, frozen=True, kw_only=True, eq=False, dict=True):
             LatencyError: missing, damaged or edited; or learned for another space than `space`.
         """
         where = _where(folder, precision)
-        try:
-            text = (where / "networks.csv").read_text(encoding="utf-8")
-            head = json.loads((where / "model.json").read_text(encoding="utf-8"))
-        except FileNotFoundError as e:
-            raise LatencyError(f"{e.filename}: there is no learned {precision} latency model here. {_AGAIN}") from e
-        except (OSError, ValueError) as e:
-            raise LatencyError(f"{where}: this learned latency model is damaged: {e}. {_AGAIN}") from e
-        if not isinstance(head, dict) or head.pop("sha256", None) != _checksum(head, text):
-            raise LatencyError(
-                f"{where}: networks.csv and model.json do not have the checksum that they were written with: one of "
-                f"them was edited or damaged. {_AGAIN}"
-            )
+        rows, head = read_pair(
+            where / "networks.csv", where / "model.json", what=f"learned {precision} latency model", again=_AGAIN
+        )
         try:
             header = msgspec.convert(head, _Header)
             measured = tuple(
                 Measured(tuple(map(int, r["genotype"].split())), float(r["latency_ms"]), r["at_random"] == "1")
-                for r in csv.DictReader(io.StringIO(text))
+                for r in rows
             )
         except (msgspec.ValidationError, KeyError, TypeError, ValueError, AttributeError) as e:
             raise LatencyError(f"{where}: this latency model is of another version of nas: {e}. {_AGAIN}") from e
@@ -408,11 +393,6 @@ def _left_out(model: Learned) -> tuple[Prediction, Floats]:
     return Prediction(latency_ms, low_ms, high_ms, LEVEL), np.array(simple)
 
 
-def date_of(seconds: float) -> str:
-    """A moment, since 1970, as `About.date` has it."""
-    return datetime.datetime.fromtimestamp(seconds, datetime.UTC).isoformat(timespec="seconds")
-
-
 def require_unit(known: KnownDevices, genotypes: Genotypes, measured_ms: Floats) -> None:
     """The latencies could be milliseconds, given what known devices take.
 
@@ -485,14 +465,6 @@ def _name(source: Source) -> str:
 
 def _where(folder: Path, precision: str) -> Path:
     return Path(folder) / f"learned.{precision}"
-
-
-def _hash(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _checksum(head: dict[str, Any], text: str) -> str:
-    return _hash(json.dumps(head, sort_keys=True) + "\n" + text)
 
 
 _AGAIN = "Restore it, or learn it again (`nas measure SPACE --networks N`, `nas import --format networks`)."

@@ -5,9 +5,8 @@ On disk a table is two text files that diff well: `table.<precision>.csv`, one l
 come back to the last bit.
 """
 
-import csv
+import datetime
 import hashlib
-import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,9 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nas.errors import LatencyError, UnmeasuredBlock
-from nas.files import write_text
 from nas.latency.calibration import Correction, begins, border, borders, ends
 from nas.latency.entry import Entry
+from nas.latency.pair import read_pair, write_pair
 from nas.ops import Graph, Network
 from nas.space import Space
 from nas.space.space import Between, Genotypes
@@ -174,14 +173,9 @@ class Table(_Header, frozen=True, kw_only=True):
         values: list[tuple[str, ...]] = [_COLUMNS]
         for key, e in sorted(self.entries.items(), key=lambda item: (item[1].role, item[1].label, item[0])):
             values.append((key, e.label, e.role, repr(e.latency_ms), repr(e.interval_ms), str(e.rounds)))
-        text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerows(values)
         head = {name: msgspec.to_builtins(getattr(self, name)) for name in _Header.__struct_fields__}
-        head["sha256"] = _checksum(head, text.getvalue())
         paths = _paths(folder, self.precision)
-        # The header goes last: a crash in between leaves a pair whose checksum does not fit, not a silent mixture.
-        write_text(paths[0], text.getvalue())
-        write_text(paths[1], json.dumps(head, indent=1) + "\n")
+        write_pair(*paths, values, head)
         return paths[0]
 
     @classmethod
@@ -192,20 +186,9 @@ class Table(_Header, frozen=True, kw_only=True):
             LatencyError: missing, damaged, or edited by hand.
         """
         rows_path, head_path = _paths(folder, precision)
-        try:
-            text, head = rows_path.read_text(encoding="utf-8"), json.loads(head_path.read_text(encoding="utf-8"))
-        except FileNotFoundError as e:
-            raise LatencyError(f"{e.filename}: there is no {precision} latency table here. {_AGAIN}") from e
-        except (OSError, ValueError) as e:
-            raise LatencyError(f"{head_path}: this latency table is damaged: {e}. {_AGAIN}") from e
-        if not isinstance(head, dict) or head.pop("sha256", None) != _checksum(head, text):
-            raise LatencyError(
-                f"{rows_path}: this latency table and its header do not have the checksum that they were written "
-                f"with: one of them was edited or damaged. A table is measured, never edited. {_AGAIN}"
-            )
+        rows, head = read_pair(rows_path, head_path, what=f"{precision} latency table", again=_AGAIN)
         try:
             header = msgspec.convert(head, _Header)
-            rows = list(csv.DictReader(io.StringIO(text)))
             entries = {
                 r["key"]: Entry(
                     float(r["latency_ms"]), float(r["interval_ms"]), r["label"], r["role"], int(r["rounds"])
@@ -256,5 +239,6 @@ def _paths(folder: Path, precision: str) -> tuple[Path, Path]:
     return Path(folder) / f"table.{precision}.csv", Path(folder) / f"table.{precision}.json"
 
 
-def _checksum(head: dict[str, Any], text: str) -> str:
-    return hashlib.sha256((json.dumps(head, sort_keys=True) + "\n" + text).encode()).hexdigest()
+def date_of(seconds: float) -> str:
+    """A moment, in seconds since 1970, as `date` has it: ISO 8601, UTC."""
+    return datetime.datetime.fromtimestamp(seconds, datetime.UTC).isoformat(timespec="seconds")

@@ -1,6 +1,5 @@
 """From what was timed (`nas.measure.plan`) to a latency table with its proof."""
 
-import datetime
 import math
 import tempfile
 from collections.abc import Mapping
@@ -13,6 +12,7 @@ from nas.agreement import agreement
 from nas.config import Device
 from nas.errors import LatencyError
 from nas.latency import Anchor, Entry, Proof, Table, calibrate, prove
+from nas.latency.table import date_of
 from nas.measure import bundle
 from nas.measure.bundle import Progress
 from nas.measure.plan import REFERENCE, REFERENCES, Plan, choose_networks, for_table, one_conv, shapes_around, two_convs
@@ -132,7 +132,7 @@ def evaluate(
         space_digest=space.digest,
         input=space.input,
         classes=space.classes,
-        date=_iso(start["time"]),
+        date=date_of(start["time"]),
         command=command,
         notes=notes,
         unsupported={
@@ -230,7 +230,7 @@ def proof_of(plan: Plan, recording: Recording, table: Table, *, at_level: bool =
         repeat_tau=agreement(*samples.apart(names, parts=2)).tau,
         drift=samples.disagreement([name for name in plan.anchor_names if name in timings], parts=3),
         table=table.digest,
-        date=_iso(recording.starts[-1]["time"]),
+        date=date_of(recording.starts[-1]["time"]),
         seed=plan.seed,
     )
 
@@ -269,11 +269,6 @@ def entries(plan: Plan, timings: Mapping[str, Timing]) -> dict:
         "correction": calibrate(entries, networks, measured),
         "anchors": tuple(Anchor(tuple(map(int, g)), float(m)) for g, m in zip(anchors, measured, strict=True)),
     }
-
-
-def _iso(time: float) -> str:
-    """Seconds since 1970 as a date, UTC."""
-    return datetime.datetime.fromtimestamp(time, datetime.UTC).isoformat(timespec="seconds")
 
 
 def _known(space: Space, genotype: np.ndarray, entries: Mapping[str, Entry]) -> bool:

@@ -11,7 +11,6 @@ generation that is asked for, the same programs are run and timed instead.
 """
 
 import dataclasses
-import datetime
 import functools
 import math
 import os
@@ -34,6 +33,7 @@ from nas.config import Device, nearest
 from nas.errors import DeviceError, RunError
 from nas.fold import fold
 from nas.latency import Proof, Table, prove
+from nas.latency.table import date_of
 from nas.measure.bundle import Progress
 from nas.measure.plan import for_table
 from nas.measure.recipe import entries
@@ -217,7 +217,7 @@ def estimate_table(
         space_digest=space.digest,
         input=space.input,
         classes=space.classes,
-        date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        date=date_of(time.time()),
         command=command,
         kind="measured" if here else "estimated",
         notes=(machine.load(),) if here else (note,),

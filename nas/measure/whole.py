@@ -11,8 +11,9 @@ from nas.agreement import agreement
 from nas.config import Device
 from nas.errors import LatencyError
 from nas.latency import Learned, Proof, Table, learn, prove_learned, transfer
-from nas.latency.learned import About, date_of
+from nas.latency.learned import About
 from nas.latency.predictor import FEWEST
+from nas.latency.table import date_of
 from nas.measure.plan import Plan, choose_networks
 from nas.measure.recipe import accept
 from nas.ondevice.results import Recording

@@ -113,14 +113,14 @@ def test_a_missing_table_is_named(table, tmp_path):
 
 
 def test_a_header_of_another_version_is_refused(table, tmp_path):
-    from nas.latency import table as module
+    from nas.latency.pair import checksum
 
     table.save(tmp_path)
     path = tmp_path / "table.float32.json"
     head = json.loads(path.read_text())
     del head["sha256"]
     head["colour"] = "blue"
-    head["sha256"] = module._checksum(head, (tmp_path / "table.float32.csv").read_text())
+    head["sha256"] = checksum(head, (tmp_path / "table.float32.csv").read_text())
     path.write_text(json.dumps(head))
     with pytest.raises(LatencyError, match=r"another version.*colour"):
         Table.load(tmp_path, "float32")
