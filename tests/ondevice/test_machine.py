@@ -1,5 +1,6 @@
 import os
 import time
+from pathlib import Path
 
 import pytest
 
@@ -9,6 +10,16 @@ from nas.ondevice.machine import busiest, busy_seconds, hardware, load, pinned
 
 def test_the_hardware_is_told():
     assert f"{os.cpu_count()} cores" in hardware()
+
+
+def test_generations_of_processors_that_a_hypervisor_gives_one_name_are_told_apart(monkeypatch):
+    def told_by(family: int, model: int) -> str:
+        lines = f"cpu family\t: {family}\nmodel\t\t: {model}\nmodel name\t: AMD EPYC\nflags\t\t: fpu avx2 avx512f\n"
+        monkeypatch.setattr(Path, "read_text", lambda path, **_: lines)
+        return hardware()
+
+    assert told_by(25, 17).startswith("AMD EPYC (family 25, model 17), ")
+    assert told_by(26, 2) != told_by(25, 17)
 
 
 def test_what_the_machine_works_is_told():
