@@ -69,6 +69,34 @@ def elastic_space(folder: Path, classes: int = 3) -> Space:
     return load_space(str(path), input_shape=(8, 8, 1), classes=classes)
 
 
+RESOLUTIONS = """
+description = "for tests: two resolutions and learned kernel transforms, and little else, since a step has all branches"
+resolution = [6, 8]
+kernel_transform = true
+[stem]
+block = "conv_stem"
+width = 4
+stride = 2
+[[stage]]
+block = "mbconv"
+depth = [1, 2]
+width = 4
+kernel = [3, 5]
+expand = [1, 2]
+act = "relu"
+[head]
+block = "classifier"
+width = 4
+"""
+
+
+def space_of_resolutions(folder: Path) -> Space:
+    """A space of two resolutions whose training step compiles in seconds."""
+    path = folder / "resolutions.toml"
+    path.write_text(RESOLUTIONS)
+    return load_space(str(path), input_shape=(8, 8, 1), classes=3)
+
+
 def write_data(folder: Path, *, images: int = 240, classes: int = 3, seed: int = 0) -> Path:
     """An .npz of 8x8 images that a small network can learn: bright bars, the class says where."""
     rng = np.random.default_rng(seed)

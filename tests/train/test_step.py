@@ -119,7 +119,7 @@ def test_every_sampler_trains_with_the_programs_of_the_first(place):
 
 
 def test_a_space_of_several_resolutions_compiles_once_for_each(tmp_path):
-    data, supernet = tiny.data(tmp_path), Supernet(tiny.elastic_space(tmp_path))
+    data, supernet = tiny.data(tmp_path), Supernet(tiny.space_of_resolutions(tmp_path))
     step = make_step(supernet, data, BASE, seed=0)
     state = step.init(jax.tree.map(jnp.asarray, supernet.init(0)))
     for number in range(10):
