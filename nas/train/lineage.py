@@ -58,9 +58,7 @@ class Lineage:
         self.winner: int | None = None
         if not path.exists():
             return
-        found = read_as(path, _File, stage="train")
-        if found.sha256 != _sha256(found):
-            raise damaged(path, "its contents do not have its checksum", stage="train")
+        found = _read(path)
         differ = [k for k in sorted(found.of.keys() | self._of.keys()) if found.of.get(k) != self._of.get(k)]
         if differ:
             what = "; ".join(f"{k} {found.of.get(k)!r}, here {self._of.get(k)!r}" for k in differ)
@@ -69,6 +67,16 @@ class Lineage:
                 f"train in a new folder with --out, or train anew here with `nas run EXPERIMENT --redo train`."
             )
         self.members, self.winner = list(found.members), found.winner
+
+    @classmethod
+    def read(cls, path: Path) -> "Lineage":
+        """What is at `path`, of whatever training.
+
+        Raises:
+            RunError: the file is missing or damaged.
+        """
+        found = _read(path)
+        return cls(path, found.of, images=found.images)
 
     def add(self, member: Member) -> None:
         """Adds a member that has trained its interval."""
@@ -84,6 +92,12 @@ class Lineage:
         """The members of a generation that have trained, in their order."""
         return [m for m in self.members if m.generation == generation]
 
+    def winning_line(self) -> list[Member]:
+        """The winner and those whose weights it has, the first generation first; none while there is no winner."""
+        if self.winner is None:
+            return []
+        return self.ancestors(self.of_generation(self.members[-1].generation)[self.winner])
+
     def ancestors(self, member: Member) -> list[Member]:
         """`member` and those whose weights it has, the first generation first."""
         of = {(m.generation, m.member): m for m in self.members}
@@ -95,6 +109,13 @@ class Lineage:
     def _write(self) -> None:
         file = _File(self._of, self._images, self.winner, tuple(self.members), "")
         write_json(self.path, msgspec.to_builtins(msgspec.structs.replace(file, sha256=_sha256(file))))
+
+
+def _read(path: Path) -> _File:
+    found = read_as(path, _File, stage="train")
+    if found.sha256 != _sha256(found):
+        raise damaged(path, "its contents do not have its checksum", stage="train")
+    return found
 
 
 def _sha256(file: _File) -> str:
