@@ -4,6 +4,7 @@ The classes below *are* the schema: `load_experiment` refuses what they do not h
 """
 
 import difflib
+import functools
 import math
 import os
 import re
@@ -97,6 +98,64 @@ class Distillation(Strict, frozen=True):
     clip: float = 5.0  # of "alpha": largest importance weight (p/q)^alpha
 
 
+Range = tuple[float, float]  # the smallest and the largest value
+
+
+class VaryOptimiser(Strict, frozen=True):
+    """Ranges of keys of `Optimiser`."""
+
+    learning_rate: Range | None = None
+    weight_decay: Range | None = None
+
+
+class VaryDistillation(Strict, frozen=True):
+    """Ranges of keys of `Distillation`."""
+
+    temperature: Range | None = None  # of "kl"
+
+
+class VaryAugment(Strict, frozen=True):
+    """Ranges of keys of `Augment`."""
+
+    magnitude: Range | None = None  # of randaugment
+
+
+class VaryNoise(Strict, frozen=True):
+    """Ranges of keys of `Noise`."""
+
+    drop_path: Range | None = None
+
+
+class Vary(Strict, frozen=True):
+    """Which keys of `Train` differ between the members of a population, and in which range: [smallest, largest].
+
+    The first member begins with the values that the experiment has. A range that begins above 0 is drawn from evenly
+    in the logarithm, one that begins at 0 evenly.
+    """
+
+    label_smoothing: Range | None = None
+    distillation: VaryDistillation = VaryDistillation()
+    optimiser: VaryOptimiser = VaryOptimiser()
+    augment: VaryAugment = VaryAugment()
+    noise: VaryNoise = VaryNoise()
+
+
+class Population(Strict, frozen=True):
+    """Population-based training: hyper-parameters are found while the supernet trains (see nas.train.population)."""
+
+    vary: Vary
+    members: int = 8  # supernets, trained in turn: `members` times the work of one
+    interval: float = 1.0  # epochs between two comparisons of the members
+    subnets: int = 8  # random subnets that members are compared by, besides the smallest and the largest
+    replaced: float = 0.25  # share of the members, the worst, that go on from as many of the best
+    resampled: float = 0.25  # chance that a value is then drawn anew, not multiplied by 0.8 or 1.2
+
+    @property
+    def ranges(self) -> dict[str, Range]:
+        """The ranges by the dotted keys of `Train` that they are for."""
+        return dict(_ranges(self.vary))
+
+
 PHASES = ("kernel", "depth", "expand", "width")  # train.phases by default, as far as the space has them
 
 
@@ -129,6 +188,7 @@ class Train(Strict, frozen=True):
     eval_batch_size: int = 128
     tensorboard: bool = False  # write the metrics as TensorBoard events too, to supernet/events
     profile_steps: int = 0  # trace so many steps by jax.profiler, to supernet/profile
+    population: Population | None = None  # train several, and find hyper-parameters meanwhile; None: one, as written
 
 
 # Keys of Train that change no more than the last bits of what comes out.
@@ -237,6 +297,32 @@ class Device(Strict, frozen=True):
         return self.hardware == "host"
 
 
+def _ranges(vary: Any, key: str = "") -> typing.Iterator[tuple[str, Range]]:
+    for field in vary.__struct_fields__:
+        below, inner = f"{key}{field}", getattr(vary, field)
+        if isinstance(inner, msgspec.Struct):
+            yield from _ranges(inner, f"{below}.")
+        elif inner is not None:
+            yield below, inner
+
+
+S = TypeVar("S", bound=msgspec.Struct)
+
+
+def value_of(settings: msgspec.Struct, key: str) -> Any:
+    """The value at a dotted key: "optimiser.learning_rate"."""
+    return functools.reduce(getattr, key.split("."), settings)
+
+
+def with_values(settings: S, values: typing.Mapping[str, Any]) -> S:
+    """`settings` with other values at dotted keys. Nothing is checked: values may be arrays that JAX traces."""
+    for key, value in values.items():
+        field, _, below = key.partition(".")
+        inner = with_values(getattr(settings, field), {below: value}) if below else value
+        settings = msgspec.structs.replace(settings, **{field: inner})
+    return settings
+
+
 def load_toml(path: Path, *, what: str) -> tuple[dict[str, Any], str]:
     """The parsed file and its text.
 
@@ -318,8 +404,8 @@ def _shared(a: list[str], b: list[str]) -> int:
 def _fields_at(cls: Any, keys: list[str]) -> list[str]:
     """Field names of the struct that `keys` lead to from `cls`."""
     for key in keys:
-        if isinstance(cls, type) and issubclass(cls, msgspec.Struct):
-            cls = typing.get_type_hints(cls).get(key)
+        if not key.isdigit() and (structs := _structs(cls)):
+            cls = typing.get_type_hints(structs[0]).get(key)
     cls = next((c for c in _structs(cls)), None)
     return list(cls.__struct_fields__) if cls else []
 
@@ -462,6 +548,11 @@ _RANGES = {
     "train.calibration_images": (2, None),
     "train.eval_batch_size": (1, None),
     "train.profile_steps": (0, None),
+    "train.population.members": (2, None),
+    "train.population.interval": (0.0, None),
+    "train.population.subnets": (0, None),
+    "train.population.replaced": (0.0, 0.5),
+    "train.population.resampled": (0.0, 1.0),
     "train.optimiser.learning_rate": (0.0, None),
     "train.optimiser.weight_decay": (0.0, None),
     "train.optimiser.clip_norm": (0.0, None),
@@ -512,7 +603,7 @@ def check(
         if not 0 < values[key] < 1:
             fail(key, f"is {values[key]}: a share between 0 and 1 is needed.")
     for key, (low, high) in _RANGES.items():
-        value = values[key]
+        value = values.get(key)  # none of a table that is left out
         if value is not None and not ((low is None or value >= low) and (high is None or value <= high)):
             bound = f"at least {low}" + (f" and at most {high}" if high is not None else "")
             fail(key, f"is {value}: {bound} is needed.")
@@ -521,6 +612,44 @@ def check(
             fail(key, f"is {values[key]!r}, which is not known.{nearest(values[key], names, kind='name')}")
     _check_objectives(experiment.objectives, path, text)
     _check_limits(experiment, path, text)
+    if wrong := _wrong_population(experiment.train):
+        fail(*wrong)
+
+
+def _wrong_population(train: Train) -> tuple[str, str] | None:
+    """The key of `train.population` that cannot be, and why."""
+    if train.population is None:
+        return None
+    ranges, inside = train.population.ranges, "train.population"
+    if not ranges:
+        return (
+            f"{inside}.vary",
+            "names nothing that varies. Give a range, for example optimiser.learning_rate = [0.01, 1.0].",
+        )
+    for key, (low, high) in ranges.items():
+        least, most = _RANGES[f"train.{key}"]
+        most = math.inf if most is None else most
+        if not (least <= low < high <= most) or high == math.inf:
+            limits = f"at least {least}" + (f" and at most {most}" if most < math.inf else "")
+            return (
+                f"{inside}.vary.{key}",
+                f"is [{low}, {high}]: the smallest and then the largest value, {limits}, are needed.",
+            )
+        if not low <= value_of(train, key) <= high:
+            return (
+                f"{inside}.vary.{key}",
+                f"is [{low}, {high}], but train.{key} is {value_of(train, key)}, with which the first member begins. "
+                f"Set that within the range, or widen the range.",
+            )
+    if "augment.magnitude" in ranges and train.augment.policy != "randaugment":
+        return f"{inside}.vary.augment", 'varies a magnitude, which is of train.augment.policy = "randaugment" alone.'
+    if "distillation.temperature" in ranges and train.distillation.divergence != "kl":
+        return f"{inside}.vary.distillation", 'varies a temperature, which is of the divergence "kl" alone.'
+    if train.processes > 1:
+        return inside, f"trains on the devices of this machine, but train.processes is {train.processes}. Set it to 1."
+    if train.profile_steps:
+        return inside, "cannot be traced: set train.profile_steps to 0, or trace a training without population."
+    return None
 
 
 def check_latency(settings: Latency) -> None:

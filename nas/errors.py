@@ -44,6 +44,10 @@ class CheckpointError(NasError):
     """A checkpoint or parameter file is damaged, belongs to another space, or could not be written."""
 
 
+class Diverged(CheckpointError):
+    """A training whose numbers are no longer finite."""
+
+
 class RunError(NasError):
     """A run folder cannot be used: locked, of another configuration, not writable, or incomplete."""
 

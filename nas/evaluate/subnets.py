@@ -85,6 +85,13 @@ class SubnetEvaluator:
         """Number of programs compiled so far: two for each kind of layer that subnets of a resolution had."""
         return sum(program._cache_size() for program in self._programs.values())
 
+    def with_params(self, params: Mapping[str, Array]) -> "SubnetEvaluator":
+        """The same for other weights: what is compiled, and the images, are shared with this one."""
+        other = dataclasses.replace(self, params=params)
+        for made in ("_programs", "_inputs", "_targets", "_zeros"):
+            other.__dict__[made] = getattr(self, made)
+        return other
+
     def statistics(self, genotype: Any) -> dict[str, Array]:
         """Batch-norm statistics of one subnet, in the stored shapes."""
         side = int(self.supernet.space.resolution_of(self.supernet.space.check(genotype)))

@@ -94,18 +94,23 @@ class Supernet:
                 returns the moments: in the stored shapes, zero where the subnet has no channel, so that all subnets'
                 have one structure.
             key: of the noise, in mode "train".
-            noise: dropout, drop-path (rising linearly over the positions) and DropBlock; None: none.
+            noise: dropout, drop-path (rising linearly over the positions) and DropBlock; None: none. The rate of
+                drop-path may be traced.
             norm_images: images that norms take moments over; None: the whole batch.
             rematerialise: keep only the inputs of stages for the backward pass, not what convolutions made.
 
         Raises:
             SpaceError: the space does not have that resolution.
         """
-        manner = Manner(mode, norm_images, noise or config.Noise())
+        noise = noise or config.Noise()
+        drop_path = noise.drop_path
+        if isinstance(drop_path, Array):
+            noise = config.with_values(noise, {"drop_path": 1.0})  # static: that it drops; how much, the rates say
+        manner = Manner(mode, norm_images, noise)
         x = images
         seen: dict[str, Array] = {}
         index, positions = 0, len(self.space.positions)
-        rates = jnp.asarray(manner.noise.drop_path * np.linspace(0, 1, positions), jnp.float32)
+        rates = jnp.asarray(drop_path * np.linspace(0, 1, positions), jnp.float32)
         keys = jnp.zeros((positions, 2), jnp.uint32)
         if manner.noisy:
             if key is None:

@@ -12,7 +12,7 @@ from jax.experimental import multihost_utils
 from numpy.typing import NDArray
 
 from nas.data import Part
-from nas.errors import CheckpointError
+from nas.errors import Diverged
 from nas.train.batches import Waits, batches
 from nas.train.checkpoint import Checkpoints, Identity
 from nas.train.log import Events, Log
@@ -35,6 +35,7 @@ def fit(
     steps: int,
     batch_size: int,
     seed: int,
+    start: int = 0,
     folder: Path | None = None,
     identity: Identity | None = None,
     checkpoint_steps: int = 100,
@@ -59,6 +60,7 @@ def fit(
     metrics and tells the progress.
 
     Args:
+        start: the step that `state` is after; a newer checkpoint goes before it.
         identity: what is trained (the hash of its space, for one); a checkpoint of something else is refused.
         checkpoint_steps: steps from one checkpoint to the next; the last step has one too.
         log_steps: steps from one row of metrics to the next; the last step has one too.
@@ -68,20 +70,20 @@ def fit(
 
     Raises:
         DataError: an image in a file that cannot be decoded.
-        CheckpointError: a checkpoint is damaged, of something else or could not be written; or the training diverged
-            to NaN.
+        CheckpointError: a checkpoint is damaged, of something else or could not be written.
+        Diverged: the training did, to NaN.
         RunError: `tensorboard` without tensorboardX installed.
     """
     with contextlib.ExitStack() as opened:
-        start, checkpoints, profile = 0, None, None
+        checkpoints, profile = None, None
         process = jax.process_index(), jax.process_count()
         first = process[0] == 0
         logs: list[Log | Events] = []
         if folder is not None:
             checkpoints = opened.enter_context(Checkpoints(folder / "checkpoints", identity))
-            start = int(multihost_utils.broadcast_one_to_all(np.int32(checkpoints.latest() or 0)))
-            if start:
-                state = checkpoints.restore(start, state)
+            newest = int(multihost_utils.broadcast_one_to_all(np.int32(checkpoints.latest() or 0)))
+            if newest > start:
+                start, state = newest, checkpoints.restore(newest, state)
             if first:
                 logs.append(opened.enter_context(Log(folder / "metrics.jsonl", start)))
             if first and tensorboard:
@@ -127,8 +129,8 @@ def _longest(waiting: float) -> float:
     return float(np.max(multihost_utils.process_allgather(np.float32(waiting))))
 
 
-def _diverged(step: int, values: dict[str, float]) -> CheckpointError:
+def _diverged(step: int, values: dict[str, float]) -> Diverged:
     advice = "Lower the learning rate (`learning_rate`) or the gradient norm (`clip_norm`)"
     if "skipped" in values:
         advice += ", or compute in bfloat16 (`precision`), which has the range that float16 lacks,"
-    return CheckpointError(f"the training diverged at step {step}: {values}. {advice} and run again.")
+    return Diverged(f"the training diverged at step {step}: {values}. {advice} and run again.")

@@ -71,7 +71,7 @@ _LIMIT = 1e-3  # nearer to 0 or 1 than this the limits are used: the quotient wo
 
 def _kl(settings: config.Distillation) -> Divergence:
     """KL(teacher || student) at `temperature`."""
-    if settings.temperature <= 0:
+    if not isinstance(settings.temperature, Array) and settings.temperature <= 0:
         raise ConfigError(f"distillation.temperature is {settings.temperature}; it must be above 0. 1.0 is usual.")
     return lambda student, teacher: distillation(student, teacher, temperature=settings.temperature)
 

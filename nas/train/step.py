@@ -37,13 +37,16 @@ from nas.train import ema, losses, optimiser, precision
 from nas.train.augment import augment, mix
 from nas.train.samplers import Sampler
 
-State = dict[str, Any]  # params, optimiser; average with settings.ema; loss_scale where the precision needs one
+State = dict[str, Any]  # params, optimiser; average with settings.ema; loss_scale where the precision needs one;
+# hyperparameters where some are inputs of the compiled step: float32 [] by their dotted keys of config.Train
 Metrics = dict[str, Array]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Step:
     """Called as `step(state, number, images, labels)`: one update of the weights, with what `sampler` names.
+
+    Values in the state's `hyperparameters` stand in for those of the settings, and nothing is compiled anew for others.
 
     Everything random is drawn from (seed, number), so a training that was cut off repeats its steps, and every process
     draws the same. `images` and `labels` are the rows of this process.
@@ -55,11 +58,13 @@ class Step:
     transform: optax.GradientTransformation
     sampler: Sampler
     seed: int
+    steps: int  # in all, which the schedule of the learning rate is over
 
-    def init(self, params: Mapping[str, ArrayLike]) -> State:
+    def init(self, params: Mapping[str, ArrayLike], hyperparameters: Mapping[str, float] | None = None) -> State:
         """The state before the first step, a copy of it on every device.
 
-        `params` must be the same in all processes; where there are several, NumPy arrays.
+        `params` must be the same in all processes; where there are several, NumPy arrays. `hyperparameters` as `State`
+        has them.
         """
 
         def init(params: Any) -> State:
@@ -68,6 +73,8 @@ class Step:
                 state["average"] = jax.tree.map(jnp.copy, params)
             if self._precision.scaled:
                 state["loss_scale"] = precision.initial_scale()
+            if hyperparameters is not None:
+                state["hyperparameters"] = {key: jnp.float32(value) for key, value in hyperparameters.items()}
             return state
 
         if self._everywhere is None:
@@ -84,7 +91,9 @@ class Step:
         space = self.supernet.space
         rng = np.random.default_rng([self.seed, number, 1])
         side = int(rng.choice(space.resolutions))
-        x, targets = self._prepare(np.uint32(number), *self._spread(images, labels), size=space.at(side).input[:2])
+        varied = state.get("hyperparameters")
+        size = space.at(side).input[:2]
+        x, targets = self._prepare(np.uint32(number), *self._spread(images, labels), varied, size=size)
         drawn = self.sampler(number, rng, functools.partial(self._score, state["params"], side, x, targets))
         _require_same_subnets(number, drawn.genotypes)
         branches = space.at(side).branches(drawn.genotypes)
@@ -94,7 +103,7 @@ class Step:
         parts = self.settings.accumulate
         for part in range(parts):
             x_part, targets_part = (x, targets) if parts == 1 else self._part(x, targets, np.int32(part))
-            teacher = self._no_teacher(len(x_part))
+            teacher = self._no_teacher(len(x_part), next(iter(state["params"].values())))
             for index, (kind, picked) in enumerate(zip(kinds, branches, strict=True)):
                 learns, fresh = np.bool_(index == 0 or not drawn.distil), np.bool_(part == index == 0)
                 key = np.array([number, part, index], np.uint32)
@@ -103,6 +112,7 @@ class Step:
                     fresh,
                     state["params"],
                     state.get("loss_scale"),
+                    varied,
                     picked,
                     key,
                     x_part,
@@ -139,12 +149,16 @@ class Step:
             return images, labels
         return tuple(jax.make_array_from_process_local_data(self._by_image, rows) for rows in (images, labels))
 
-    def _no_teacher(self, images: int) -> Array:
-        """Logits [images, classes] for the first subnet of a step, which has no teacher."""
+    def _no_teacher(self, images: int, param: Array) -> Array:
+        """Logits [images, classes] for the first subnet of a step, which has no teacher.
+
+        Restored weights are bound to their device, and so are logits that come of them. These are bound where `param`
+        is: else the gradient would be compiled once for them and once for a teacher's.
+        """
         if images not in self._zeros:
             zeros = np.zeros((images, self.supernet.space.classes), np.float32)
             if self._by_image is None:
-                self._zeros[images] = jnp.asarray(zeros)
+                self._zeros[images] = jax.device_put(zeros, param.sharding if param.committed else None)
             else:
                 self._zeros[images] = jax.make_array_from_callback(zeros.shape, self._by_image, zeros.__getitem__)
         return self._zeros[images]
@@ -175,9 +189,12 @@ class Step:
     @functools.cached_property
     def _prepare(self) -> Callable[..., tuple[Array, Array]]:
         mean, std = jnp.asarray(self.data.mean), jnp.asarray(self.data.std)
-        settings, classes = self.settings.augment, self.supernet.space.classes
+        classes = self.supernet.space.classes
 
-        def prepare(number: Array, images: Array, labels: Array, *, size: tuple[int, int]) -> tuple[Array, Array]:
+        def prepare(
+            number: Array, images: Array, labels: Array, varied: Any, *, size: tuple[int, int]
+        ) -> tuple[Array, Array]:
+            settings = self._with(varied).augment
             key, mix_key = jax.random.split(jax.random.fold_in(jax.random.key(self.seed), number))
             x = augment(key, images.astype(jnp.float32) / 255, settings, fill=mean)
             x = (resize(x, size) - mean) / std
@@ -201,9 +218,13 @@ class Step:
         """The memory of the last step's sum of gradients, for the next one: zeros would have to be written."""
         return {}
 
-    def _apply(self, params: Any, branches: Array, x: Array, key: Array | None) -> Array:
+    def _with(self, varied: Mapping[str, Any] | None) -> config.Train:
+        """The settings, with traced numbers in place of those that vary."""
+        return self.settings if varied is None else config.with_values(self.settings, varied)
+
+    def _apply(self, params: Any, branches: Array, x: Array, key: Array | None, varied: Any = None) -> Array:
         """Logits in training mode, in the precision of the settings."""
-        settings, dtype = self.settings, self._precision.dtype
+        settings, dtype = self._with(varied), self._precision.dtype
         logits, _ = self.supernet.apply(
             precision.compute_params(params, dtype),
             branches,
@@ -225,12 +246,10 @@ class Step:
 
     @functools.cached_property
     def _gradient(self) -> Callable[..., tuple[Any, Array, Array, Array]]:
-        divergence = losses.divergence(self.settings.distillation)
-        smoothing = self.settings.label_smoothing
-
         def loss(
             params: Any,
             scale: Any,
+            varied: Any,
             branches: Array,
             key: Array,
             x: Array,
@@ -238,20 +257,21 @@ class Step:
             teacher: Array,
             learns: Array,
         ) -> tuple[Array, tuple[Array, Array]]:
-            logits = self._apply(params, branches, x, key)
-            hard = losses.cross_entropy(logits, targets, smoothing=smoothing)
-            chosen = jnp.where(learns, hard, divergence(logits, teacher))
+            settings = self._with(varied)
+            logits = self._apply(params, branches, x, key, varied)
+            hard = losses.cross_entropy(logits, targets, smoothing=settings.label_smoothing)
+            chosen = jnp.where(learns, hard, losses.divergence(settings.distillation)(logits, teacher))
             return (chosen if scale is None else precision.scaled(chosen, scale)), (logits, hard)
 
         def gradient(
-            total: Any, fresh: Array, params: Any, scale: Any, branches: Array, numbers: Array,
+            total: Any, fresh: Array, params: Any, scale: Any, varied: Any, branches: Array, numbers: Array,
             x: Array, targets: Array, teacher: Array, learns: Array,
         ) -> tuple[Any, Array, Array, Array]:  # fmt: skip
             key = jax.random.key(self.seed)
             for number in numbers:
                 key = jax.random.fold_in(key, number)
             (_, (logits, hard)), mine = jax.value_and_grad(loss, has_aux=True)(
-                params, scale, branches, key, x, targets, teacher, learns
+                params, scale, varied, branches, key, x, targets, teacher, learns
             )
             top1 = (logits.argmax(-1) == targets.argmax(-1)).mean()
             total = jax.tree.map(lambda t, g: jnp.where(fresh, 0, t) + g, total, mine)
@@ -268,7 +288,9 @@ class Step:
             gradients = total if parts == 1 else jax.tree.map(lambda g: g / parts, total)
             if "loss_scale" in state:
                 gradients = precision.unscale(gradients, state["loss_scale"])
-            updates, of_optimiser = self.transform.update(gradients, state["optimiser"], state["params"])
+            varied = state.get("hyperparameters")
+            transform = self.transform if varied is None else optimiser.build(self._with(varied).optimiser, self.steps)
+            updates, of_optimiser = transform.update(gradients, state["optimiser"], state["params"])
             new = {"params": optax.apply_updates(state["params"], updates), "optimiser": of_optimiser}
             if "average" in state:
                 new["average"] = ema.update(state["average"], new["params"], decay, number)
@@ -281,6 +303,8 @@ class Step:
                 new["loss_scale"] = precision.adjust(state["loss_scale"], finite)
                 gradients = precision.keep_if(~skipped, gradients, jax.tree.map(jnp.zeros_like, gradients))
                 metrics["skipped"] = skipped.astype(jnp.float32)
+            if varied is not None:
+                new["hyperparameters"] = varied
             return new, metrics | {"gradient_norm": optimiser.global_norm(gradients)}
 
         return jax.jit(update, donate_argnums=0, out_shardings=self._everywhere)

@@ -35,6 +35,8 @@ def train_supernet(
         ConfigError: settings that do not fit together.
         CheckpointError: a checkpoint that is damaged or of another space, or a training that diverged.
     """
+    if settings.population is not None:
+        raise ConfigError("train.population is set, and this trains one supernet: call `nas.train.train_population`.")
     step = make_step(supernet, data, settings, seed=seed)
     steps = steps_of(data.train, settings.epochs, settings.batch_size)
     state = fit(
@@ -75,7 +77,7 @@ def _step(supernet: Supernet, data: Dataset, settings: config.Train, *, seed: in
     steps = steps_of(data.train, settings.epochs, settings.batch_size)
     transform = optimiser.build(settings.optimiser, steps)
     at_one_size = supernet.space.at(supernet.space.resolutions[-1])
-    return Step(supernet, data, settings, transform, sampler(settings, at_one_size, steps=steps), seed)
+    return Step(supernet, data, settings, transform, sampler(settings, at_one_size, steps=steps), seed, steps)
 
 
 def identity(supernet: Supernet, settings: config.Train) -> Identity:

@@ -6,6 +6,7 @@ positions in a range, whose middle is the identity for `color`, `contrast`, `bri
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ from nas.errors import DataError
 from nas.train.augment.operations import OPERATIONS, UNCOVERED
 
 Policy = Callable[[Array, Array, config.Augment, Array], Array]
-Scale = dict[str, Callable[[float], tuple[float, float]]]  # strength 0..10 -> (centre, reach) of the argument
+Scale = dict[str, Callable[[Any], tuple[Any, Any]]]  # strength 0..10, perhaps traced -> (centre, reach) of the argument
 
 _INDEX = {name: index for index, name in enumerate(OPERATIONS)}
 
@@ -157,9 +158,10 @@ def apply(images: Array, operations: Array, arguments: Array, fill: Array) -> Ar
     return (out / 255).astype(images.dtype)
 
 
-def _tabled(steps: Sequence[tuple[str, float]], scale: Scale) -> tuple[Array, Array, Array]:
+def _tabled(steps: Sequence[tuple[str, float | Array]], scale: Scale) -> tuple[Array, Array, Array]:
     """Of each (name, strength): the position in `OPERATIONS`, the centre and the reach of the argument."""
-    ranges = np.array([scale[name](strength) for name, strength in steps], np.float32)
+    xp = jnp if any(isinstance(strength, Array) for _, strength in steps) else np
+    ranges = xp.array([scale[name](strength) for name, strength in steps], np.float32)
     return jnp.asarray([_INDEX[name] for name, _ in steps]), jnp.asarray(ranges[:, 0]), jnp.asarray(ranges[:, 1])
 
 
