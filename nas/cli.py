@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from nas.errors import NasError
+from nas.errors import ExecutorError, NasError
 from nas.runfolder import STAGES
 
 if TYPE_CHECKING:
@@ -440,6 +440,8 @@ def main(arguments: list[str] | None = None) -> None:
             if debug:
                 traceback.print_exc()
             click.echo(f"error: {e}", err=True)
+            if isinstance(e, ExecutorError):
+                click.echo(f"go on with:\n  {again}", err=True)
         except OSError as e:
             code = 2
             if debug:
