@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from nas.errors import NasError
+from nas.errors import ExecutorError, NasError
 from nas.runfolder import STAGES
 
 if TYPE_CHECKING:
@@ -401,14 +401,22 @@ def list_(what: str) -> None:
 
 
 @cli.command()
-def doctor() -> None:
+@click.option("--salvage", "journal", type=click.Path(path_type=Path), help="A search journal, or its run folder.")
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="The new file; journal.salvaged.jsonl beside it if not given."
+)
+def doctor(journal: Path | None, out: Path | None) -> None:
     """Versions, cores, accelerators and runtimes of this machine, and what is missing for what.
 
-    Example: nas doctor
-    """
-    from nas.doctor import diagnosis
+    With --salvage: writes the intact records of a damaged search journal to a new file; the old one stays as it is.
 
-    for line in diagnosis():
+    Example: nas doctor --salvage runs/quickstart
+    """
+    from nas.doctor import diagnosis, salvage
+
+    if journal is None:
+        _heed("where no journal is salvaged", "journal")
+    for line in diagnosis() if journal is None else salvage(journal, out):
         click.echo(line)
 
 
@@ -432,6 +440,8 @@ def main(arguments: list[str] | None = None) -> None:
             if debug:
                 traceback.print_exc()
             click.echo(f"error: {e}", err=True)
+            if isinstance(e, ExecutorError):
+                click.echo(f"go on with:\n  {again}", err=True)
         except OSError as e:
             code = 2
             if debug:

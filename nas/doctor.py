@@ -1,4 +1,4 @@
-"""`nas doctor` and `nas list`: what this machine has, and what there is to name.
+"""`nas doctor` and `nas list`: what this machine has, what there is to name, and what is left of a damaged journal.
 
 The doctor is called when something is missing, so nothing but the standard library is taken for granted here.
 """
@@ -59,6 +59,24 @@ def diagnosis() -> Iterator[str]:
         else:
             yield f"  missing  {package} ({why}): needed for {purpose}. {install_line(package, extra)}"
     yield from _runtimes()
+
+
+def salvage(path: Path, out: Path | None = None) -> Iterator[str]:
+    """Lines about a damaged journal, whose intact records are in a new file afterwards; `path` may be a run folder.
+
+    Raises:
+        JournalError: nothing of it can be salvaged, or the new file cannot be written.
+    """
+    from nas.search import journal
+
+    source = path / "search" / "journal.jsonl" if path.is_dir() else path
+    found = journal.salvage(source, out)
+    yield f"{found.records} records, bytes 0 to {found.size_bytes}, are intact and in {found.path}."
+    if not found.lost_bytes:
+        yield f"{source} has nothing beyond them: it is whole, and the new file a copy."
+        return
+    yield f"Left out: {found.lost_lines} lines of {found.lost_bytes} bytes from there on. {source} is as it was."
+    yield f"To go on from them, and then with the command that began the search:\n  {found.commands}"
 
 
 def install_line(package: str, extra: str = "") -> str:

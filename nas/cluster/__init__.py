@@ -115,6 +115,25 @@ def python_path() -> str:
     return os.pathsep.join(p or os.getcwd() for p in sys.path if not p.startswith((sys.prefix, sys.base_prefix)))
 
 
+def node_id() -> str:
+    """Of the node that this process, connected to a cluster, runs on."""
+    import ray
+
+    return ray.get_runtime_context().get_node_id()
+
+
+def reachable(ray: Any, *, within_seconds: float) -> bool:
+    """Whether the head of the cluster answers in time, and counts the node of this process among the living.
+
+    Other calls wait for a head that is gone until, after a minute, Ray aborts the process.
+    """
+    client = ray._private.worker.global_worker.gcs_client
+    try:
+        return client.check_alive([ray.NodeID.from_hex(node_id())], timeout=within_seconds)[0]
+    except ray.exceptions.RayError:
+        return False
+
+
 def _connected() -> bool:
     """Whether the caller is connected to a cluster already."""
     ray = sys.modules.get("ray")

@@ -2,14 +2,16 @@
 
 A journal is a text file, one JSON object a line: `{"crc": 2868, "record": {...}}`, the CRC-32 of the record's canonical
 form (sorted keys, no spaces). The first record is the header, which says what search this is. One process writes at a
-time. Only the last line can be torn by a crash; it is dropped when the journal is opened. Damage elsewhere is refused.
+time. A killed writer can leave a last line without its end; that is dropped when the journal is opened. All else that
+is not as it was written is damage, and refused: the file stays, and `salvage` makes a new one of what precedes.
 Reading needs no lock, and works on every system; writing needs one that only Linux and macOS have.
 """
 
 import json
 import os
-import shutil
+import shlex
 import zlib
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,8 @@ class Journal:
         """Opens `path`, or starts it with `header`.
 
         Raises:
-            JournalError: the journal is in use, damaged, of another search, or cannot be written.
+            JournalError: the journal is in use, damaged, of another search or schema, or cannot be written. The file is
+                then as it was.
         """
         self.path = Path(path)
         self.records: list[Record] = []
@@ -73,7 +76,8 @@ class Journal:
         else:
             (found, *self.records), size = _parse(self.path, data)
             _compare(self.path, found, header)
-            os.ftruncate(self._file, size)  # drops a torn last line
+            if size < len(data):
+                os.ftruncate(self._file, size)  # drops a torn last line
 
     def append(self, record: Record) -> None:
         """Adds `record` to those that the next `commit` makes durable."""
@@ -123,33 +127,59 @@ def read(path: Path | str) -> tuple[Record, list[Record]]:
     """The header and the committed records of a journal, which may be in use; a torn last line is left out.
 
     Raises:
-        JournalError: it cannot be read, has no header, or is damaged before its last line.
+        JournalError: it cannot be read, has no header, is damaged, or is of another schema.
     """
-    try:
-        data = Path(path).read_bytes()
-    except OSError as e:
-        raise JournalError(f"{path}: cannot read this journal: {e.strerror}. Check the path.") from e
-    (header, *records), _ = _parse(Path(path), data)
+    path = Path(path)
+    (header, *records), _ = _parse(path, _bytes(path))
     return header, records
 
 
-def recover(path: Path | str) -> int:
-    """Cuts a damaged journal back to its intact prefix, keeps the whole as `<path>.damaged`; returns the records left.
+@dataclass(frozen=True)
+class Salvaged:
+    """What `salvage` made: the intact prefix of `source`, in a file of its own."""
+
+    source: Path
+    path: Path  # of the new file
+    records: int  # in it, without the header
+    size_bytes: int  # of it, which is also where the damage begins
+    lost_bytes: int  # from there on, left out
+    lost_lines: int
+
+    @property
+    def commands(self) -> str:
+        """A shell line that puts the new file where the old one is, and keeps that."""
+        aside = self.source.with_name(f"{self.source.stem}.damaged{self.source.suffix}")
+        steps = (("mv", "-n", self.source, aside), ("mv", "-n", self.path, self.source))
+        return " && ".join(shlex.join(map(str, step)) for step in steps)
+
+
+def salvage(path: Path | str, out: Path | str | None = None) -> Salvaged:
+    """Writes the intact prefix of a damaged journal, of any schema, to a new file; `path` is only read.
+
+    Args:
+        out: the new file; `journal.salvaged.jsonl` beside a `journal.jsonl` if not given.
 
     Raises:
-        JournalError: not even the header is intact, or the file cannot be written.
+        JournalError: not even the header is intact, the file cannot be read, or `out` exists or cannot be written.
     """
     path = Path(path)
+    out = path.with_name(f"{path.stem}.salvaged{path.suffix}") if out is None else Path(out)
+    data = _bytes(path)
+    records, size, _ = _intact(data)
+    if not records:
+        raise JournalError(f"{path}: not even the first record is intact. Nothing can be salvaged; start anew.")
     try:
-        data = path.read_bytes()
-        records, size, _ = _intact(data)
-        if not records:
-            raise JournalError(f"{path}: not even the first record is intact. Nothing can be recovered; start anew.")
-        shutil.copy2(path, path.with_name(path.name + ".damaged"))
-        os.truncate(path, size)
+        with open(out, "xb") as file:
+            file.write(data[:size])
+            file.flush()
+            os.fsync(file.fileno())
+        _sync_folder(out.parent)
+    except FileExistsError as e:
+        raise JournalError(f"{out}: exists already, and is not overwritten. Move it away, or name another file.") from e
     except OSError as e:
-        raise _unwritable(path, e) from e
-    return len(records) - 1
+        raise JournalError(f"{out}: cannot write: {e.strerror}. Name another file with --out.") from e
+    left = data[size:]
+    return Salvaged(path, out, len(records) - 1, size, len(left), len(left.splitlines()))
 
 
 def _line(record: Record) -> bytes:
@@ -157,8 +187,15 @@ def _line(record: Record) -> bytes:
     return f'{{"crc":{zlib.crc32(body.encode())},"record":{body}}}\n'.encode()
 
 
+def _bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as e:
+        raise JournalError(f"{path}: cannot read this journal: {e.strerror}. Check the path.") from e
+
+
 def _intact(data: bytes) -> tuple[list[Record], int, bool]:
-    """The records before the first bad line, their size in bytes, and whether that line (if any) is the last one."""
+    """The records before the first bad line, their size in bytes, and whether a killed writer can leave the rest."""
     records: list[Record] = []
     position = 0
     while position < len(data):
@@ -170,21 +207,27 @@ def _intact(data: bytes) -> tuple[list[Record], int, bool]:
         except (ValueError, KeyError, TypeError, RecursionError):
             good = False
         if not good:
-            return records, position, end == len(data)
+            return records, position, not line.endswith(b"\n")
         records.append(record)
         position = end
     return records, position, True
 
 
 def _parse(path: Path, data: bytes) -> tuple[list[Record], int]:
-    records, size, at_tail = _intact(data)
+    records, size, torn = _intact(data)
     if not records:
         raise JournalError(f"{path}: byte 0: this is not a journal, or its header is damaged. Choose another file.")
-    if not at_tail:
+    if not torn:
         raise JournalError(
             f"{path}: damaged at byte {size}, after {len(records) - 1} intact records, and not by a crash, which can "
-            f"only tear the last line. The intact prefix can be recovered: `nas.search.journal.recover({str(path)!r})` "
-            f"cuts the journal there and keeps a copy; the search then goes on from it."
+            f"only leave a last line without its end. Nothing was changed. `nas doctor --salvage "
+            f"{shlex.quote(str(path))}` writes the intact records to a new file and says how to go on from them."
+        )
+    if (schema := records[0].get("schema")) != SCHEMA:
+        age = "an older" if isinstance(schema, int) and schema < SCHEMA else "another"
+        raise JournalError(
+            f"{path}: a journal of schema {schema}, by {age} version of nas; this one knows schema {SCHEMA}. "
+            f"Go on with the version that began it, or start anew in another run folder."
         )
     return records, size
 
@@ -192,11 +235,22 @@ def _parse(path: Path, data: bytes) -> tuple[list[Record], int]:
 def _compare(path: Path, found: Record, wanted: Record) -> None:
     wanted = json.loads(json.dumps(wanted))
     different = [key for key in sorted({*found, *wanted}) if found.get(key) != wanted.get(key)]
-    if different:
-        what = "; ".join(
-            f"{key}: the journal has {found.get(key)!r}, this search {wanted.get(key)!r}" for key in different
+    if not different:
+        return
+    what = "; ".join(f"{key}: the journal has {found.get(key)!r}, this search {wanted.get(key)!r}" for key in different)
+    advice = "Use the same settings, or another run folder."
+    if found.keys() != wanted.keys():
+        advice = (
+            "Its header has other keys than this version of nas writes, so it is likely of another version: go on with "
+            "that, or use another run folder."
         )
-        raise JournalError(f"{path}: written by another search ({what}). Use the same settings, or another run folder.")
+    elif different == ["problem"]:
+        advice = (
+            "That is a digest of space, data, latency table, limits and training. If none of them has changed, an "
+            "older version of nas began this journal and made the digest of other things: go on with that version, or "
+            "use another run folder."
+        )
+    raise JournalError(f"{path}: written by another search ({what}). {advice}")
 
 
 def _sync_folder(folder: Path) -> None:

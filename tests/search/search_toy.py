@@ -93,3 +93,15 @@ def facts_evaluator(path):
         repr((sorted(os.sched_getaffinity(0)), os.environ["OMP_NUM_THREADS"], os.environ["XLA_FLAGS"]))
     )
     return evaluator()
+
+
+def sleeper(seconds, spread=1.0):
+    """Sleeps for `seconds` on average, of which the longest are `spread` times the shortest, by the first gene."""
+    shortest = 2 * seconds / (1 + spread)
+
+    def evaluate(genotypes):
+        (genotype,) = genotypes
+        time.sleep(shortest * (1 + (spread - 1) * int(genotype[0]) / 3))
+        return [0]
+
+    return evaluate

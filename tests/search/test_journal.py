@@ -1,12 +1,17 @@
 import json
 import os
+import resource
+import shlex
+import shutil
 import subprocess
 import sys
+import zlib
 
 import pytest
 
+from nas.cli import main
 from nas.errors import JournalError
-from nas.search.journal import Journal, read, recover
+from nas.search.journal import Journal, read, salvage
 
 HEADER = {"problem": "abc", "seed": 3, "config": {"lag": 2}}
 RECORDS = [{"trial": k, "genotype": [k, 1], "costs": {"error": 0.1 * k, "latency_ms": None}} for k in range(5)]
@@ -19,6 +24,12 @@ def path(tmp_path):
         for record in RECORDS:
             journal.append(record)
     return path
+
+
+@pytest.fixture
+def quick_disk(monkeypatch):
+    """For thousands of files whose end in a power cut is not the question."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 
 def test_what_is_committed_is_read_back(path):
@@ -36,7 +47,7 @@ def test_what_is_not_committed_is_not_there(path):
         assert len(read(path)[1]) == 6
 
 
-def test_truncated_at_every_byte_the_exact_prefix_survives_and_goes_on(path):
+def test_truncated_at_every_byte_the_exact_prefix_survives_and_goes_on(path, quick_disk):
     whole = path.read_bytes()
     ends = [i + 1 for i, byte in enumerate(whole) if byte == ord("\n")]
     for size in range(len(whole) + 1):
@@ -48,19 +59,30 @@ def test_truncated_at_every_byte_the_exact_prefix_survives_and_goes_on(path):
         assert read(path)[1] == [*RECORDS[:left], {"trial": "next"}]
 
 
-def test_a_flipped_bit_never_passes(path):
-    """Either the exact prefix (when it hit the last line), or refused."""
-    whole = path.read_bytes()
-    for position in range(len(whole)):
-        for bit in (0, 3, 6):
-            path.write_bytes(whole[:position] + bytes([whole[position] ^ (1 << bit)]) + whole[position + 1 :])
-            try:
-                _, records = read(path)
-            except JournalError:
-                continue
-            assert len(records) < len(RECORDS)
-            assert records == RECORDS[: len(records)]
-            assert position >= whole.index(b'"trial":3')
+def test_a_flipped_bit_is_refused_with_the_byte_and_what_precedes_is_salvaged(path, quick_disk):
+    """All but the very last byte: without it the last line looks torn, and the exact prefix is left."""
+    whole = b"".join(path.read_bytes().splitlines(keepends=True)[:4])
+    ends = [i + 1 for i, byte in enumerate(whole) if byte == ord("\n")]
+    new = path.with_name("journal.salvaged.jsonl")
+    for position in range(len(whole) - 1):
+        left = sum(end <= position for end in ends)  # lines before the damage
+        for bit in range(8):
+            damaged = whole[:position] + bytes([whole[position] ^ (1 << bit)]) + whole[position + 1 :]
+            path.write_bytes(damaged)
+            with pytest.raises(JournalError, match=f"byte {ends[left - 1] if left else 0}[:,]"):
+                read(path)
+        with pytest.raises(JournalError, match=f"byte {ends[left - 1] if left else 0}[:,]"):
+            Journal(path, HEADER)
+        if left:
+            salvage(path)
+            assert new.read_bytes() == whole[: ends[left - 1]]
+            new.unlink()
+        else:
+            with pytest.raises(JournalError, match="Nothing can be salvaged"):
+                salvage(path)
+        assert path.read_bytes() == damaged
+    path.write_bytes(whole[:-1] + b"\x0b")
+    assert read(path)[1] == RECORDS[:2]
 
 
 def test_zeros_after_a_power_cut_are_a_torn_line(path):
@@ -69,16 +91,39 @@ def test_zeros_after_a_power_cut_are_a_torn_line(path):
     assert read(path)[1] == RECORDS
 
 
-def test_damage_in_the_middle_names_the_byte_and_can_be_recovered(path):
+def test_damage_names_the_command_that_salvages_and_its_lines_lead_back_to_the_search(path, nas):
     whole = path.read_bytes()
     position = whole.index(b'"trial":2')
-    path.write_bytes(whole[:position] + b"X" + whole[position + 1 :])
+    damaged = whole[:position] + b"X" + whole[position + 1 :]
+    path.write_bytes(damaged)
     start = whole.rindex(b"\n", 0, position) + 1
-    with pytest.raises(JournalError, match=rf"byte {start}, after 2 intact records.*recover"):
+    with pytest.raises(JournalError, match=rf"byte {start}, after 2 intact records") as e:
         Journal(path, HEADER)
-    assert recover(path) == 2
-    assert read(path)[1] == RECORDS[:2]
-    assert len(path.with_name("journal.jsonl.damaged").read_bytes()) == len(whole)
+    (command,) = (part for part in str(e.value).split("`") if part.startswith("nas "))
+    assert shlex.split(command) == ["nas", "doctor", "--salvage", str(path)]
+    told = nas(*shlex.split(command)[1:])
+    assert f"2 records, bytes 0 to {start}, are intact" in told
+    assert f"Left out: 3 lines of {len(whole) - start} bytes" in told
+    assert path.read_bytes() == damaged
+    subprocess.run(told.splitlines()[-1], shell=True, check=True)
+    assert path.with_name("journal.damaged.jsonl").read_bytes() == damaged
+    with Journal(path, HEADER) as journal:
+        assert journal.records == RECORDS[:2]
+
+
+def test_salvage_takes_a_run_folder_and_overwrites_nothing(path, tmp_path, nas):
+    run = tmp_path / "run"
+    (run / "search").mkdir(parents=True)
+    shutil.copy(path, run / "search")
+    new = tmp_path / "new.jsonl"
+    told = nas("doctor", "--salvage", run, "--out", new)
+    assert "5 records" in told
+    assert "it is whole" in told
+    assert new.read_bytes() == path.read_bytes()
+    assert "exists already" in nas("doctor", "--salvage", run, "--out", new, code=2)
+    assert "no meaning" in nas("doctor", "--out", new, code=2)
+    assert "cannot read this journal" in nas("doctor", "--salvage", tmp_path / "none", code=2)
+    assert "cannot write" in nas("doctor", "--salvage", path, "--out", tmp_path / "none" / "new", code=2)
 
 
 def test_a_second_writer_is_refused_also_from_another_process(path):
@@ -140,6 +185,75 @@ def test_a_system_without_file_locks_reads_journals_and_says_that_it_cannot_writ
     assert "Search on Linux or macOS" in told
 
 
+def test_a_journal_of_another_schema_says_which_and_stays(path):
+    header, _ = read(path)
+    for schema, age in ((0, "an older version"), (2, "another version"), (None, "another version")):
+        other = {**header, "schema": schema} if schema is not None else HEADER
+        body = json.dumps(other, sort_keys=True, separators=(",", ":"))
+        lines = path.read_bytes().splitlines(keepends=True)
+        lines[0] = f'{{"crc":{zlib.crc32(body.encode())},"record":{body}}}\n'.encode()
+        path.write_bytes(b"".join(lines))
+        for opens in (read, lambda path: Journal(path, HEADER)):
+            with pytest.raises(JournalError, match=rf"schema {schema}, by {age}.*schema 1\. Go on with the version"):
+                opens(path)
+        assert path.read_bytes() == b"".join(lines)
+
+
+def test_a_journal_that_may_be_of_an_older_version_is_refused_with_that(path):
+    whole = path.read_bytes()
+    with pytest.raises(JournalError, match="older version of nas began this journal"):
+        Journal(path, {**HEADER, "problem": "abcd"})
+    with pytest.raises(JournalError, match=r"skipped: the journal has None, this search .*likely of another version"):
+        Journal(path, {**HEADER, "skipped": []})
+    with pytest.raises(JournalError) as e:
+        Journal(path, {**HEADER, "problem": "abcd", "seed": 4})
+    assert "version" not in str(e.value)
+    assert path.read_bytes() == whole
+
+
+def test_a_file_that_may_not_grow_loses_nothing_wherever_the_room_ends(path):
+    """As a full disk, to the byte: a write that is cut off leaves half a line, which the next to open drops."""
+    whole = path.read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    more = [{"trial": 5 + k} for k in range(9)]
+    for room in (0, 1, 27, 60, 100):
+        path.write_bytes(whole)
+        journal = Journal(path, HEADER)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) + room, hard))
+        try:
+            with pytest.raises(JournalError, match=r"cannot write the journal: File too large\. What was committed is"):
+                write(journal, more)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert path.stat().st_size == len(whole) + room
+        fit = room // len(b'{"crc":1234567890,"record":{"trial":5}}\n')
+        with Journal(path, HEADER) as journal:
+            assert journal.records == RECORDS + more[:fit]
+        assert path.read_bytes().startswith(whole)
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_read_only_folder_is_a_clear_error(path, begun, monkeypatch):
+    whole = path.read_bytes()
+    path.chmod(0o444)
+    if not begun:
+        path.unlink()
+    path.parent.chmod(0o555)
+    monkeypatch.chdir(path.parent)
+    root = os.geteuid() == 0
+    try:
+        if root:  # who may write anywhere
+            os.seteuid(65534)
+        with pytest.raises(JournalError, match=r"cannot write the journal: Permission denied\. What was committed is"):
+            Journal(path.name, HEADER)
+    finally:
+        if root:
+            os.seteuid(0)
+        path.parent.chmod(0o755)
+    assert path.exists() is begun
+    assert not begun or path.read_bytes() == whole
+
+
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux only")
 def test_a_full_disk_is_a_clear_error(path, monkeypatch):
     journal = Journal(path, HEADER)
@@ -152,5 +266,24 @@ def test_a_full_disk_is_a_clear_error(path, monkeypatch):
     assert read(path)[1] == RECORDS
 
 
+def write(journal, records):
+    for record in records:
+        journal.append(record)
+        journal.commit()
+
+
 def with_nas():
     return {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+
+
+@pytest.fixture
+def nas(capsys):
+    """Runs a command line; gives what it says."""
+
+    def run(*arguments, code=0):
+        with pytest.raises(SystemExit) as e:
+            main([str(a) for a in arguments])
+        assert e.value.code == code
+        return "".join(capsys.readouterr())
+
+    return run
