@@ -25,16 +25,16 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Task:
-    """A problem, the true error [n] of genotypes, and where its hypervolume (error x cost) ends."""
+    """A problem, the true error [n] of genotypes, and where its hypervolume (error x costs) ends."""
 
     problem: Problem
     error: Callable[[Genotypes], Floats]
-    reference: tuple[float, float]
-    features: Callable[[Genotypes], Floats]  # MACs and parameters [n, 2]
+    reference: tuple[float, ...]
+    features: Callable[[Genotypes], Floats]  # MACs, parameters ... [n, k]
 
     def costs(self, genotypes: Genotypes) -> Floats:
-        """[n, 2]."""
-        return np.c_[self.error(genotypes), self.problem.cheap(genotypes)[:, 0]]
+        """[n, 1 + cheap]."""
+        return np.c_[self.error(genotypes), self.problem.cheap(genotypes)]
 
     def volume(self, costs: Floats) -> float:
         return hypervolume(costs, self.reference)
@@ -43,11 +43,11 @@ class Task:
 def problem_of(
     sizes: tuple[int, ...], cheap: Callable[[Genotypes], Floats], smallest: Genotype, **kinds: Any
 ) -> Problem:
-    """A problem without limits, of one cheap cost [n]."""
+    """A problem without limits, of cheap costs [n] or [n, c]."""
     return Problem(
         sizes=sizes,
         canonical=kinds.get("canonical", lambda genotypes: genotypes),
-        cheap=lambda genotypes: cheap(genotypes)[:, None],
+        cheap=lambda genotypes: cheap(genotypes).reshape(len(genotypes), -1),
         feasible=lambda genotypes: np.ones(len(genotypes), bool),
         smallest=smallest,
         digest="benchmark",
@@ -58,8 +58,11 @@ def problem_of(
 # NAS-Bench-201
 
 
+PAIR = ("edgegpu", "2080ti_256")  # of the five devices those that order cells least alike: Spearman .51
+
+
 def nb201(folder: Path) -> dict[str, tuple[Task, float]]:
-    """By device: the task, and the hypervolume of all cells.
+    """By device, and for the two of `PAIR` together: the task, and the hypervolume of all cells.
 
     The volume ends at 80 % accuracy and the slowest cell. Cells count as different although isomorphic ones are not.
     """
@@ -67,18 +70,20 @@ def nb201(folder: Path) -> dict[str, tuple[Task, float]]:
     sizes = (len(file["op_names"]),) * 6
     order = np.argsort(np.ravel_multi_index(file["ops"].T.astype(int), sizes))
     error = 1 - file["test_acc"].astype(np.float64)[order] / 100
-    latency = file["latency_ms"].astype(np.float64)[order]
+    latency = dict(zip(file["devices"].tolist(), file["latency_ms"].astype(np.float64)[order].T, strict=True))
     known = np.c_[file["macs"], file["params"], cell_features(file["ops"], file["edges"])].astype(np.float64)[order]
 
     def number(genotypes: Genotypes) -> NDArray[np.intp]:
         return np.ravel_multi_index(genotypes.T.astype(int), sizes)
 
     out = {}
-    for device, column in zip(file["devices"].tolist(), latency.T, strict=True):
-        smallest = np.array(np.unravel_index(int(column.argmin()), sizes), np.uint8)
-        problem = problem_of(sizes, lambda g, column=column: column[number(g)], smallest)
-        task = Task(problem, lambda g: error[number(g)], (0.2, float(column.max())), lambda g: known[number(g)])
-        out[device] = task, task.volume(np.c_[error, column])
+    for devices in [*((device,) for device in latency), PAIR]:
+        columns = np.stack([latency[device] for device in devices], axis=1)
+        smallest = np.array(np.unravel_index(int(columns[:, 0].argmin()), sizes), np.uint8)
+        problem = problem_of(sizes, lambda g, columns=columns: columns[number(g)], smallest)
+        reference = (0.2, *columns.max(axis=0).tolist())
+        task = Task(problem, lambda g: error[number(g)], reference, lambda g: known[number(g)])
+        out["+".join(devices)] = task, task.volume(np.c_[error, columns])
     return out
 
 
@@ -89,17 +94,16 @@ def cell_features(ops: Genotypes, edges: NDArray[np.integer]) -> Floats:
     Choices alone tell a predictor nothing of edges: an operation whose output is not used has no effect. (White et al.
     2021, arXiv:1910.11858, encode cells by their paths.)
     """
-    edge = {(int(a), int(b)): ops[:, i] for i, (a, b) in enumerate(edges)}
-    paths = [[edge[step] for step in itertools.pairwise(nodes)] for nodes in ((0, 3), (0, 1, 3), (0, 2, 3), (0, 1, 2, 3))]
-    open_ = np.stack([np.all([op != 0 for op in path], axis=0) for path in paths], axis=1)  # [n, paths]; 0 is "none"
-    depth = np.stack([np.sum([(op == 2) | (op == 3) for op in path], axis=0) for path in paths], axis=1)
-    used = np.zeros(ops.shape, bool)
-    for path, is_open in zip(((3,), (0, 4), (1, 5), (0, 2, 5)), open_.T, strict=True):
-        used[:, list(path)] |= is_open[:, None]
-    convolutions = (used & ((ops == 2) | (ops == 3))).sum(axis=1)
-    most = np.where(open_, depth, 0).max(axis=1)
-    fewest = np.where(open_.any(axis=1), np.where(open_, depth, 9).min(axis=1), 0)
-    return 1.0 + np.stack([open_.sum(axis=1), convolutions, most, fewest], axis=1)
+    number = {(a, b): i for i, (a, b) in enumerate(edges.tolist())}
+    nodes = ((0, 3), (0, 1, 3), (0, 2, 3), (0, 1, 2, 3))
+    paths = [[number[step] for step in itertools.pairwise(path)] for path in nodes]
+    convolution = (ops == 2) | (ops == 3)
+    leads = np.stack([(ops[:, path] != 0).all(axis=1) for path in paths], axis=1)  # [n, paths]; 0 is "none"
+    depth = np.stack([convolution[:, path].sum(axis=1) for path in paths], axis=1)
+    used = np.stack([leads[:, [i in path for path in paths]].any(axis=1) for i in range(len(number))], axis=1)
+    most = np.where(leads, depth, 0).max(axis=1)
+    fewest = np.where(leads, depth, len(number)).min(axis=1)
+    return 1.0 + np.stack([leads.sum(axis=1), (used & convolution).sum(axis=1), most, fewest], axis=1)
 
 
 # Once-for-All's accuracy predictor and the table of the Note10
@@ -171,7 +175,9 @@ class Note10:
                 file = folder / "lut_ofa_mbv3_note10.json"
                 table = import_table(file, form="ofa", space=at, device="note10", out=Path(out) / "note10").table
             tables.append([c[p.branch_of] for p, c in zip(at.positions, table.costs(at), strict=True)])
-        self.strides = np.zeros((len(space.sizes), len(space.positions)), np.float32)  # of genes in each position's table
+        self.strides = np.zeros(
+            (len(space.sizes), len(space.positions)), np.float32
+        )  # of genes in each position's table
         sizes = []
         for i, position in enumerate(space.positions):
             milliseconds = np.stack([t[i] for t in tables])
