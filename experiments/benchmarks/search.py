@@ -10,9 +10,12 @@ sums them up, and each figure says of how many seeds it is.
     ageing, on Once-for-All's accuracy predictor and the table of the Note10. Seconds are CPU seconds of one core.
 `nb201`: share of the true hypervolume of NAS-Bench-201 (error below 20 % x latency) on five devices by evaluations, and
     how many evaluations reach .98 of it (in `evaluations_to_98`: the median; null where most runs never do).
+`two_devices`: error x latency on two devices of opposite character in one search: what its evaluations reach on each
+    device alone (`joint`), beside a search for that device with half of them (`dedicated`, from the rows of `nb201`).
 `ofa_subnets`: hypervolume (error x million MACs) over a regression of measured Once-for-All subnets.
 `predictor_tau`: Kendall tau of the accuracy predictor on NAS-Bench-Macro against ridge regression on the choices.
-`engine`: candidates scored by table and accuracy predictor (a process of 100 networks) in a CPU second.
+`candidates_per_second`: priced by table and scored by accuracy predictor (the mean of a process of 100 networks) in a
+    CPU second of one core; `candidates_per_second_with_deviation`: with what the process does not know.
 """
 
 import argparse
@@ -52,6 +55,7 @@ HERE = Path(__file__).resolve()
 LIMITS_MS = (15, 20, 25, 30)
 OFA_RUNS = (("ours", 5_000), ("ours", 20_000), ("ours", 50_000), ("ofa", 50_000), ("ageing", 50_000))
 BUDGETS = (50, 100, 250, 500)
+HALVES = (125, 250)  # evaluations of each dedicated search beside one for two devices
 STRATEGIES: dict[str, Callable[[tasks.Task], Strategy]] = {
     "ours": lambda task: predictor_search(
         task.problem.sizes, population=12, problem=task.problem, features=task.features
@@ -62,7 +66,7 @@ STRATEGIES: dict[str, Callable[[tasks.Task], Strategy]] = {
 
 
 def costs_of(strategy: Strategy, task: tasks.Task, trials: int, seed: int) -> Floats:
-    """Costs [trials, 2] of a search as `nas.search.search` runs it, without lag."""
+    """Costs [trials, objectives] of a search as `nas.search.search` runs it, without lag."""
     state, seen, out = strategy.init(), set(), []
     for trial in range(trials):
         rng = trial_rng(seed, trial)
@@ -121,7 +125,17 @@ def run_nb201(folder: Path, seed: int, who: str, device: str, trials: int) -> di
     costs = _costs(task, who, trials, seed)
     share = [task.volume(costs[:n]) / whole for n in range(1, trials + 1)]
     reached = next((n for n, s in enumerate(share, start=1) if s >= 0.98), None)
-    return {"share": {n: share[n - 1] for n in BUDGETS if n <= trials}, "to_98": reached}
+    return {"share": {n: share[n - 1] for n in {*BUDGETS, *HALVES} if n <= trials}, "to_98": reached}
+
+
+def run_two_devices(folder: Path, seed: int, trials: int) -> dict[str, Any]:
+    """The share of each device's own hypervolume after twice as many evaluations as `HALVES`."""
+    costs = _costs(_nb201(folder)["+".join(tasks.PAIR)][0], "ours", trials, seed)
+    out: dict[str, Any] = {}
+    for column, device in enumerate(tasks.PAIR, start=1):
+        task, whole = _nb201(folder)[device]
+        out[device] = {n: task.volume(costs[: 2 * n, [0, column]]) / whole for n in HALVES if 2 * n <= trials}
+    return {"share": out}
 
 
 def run_ofa_subnets(folder: Path, seed: int, who: str, trials: int) -> dict[str, Any]:
@@ -144,24 +158,28 @@ def run_predictor_tau(folder: Path, seed: int, count: int) -> dict[str, float]:
     return {name: float(tau) for name, tau in out.items()}
 
 
-def run_engine(folder: Path, seed: int, count: int) -> dict[str, Any]:
+def run_scoring(folder: Path, seed: int, count: int) -> dict[str, Any]:
     """Of Once-for-All's space: `count` candidates by the Note10's table and a process of 100 networks."""
     space, predictor, note10 = _note10(folder)
     rng = np.random.default_rng(seed)
     known, candidates = space.sample(rng, 100), space.sample(rng, count)
     process = fit(space.sizes, known, np.log(note10(known))[:, None], np.log(100 - predictor(known)))
-    start = time.process_time()
-    for part in np.array_split(candidates, count // 2048 or 1):
-        process.mean_of(part, np.log(note10(part))[:, None])
-    return {"candidates_per_second": count / (time.process_time() - start)}
+    out = {}
+    for name, score in (("", process.mean_of), ("_with_deviation", process.predict)):
+        start = time.process_time()
+        for part in np.array_split(candidates, count // 4096 or 1):
+            score(part, np.log(note10(part))[:, None])
+        out[f"candidates_per_second{name}"] = count / (time.process_time() - start)
+    return out
 
 
 RUNS: dict[str, Callable[..., dict[str, Any]]] = {
     "ofa_note10": run_ofa_note10,
     "nb201": run_nb201,
+    "two_devices": run_two_devices,
     "ofa_subnets": run_ofa_subnets,
     "predictor_tau": run_predictor_tau,
-    "engine": run_engine,
+    "scoring": run_scoring,
 }
 
 
@@ -173,8 +191,11 @@ def planned(folder: Path, seeds: int, quick: bool) -> Iterator[tuple[str, dict[s
                 yield "ofa_note10", {"seed": seed, "who": who, "limit_ms": limit_ms, "evaluations": evaluations}
         for count in (25, 50, 100):
             yield "predictor_tau", {"seed": seed, "count": count}
-        yield "engine", {"seed": seed, "count": 200_000}
+        yield "scoring", {"seed": seed, "count": 200_000}
+        yield "two_devices", {"seed": seed, "trials": 250 if quick else 500}
         for device in _nb201(folder):
+            if "+" in device:
+                continue
             for who in ("ours", "nsga2", "ageing", "random"):
                 yield "nb201", {"seed": seed, "who": who, "device": device, "trials": 250 if quick else 500}
         for who, trials in (("ours", 100), ("nsga2", 400)):
@@ -189,13 +210,23 @@ def run(folder: Path, task: str, arguments: dict[str, Any]) -> dict[str, Any]:
 # what the rows say
 
 
-def spread(values: list[float]) -> dict[str, float | int]:
-    sd = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
-    return {"mean": float(np.mean(values)), "sd": sd, "seeds": len(values)}
+def spread(values: list[float]) -> dict[str, float | int | None]:
+    """`n` is the number of seeds; one alone has no deviation."""
+    sd = float(np.std(values, ddof=1)) if len(values) > 1 else None
+    return {"mean": float(np.mean(values)), "sd": sd, "n": len(values)}
+
+
+def longest(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of runs that differ in `trials` alone the longest: a shorter one is its beginning."""
+    out: dict[str, dict[str, Any]] = {}
+    for row in sorted(rows, key=lambda row: row.get("trials", 0)):
+        out[json.dumps({k: v for k, v in row.items() if k not in ("trials", "result")}, sort_keys=True)] = row
+    return list(out.values())
 
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """The figures of the issue, each {mean, sd} over the seeds of the rows."""
+    """The figures of the issue, each {mean, sd, n} over the seeds of the rows."""
+    rows = longest(rows)
 
     def of(task: str, **arguments: Any) -> list[dict[str, Any]]:
         return [r["result"] for r in rows if r["task"] == task and all(r[k] == v for k, v in arguments.items())]
@@ -233,8 +264,16 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     for n in values("predictor_tau", "count"):
         found = of("predictor_tau", count=n)
         out.setdefault("predictor_tau", {})[str(n)] = {name: spread([r[name] for r in found]) for name in found[0]}
-    if found := of("engine"):
-        out["candidates_per_second"] = spread([r["candidates_per_second"] for r in found])
+    for half in map(str, HALVES):
+        for device in tasks.PAIR:
+            joint = [s[half] for r in of("two_devices") if half in (s := r["share"][device])]
+            alone = [s[half] for r in of("nb201", device=device, who="ours") if half in (s := r["share"])]
+            if joint and alone:
+                budget = out.setdefault("two_devices", {}).setdefault(str(2 * int(half)), {})
+                budget[device] = {"joint": spread(joint), "dedicated": spread(alone)}
+    for name in ("candidates_per_second", "candidates_per_second_with_deviation"):
+        if found := of("scoring"):
+            out[name] = spread([r[name] for r in found])
     return out
 
 

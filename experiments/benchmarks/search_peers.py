@@ -1,6 +1,7 @@
 """Searches of others, on the problems of `search_tasks.py`: pymoo's NSGA-II, Once-for-All's evolution, plain ageing."""
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,22 +16,27 @@ Function = Callable[[Genotypes], Floats]
 def pymoo_nsga2(task: Task, trials: int, seed: int, *, population: int = 20) -> Floats:
     """Costs [trials, 2] of the distinct networks that pymoo's NSGA-II evaluates first (`pip install 'nas[benchmark]'`).
 
-    Operators for integers as in pymoo's documentation, and the population, 20 of 10, 20 and 40, were the best of those
-    tried on NAS-Bench-201; networks that it evaluates twice count once.
+    Genes are categories, so its moves are uniform crossover and genes drawn anew, one a child on average; simulated
+    binary crossover would take neighbouring numbers to be alike. Networks that it evaluates twice count once.
     """
     from pymoo.algorithms.moo.nsga2 import NSGA2
+    from pymoo.core.mutation import Mutation
     from pymoo.core.problem import Problem
-    from pymoo.operators.crossover.sbx import SBX
-    from pymoo.operators.mutation.pm import PM
-    from pymoo.operators.repair.rounding import RoundingRepair
+    from pymoo.operators.crossover.ux import UniformCrossover
     from pymoo.operators.sampling.rnd import IntegerRandomSampling
 
     sizes = np.array(task.problem.sizes)
+
+    class GenesAnew(Mutation):
+        def _do(self, problem: Any, X: Any, *, random_state: np.random.Generator, **_: Any) -> Any:
+            anew = random_state.integers(0, sizes, X.shape)
+            return np.where(random_state.random(X.shape) < 1 / len(sizes), anew, X)
+
     algorithm = NSGA2(
         pop_size=population,
         sampling=IntegerRandomSampling(),
-        crossover=SBX(prob=0.9, eta=3, vtype=float, repair=RoundingRepair()),
-        mutation=PM(eta=3, vtype=float, repair=RoundingRepair()),
+        crossover=UniformCrossover(prob=0.9),
+        mutation=GenesAnew(),
         eliminate_duplicates=True,
     )
     problem = Problem(n_var=len(sizes), n_obj=2, xl=0, xu=sizes - 1, vtype=int)

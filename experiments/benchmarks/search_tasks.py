@@ -1,5 +1,6 @@
 """What `search.py` searches: published accuracies and latencies as problems, read from ../shared/data."""
 
+import itertools
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,16 +25,16 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Task:
-    """A problem, the true error [n] of genotypes, and where its hypervolume (error x cost) ends."""
+    """A problem, the true error [n] of genotypes, and where its hypervolume (error x costs) ends."""
 
     problem: Problem
     error: Callable[[Genotypes], Floats]
-    reference: tuple[float, float]
-    features: Callable[[Genotypes], Floats]  # MACs and parameters [n, 2]
+    reference: tuple[float, ...]
+    features: Callable[[Genotypes], Floats]  # MACs, parameters ... [n, k]
 
     def costs(self, genotypes: Genotypes) -> Floats:
-        """[n, 2]."""
-        return np.c_[self.error(genotypes), self.problem.cheap(genotypes)[:, 0]]
+        """[n, 1 + cheap]."""
+        return np.c_[self.error(genotypes), self.problem.cheap(genotypes)]
 
     def volume(self, costs: Floats) -> float:
         return hypervolume(costs, self.reference)
@@ -42,11 +43,11 @@ class Task:
 def problem_of(
     sizes: tuple[int, ...], cheap: Callable[[Genotypes], Floats], smallest: Genotype, **kinds: Any
 ) -> Problem:
-    """A problem without limits, of one cheap cost [n]."""
+    """A problem without limits, of cheap costs [n] or [n, c]."""
     return Problem(
         sizes=sizes,
         canonical=kinds.get("canonical", lambda genotypes: genotypes),
-        cheap=lambda genotypes: cheap(genotypes)[:, None],
+        cheap=lambda genotypes: cheap(genotypes).reshape(len(genotypes), -1),
         feasible=lambda genotypes: np.ones(len(genotypes), bool),
         smallest=smallest,
         digest="benchmark",
@@ -57,8 +58,11 @@ def problem_of(
 # NAS-Bench-201
 
 
+PAIR = ("edgegpu", "2080ti_256")  # of the five devices those that order cells least alike: Spearman .51
+
+
 def nb201(folder: Path) -> dict[str, tuple[Task, float]]:
-    """By device: the task, and the hypervolume of all cells.
+    """By device, and for the two of `PAIR` together: the task, and the hypervolume of all cells.
 
     The volume ends at 80 % accuracy and the slowest cell. Cells count as different although isomorphic ones are not.
     """
@@ -66,19 +70,40 @@ def nb201(folder: Path) -> dict[str, tuple[Task, float]]:
     sizes = (len(file["op_names"]),) * 6
     order = np.argsort(np.ravel_multi_index(file["ops"].T.astype(int), sizes))
     error = 1 - file["test_acc"].astype(np.float64)[order] / 100
-    latency = file["latency_ms"].astype(np.float64)[order]
-    sizes_of = np.stack([file["macs"], file["params"]], axis=1).astype(np.float64)[order]
+    latency = dict(zip(file["devices"].tolist(), file["latency_ms"].astype(np.float64)[order].T, strict=True))
+    known = np.c_[file["macs"], file["params"], cell_features(file["ops"], file["edges"])].astype(np.float64)[order]
 
     def number(genotypes: Genotypes) -> NDArray[np.intp]:
         return np.ravel_multi_index(genotypes.T.astype(int), sizes)
 
     out = {}
-    for device, column in zip(file["devices"].tolist(), latency.T, strict=True):
-        smallest = np.array(np.unravel_index(int(column.argmin()), sizes), np.uint8)
-        problem = problem_of(sizes, lambda g, column=column: column[number(g)], smallest)
-        task = Task(problem, lambda g: error[number(g)], (0.2, float(column.max())), lambda g: sizes_of[number(g)])
-        out[device] = task, task.volume(np.c_[error, column])
+    for devices in [*((device,) for device in latency), PAIR]:
+        columns = np.stack([latency[device] for device in devices], axis=1)
+        smallest = np.array(np.unravel_index(int(columns[:, 0].argmin()), sizes), np.uint8)
+        problem = problem_of(sizes, lambda g, columns=columns: columns[number(g)], smallest)
+        reference = (0.2, *columns.max(axis=0).tolist())
+        task = Task(problem, lambda g: error[number(g)], reference, lambda g: known[number(g)])
+        out["+".join(devices)] = task, task.volume(np.c_[error, columns])
     return out
+
+
+def cell_features(ops: Genotypes, edges: NDArray[np.integer]) -> Floats:
+    """What the graph of a cell says [n, 4], each plus 1: how many paths lead from its input to its output, how many
+    convolutions are on them, and the most and the fewest convolutions on one.
+
+    Choices alone tell a predictor nothing of edges: an operation whose output is not used has no effect. (White et al.
+    2021, arXiv:1910.11858, encode cells by their paths.)
+    """
+    number = {(a, b): i for i, (a, b) in enumerate(edges.tolist())}
+    nodes = ((0, 3), (0, 1, 3), (0, 2, 3), (0, 1, 2, 3))
+    paths = [[number[step] for step in itertools.pairwise(path)] for path in nodes]
+    convolution = (ops == 2) | (ops == 3)
+    leads = np.stack([(ops[:, path] != 0).all(axis=1) for path in paths], axis=1)  # [n, paths]; 0 is "none"
+    depth = np.stack([convolution[:, path].sum(axis=1) for path in paths], axis=1)
+    used = np.stack([leads[:, [i in path for path in paths]].any(axis=1) for i in range(len(number))], axis=1)
+    most = np.where(leads, depth, 0).max(axis=1)
+    fewest = np.where(leads, depth, len(number)).min(axis=1)
+    return 1.0 + np.stack([leads.sum(axis=1), (used & convolution).sum(axis=1), most, fewest], axis=1)
 
 
 # Once-for-All's accuracy predictor and the table of the Note10
@@ -98,15 +123,16 @@ class OfaPredictor:
         self.weight = weight[1:]
         gene = {choice.name: i for i, choice in enumerate(space.choices)}
         rows = [weight[0][120:][(np.array(space.resolutions) - 112) // 16] + self.bias[0]]
-        self.layers = []  # genes of kernel, expansion and depth, and the least depth with which the layer is there
+        genes = []  # of kernel, expansion and depth
         for slot in range(20):
             stage, layer = f"stage{slot // 4 + 2}", slot % 4
             kernel, expand = weight[0][3 * slot : 3 * slot + 3], weight[0][60 + 3 * slot : 63 + 3 * slot]
             rows.append((kernel[:, None] + expand).reshape(9, -1))
-            genes = [
-                gene[f"{stage}/{name}"] for name in (f"layer{layer + 1}/kernel", f"layer{layer + 1}/expand", "depth")
-            ]
-            self.layers.append((*genes, layer - 1))
+            names = f"layer{layer + 1}/kernel", f"layer{layer + 1}/expand", "depth"
+            genes.append([gene[f"{stage}/{name}"] for name in names])
+        self.kernels, self.expands, self.depths = np.array(genes).T
+        self.least = np.arange(20) % 4 - 1  # depth with which a layer is there
+        self.first_rows = 5 + 9 * np.arange(20)
         self.rows = np.concatenate(rows)  # [5 + 20 * 9, 400]
 
     def __call__(self, genotypes: Genotypes) -> NDArray[np.float32]:
@@ -115,12 +141,11 @@ class OfaPredictor:
 
     def first_layer(self, genotypes: Genotypes) -> NDArray[np.float32]:
         """[n, 400], before its ReLU."""
-        columns, count = genotypes.T.astype(np.intp), np.arange(genotypes.shape[0])
+        index = self.first_rows + 3 * genotypes[:, self.kernels].astype(np.intp) + genotypes[:, self.expands]
+        count = np.arange(len(genotypes))
         one_hot = np.zeros((len(count), len(self.rows)), np.float32)
-        one_hot[count, columns[0]] = 1
-        for slot, (kernel, expand, depth, least) in enumerate(self.layers):
-            index = 5 + 9 * slot + 3 * columns[kernel] + columns[expand]
-            one_hot[count, index] = 1 if least <= 0 else columns[depth] >= least
+        one_hot[count, genotypes[:, 0]] = 1
+        one_hot[count[:, None], index] = genotypes[:, self.depths] >= self.least
         return one_hot @ self.rows
 
     def _scores(self, hidden: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -131,7 +156,7 @@ class OfaPredictor:
         return hidden[:, 0] * 100
 
 
-def _parts(genotypes: Genotypes) -> list[Genotypes]:
+def _parts(genotypes: Any) -> list[Any]:
     """1,024 at a time stay in cache."""
     return [genotypes[i : i + 1024] for i in range(0, len(genotypes), 1024)]
 
@@ -150,20 +175,23 @@ class Note10:
                 file = folder / "lut_ofa_mbv3_note10.json"
                 table = import_table(file, form="ofa", space=at, device="note10", out=Path(out) / "note10").table
             tables.append([c[p.branch_of] for p, c in zip(at.positions, table.costs(at), strict=True)])
-        self.positions = [
-            (p.genes, np.stack([t[i] for t in tables])) for i, p in enumerate(space.positions)
-        ]  # (genes, milliseconds by them)
+        self.strides = np.zeros(
+            (len(space.sizes), len(space.positions)), np.float32
+        )  # of genes in each position's table
+        sizes = []
+        for i, position in enumerate(space.positions):
+            milliseconds = np.stack([t[i] for t in tables])
+            strides = np.cumprod((1, *milliseconds.shape[:0:-1]))[::-1]
+            np.add.at(self.strides[:, i], list(position.genes), strides)
+            sizes.append(milliseconds.ravel())
+        self.first = np.cumsum([0, *(len(of) for of in sizes[:-1])])
+        self.milliseconds = np.concatenate(sizes)
 
     def __call__(self, genotypes: Genotypes) -> Floats:
         """latency_ms [n] of canonical genotypes."""
-        columns = genotypes.T.astype(np.intp)
-        out = np.zeros(genotypes.shape[0])
-        for genes, milliseconds in self.positions:
-            index = columns[genes[0]]
-            for gene, size in zip(genes[1:], milliseconds.shape[1:], strict=True):
-                index = index * size + columns[gene]
-            out += milliseconds.ravel().take(index)
-        return out
+        # A product of matrices finds all entries at once; whole numbers of this size are exact in float32.
+        parts = [(part @ self.strides).astype(np.intp) + self.first for part in _parts(genotypes.astype(np.float32))]
+        return np.concatenate([np.zeros(0), *(self.milliseconds.take(index).sum(axis=1) for index in parts)])
 
 
 def ofa_note10(folder: Path) -> tuple[Space, OfaPredictor, Note10]:

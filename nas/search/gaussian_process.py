@@ -11,6 +11,7 @@ The covariance of two networks is the sum of three parts, whose weights the data
   little about which choice is good, but that larger networks are better, they say at once.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -20,13 +21,14 @@ from numpy.typing import NDArray
 from scipy.linalg import cho_factor, cho_solve, cholesky, solve_triangular
 from scipy.optimize import minimize
 
-from nas.search.strategy import Genotypes
+from nas.search.strategy import Genotype, Genotypes
 
 Floats = NDArray[np.float64]
 
 _ITERATIONS = 60  # of L-BFGS
 _JITTER = 1e-6
 _PRIOR_VARIANCE = 1.0  # of the logarithms of hyper-parameters around what is expected
+_PART = 1024  # networks whose covariances with some hundred others stay in cache
 
 
 @dataclass(frozen=True)
@@ -85,8 +87,15 @@ class GaussianProcess:
         return (np.asarray(features, np.float64) - self.feature_mean) / self.feature_scale
 
     def mean_of(self, genotypes: Genotypes, features: Floats) -> Floats:
-        """The expected value [m] of genotypes [m, genes] with features [m, features]; quicker than `predict`."""
-        return self._between(genotypes, self.standardised(features)) @ self.weights * self.scale + self.mean
+        """The expected value [m] of genotypes [m, genes] with features [m, features], for many at once.
+
+        It is that of `predict` up to the rounding of float32, some 1e-5 of the spread of the values, and ten times as
+        quick.
+        """
+        standard = self.standardised(features)
+        parts = [slice(i, i + _PART) for i in range(0, len(genotypes), _PART)]
+        means = [self._means.of(genotypes[part], standard[part]) for part in parts]
+        return np.concatenate([np.zeros(0), *means]) * self.scale + self.mean
 
     def predict(self, genotypes: Genotypes, features: Floats) -> tuple[Floats, Floats]:
         """The mean [m] and standard deviation [m] of the values of genotypes [m, genes], without noise."""
@@ -152,6 +161,54 @@ class GaussianProcess:
 
     def _between(self, genotypes: Genotypes, standard: Floats) -> Floats:
         return self.covariance(genotypes, standard, self.genotypes, self.features)
+
+    @functools.cached_property
+    def _means(self) -> "_Means":
+        return _Means(self)
+
+
+class _Means:
+    """What the mean of a process is summed from, in float32: two matrices of exponents and a sum over genes.
+
+    What a gene adds is taken relative to its first value, which saves a third of the products.
+    """
+
+    def __init__(self, process: GaussianProcess) -> None:
+        main, share, interactions, weight, of_features, inverse, _ = process.hyperparameters.split()
+        gene, value = np.repeat(np.arange(len(share)), process.sizes), _values(process.sizes)
+        same = process.genotypes[:, gene] == value  # [known, values]
+        first, others = np.flatnonzero(value == 0), np.flatnonzero(value)
+        alike, effect = same * weight[gene], main * share[gene] * (process.weights @ same)
+        self.genes, self.values = gene[others], value[others]
+        self.alike = (alike - alike[:, first[gene]])[:, others].astype(np.float32)  # [known, values of all genes but 1]
+        self.alike_first = (alike[:, first].sum(1) - weight.sum())[:, None].astype(np.float32)
+        self.effect = (effect - effect[first[gene]])[others].astype(np.float32)
+        self.effect_first = float(effect[first].sum())
+        self.weights = (interactions * process.weights).astype(np.float32)
+        self.root = np.sqrt(inverse)
+        known = process.features * self.root
+        self.known = known.astype(np.float32)
+        self.known_square = 0.5 * (known**2).sum(1)[:, None].astype(np.float32)
+        self.feature_weights = (of_features * process.weights).astype(np.float32)
+
+    def of(self, genotypes: Genotypes, standard: Floats) -> Floats:
+        """The means [m] in units of `scale`, of features [m, features] that are `standardised`."""
+        hot = (np.ascontiguousarray(genotypes.T)[self.genes] == self.values[:, None]).astype(np.float32)
+        overlap = self.alike @ hot
+        overlap += self.alike_first
+        out = self.weights @ np.exp(overlap, out=overlap) + self.effect @ hot
+        if len(self.root):
+            ours = (standard * self.root).T.astype(np.float32)
+            near = self.known @ ours
+            near -= self.known_square
+            near -= 0.5 * (ours**2).sum(0)
+            out += self.feature_weights @ np.exp(near, out=near)
+        return out + self.effect_first
+
+
+def _values(sizes: tuple[int, ...]) -> Genotype:
+    """0, 1, ... of the first gene, then of the second ..., [sum of sizes]."""
+    return np.concatenate([np.zeros(0, np.uint8), *(np.arange(size, dtype=np.uint8) for size in sizes)])
 
 
 def one_hot(genotypes: Genotypes, sizes: tuple[int, ...]) -> Floats:

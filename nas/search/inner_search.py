@@ -204,36 +204,42 @@ def best_exchanges(
     unit, zero = 2 * reach / _BUCKETS, _BUCKETS // 2
     weight = np.ceil(np.where(np.isfinite(rise), rise, 0.0) / unit - 1e-9).astype(np.int64)
     useful = useful[np.abs(weight[useful]) <= _BUCKETS]
-    by_gene = [
-        [(move, int(weight[move]), float(gain[move])) for move in of_gene.tolist()]
-        for of_gene in np.split(useful, np.flatnonzero(np.diff(gene[useful])) + 1)
-    ]
+    moves_of: dict[int, list[tuple[int, int, float]]] = {}
+    for move in useful.tolist():
+        moves_of.setdefault(int(gene[move]), []).append((move, int(weight[move]), float(gain[move])))
     best = np.full((changes + 1, _BUCKETS + 1), -np.inf)  # by changes and bucket of cost
     best[0, zero] = 0
-    before = []  # `best` as it was before each gene
-    for of_gene in by_gene:
-        before.append(best)
+    before = []  # `best` as it was before each gene, and the gene's moves
+    for of_gene in moves_of.values():
+        before.append((best, of_gene))
         best = best.copy()
-        for _, w, value in of_gene:
+        highest = -np.inf
+        for _, w, value in sorted(of_gene, key=lambda move: (move[1], -move[2])):
+            if value <= highest:
+                continue  # another one gains as much and costs no more
+            highest = value
             low, high = max(w, 0), _BUCKETS + 1 + min(w, 0)
             target = best[1:, low:high]
-            np.maximum(target, before[-1][:-1, low - w : high - w] + value, out=target)
+            np.maximum(target, before[-1][0][:-1, low - w : high - w] + value, out=target)
     last = min(zero + int(np.floor(slack / unit + 1e-9)), _BUCKETS)
     out = []
     for count in range(1, changes + 1) if last >= 0 else ():
         bucket = int(best[count, : last + 1].argmax())
         value, left, moves = best[count, bucket], count, []
-        for of_gene, table in zip(reversed(by_gene), reversed(before), strict=True):
-            if not np.isfinite(value) or table[left, bucket] == value:
-                continue  # out of reach, or the gene stays
+        if value == -np.inf:
+            continue  # out of reach
+        for table, of_gene in reversed(before):
+            if table[left, bucket] == value:
+                continue  # the gene stays
             for move, w, gained in of_gene:
                 source = bucket - w
                 if 0 <= source <= _BUCKETS and table[left - 1, source] + gained == value:
                     moves.append(move)
                     value, left, bucket = table[left - 1, source], left - 1, source
                     break
-        if moves:
-            out.append(moves[::-1])
+            if not left:
+                break
+        out.append(moves[::-1])
     return out
 
 

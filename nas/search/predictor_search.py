@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import ndtri
 
 from nas.search.gaussian_process import GaussianProcess, fit
 from nas.search.improvement import expected_improvement, front_of
@@ -33,6 +32,7 @@ _FRESH = 100  # mutants of the front that join the shortlist for a single trial
 _BELIEVED = 8  # proposals of a list that take those before them into account
 _DESIGN = 256  # uniform candidates of which one joins the space-filling design
 _DOUBT = 0.5  # mean of how much more unsure than the process a trial may be: where it is wrong, it does not know that
+_FAR = 2.5  # standard deviations: 6 in 1,000 are further on one side
 _BEYOND = 1.6  # times the worst error that counts: as bad as any error is taken to be
 _SEARCHES = 8  # inner ones, each under the costs of another network of the front
 _EVALUATIONS = 1500  # of each
@@ -234,8 +234,8 @@ def worst_of(errors: Floats) -> float:
     """The error beyond which networks are all alike bad, from those of a few uniform ones.
 
     Networks that err at random would rule a fit, and how bad they are teaches nothing about good ones. So errors end
-    where the worst of as many would be, were their logarithms normal with the median and the spread of the better half
-    (as in the output warping of Song et al. 2022, arXiv:2207.13676).
+    `_FAR` standard deviations above the median, were their logarithms normal with the spread of the better half (as in
+    the output warping of Song et al. 2022, arXiv:2207.13676).
     """
     known = errors[np.isfinite(errors)]
     logs = np.log(known[known > 0])
@@ -243,8 +243,7 @@ def worst_of(errors: Floats) -> float:
         return 1.0
     middle = np.median(logs)
     spread = np.sqrt(np.mean((logs[logs <= middle] - middle) ** 2))
-    normal_worst = middle + spread * ndtri(1 - 0.5 / len(logs))
-    return float(1.1 * np.exp(min(normal_worst, logs.max())))
+    return float(1.1 * np.exp(min(middle + _FAR * spread, logs.max())))
 
 
 def _unknown(genotypes: Genotypes, told: Genotypes) -> Genotypes:

@@ -80,7 +80,7 @@ def test_figures_are_means_over_seeds():
         for seed, share, to_98 in ((0, 0.9, 40), (1, 0.8, None), (2, 0.7, None))
     ]
     figures = benchmark.summary(rows)["nb201"]["raspi4"]
-    assert figures["50"]["ours"] == {"mean": pytest.approx(0.8), "sd": pytest.approx(0.1), "seeds": 3}
+    assert figures["50"]["ours"] == {"mean": pytest.approx(0.8), "sd": pytest.approx(0.1), "n": 3}
     assert figures["evaluations_to_98"]["ours"] is None  # most never reach it
     assert set(figures) == {"50", "evaluations_to_98"}
 

@@ -74,7 +74,18 @@ def test_observations_are_learned_as_if_they_had_been_there():
     got_mean, got_deviation = grown.predict(new, new_features)
     np.testing.assert_allclose(got_mean, mean, rtol=1e-3, atol=1e-3)
     np.testing.assert_allclose(got_deviation, np.sqrt(variance) * process.scale, rtol=1e-3)
-    np.testing.assert_allclose(grown.mean_of(new, new_features), got_mean)
+
+
+@pytest.mark.parametrize("known", [3, 100, 300])
+@pytest.mark.parametrize("features", [0, 1])
+def test_means_of_many_at_once_are_those_of_predictions(known, features):
+    genotypes, columns, values, _ = toy(known, 5, noise=0.02)
+    process = fit(SIZES, genotypes, columns[:, :features], values)
+    new, new_columns = toy(1500, 6)[:2]
+    mean, _ = process.predict(new, new_columns[:, :features])
+    got = process.mean_of(new, new_columns[:, :features])
+    np.testing.assert_allclose(got, mean, rtol=0, atol=1e-4 * process.scale)
+    assert process.mean_of(new[:0], new_columns[:0, :features]).shape == (0,)
 
 
 @pytest.mark.parametrize("values", [np.zeros(5), np.array([1.0, 1.0, 1.0, 1.0, 50.0])])
