@@ -17,9 +17,9 @@ FLOORS = [
     {"search", "evaluate", "compress", "measure"},
     {"train", "export", "latency", "runfolder", "console"},
     {"supernet", "quantise", "architecture", "fidelity"},
-    {"data", "space", "fold", "run"},
+    {"data", "space", "fold", "run", "drawing"},
     {"fusion"},
-    {"blocks", "kernels", "noise", "catalog", "cost", "agreement", "cluster"},
+    {"blocks", "kernels", "noise", "catalog", "cost", "agreement", "cluster", "words"},
     {"ops", "config", "files", "native", "memory", "ondevice"},
     {"errors"},
 ]

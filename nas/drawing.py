@@ -8,10 +8,9 @@ import math
 from collections.abc import Sequence
 from html import escape
 
-from nas import cost
+from nas import cost, words
 from nas.blocks import BLOCKS
 from nas.ops import Block, Network
-from nas.report import words
 
 WIDTH = 880  # of all drawings, in their own units
 BARS = (306, 800)  # left and right end of the time axis
