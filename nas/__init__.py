@@ -17,8 +17,10 @@ if TYPE_CHECKING:
     from nas.latency import Table, load_device
     from nas.ops import Network
     from nas.pipeline import load_experiment, run_experiment
+    from nas.pipeline.direct import search
+    from nas.pipeline.problem import make_problem
     from nas.results import Run, load_run
-    from nas.search import Front, Trial
+    from nas.search import Front, Problem, Trial
     from nas.space import Space, load_space
 
 _HOME = {
@@ -28,6 +30,7 @@ _HOME = {
     "Front": "nas.search",
     "NasError": "nas.errors",
     "Network": "nas.ops",
+    "Problem": "nas.search",
     "Run": "nas.results",
     "Space": "nas.space",
     "Table": "nas.latency",
@@ -43,7 +46,9 @@ _HOME = {
     "load_run": "nas.results",
     "load_space": "nas.space",
     "load_winner": "nas.deliver",
+    "make_problem": "nas.pipeline.problem",
     "run_experiment": "nas.pipeline",
+    "search": "nas.search",
     "stages": "nas.stages",
 }
 
@@ -54,6 +59,7 @@ __all__ = [
     "Front",
     "NasError",
     "Network",
+    "Problem",
     "Run",
     "Space",
     "Table",
@@ -69,7 +75,9 @@ __all__ = [
     "load_run",
     "load_space",
     "load_winner",
+    "make_problem",
     "run_experiment",
+    "search",
     "stages",
 ]
 
@@ -77,8 +85,8 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'nas' has no attribute {name!r}")
-    if name == "stages":
-        return importlib.import_module("nas.stages")
+    if name in ("search", "stages"):  # modules; `search` is a function too
+        return importlib.import_module(_HOME[name])
     return getattr(importlib.import_module(_HOME[name]), name)
 
 

@@ -696,6 +696,19 @@ def _check_limits(experiment: Experiment, path: Path | str, text: str) -> None:
             raise ConfigError(f"{path}, line {line_of(text, ['limits', name])}: {wrong}")
 
 
+def check_costs(limits: typing.Mapping[str, float | int | str | None]) -> None:
+    """Nothing, if every name is that of a cost (`COSTS`) and its limit, unless None, has the right form.
+
+    Raises:
+        ConfigError: one does not.
+    """
+    for name, limit in limits.items():
+        if wrong := _wrong_cost(name, kind="cost"):
+            raise ConfigError(wrong)
+        if limit is not None and (wrong := _wrong_limit(name, limit)):
+            raise ConfigError(f"the limit of {name} is {wrong}")
+
+
 def _wrong_cost(name: str, *, kind: str) -> str:
     """What is wrong with the name of a cost; empty if nothing is."""
     if name in COSTS[:-1] or (name.startswith("latency_ms@") and len(name) > len("latency_ms@")):

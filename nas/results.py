@@ -1,5 +1,6 @@
 """A finished run, read back: its front, its winners, its figures."""
 
+import contextlib
 import dataclasses
 import functools
 from pathlib import Path
@@ -7,10 +8,12 @@ from typing import Any
 
 from nas.config import Experiment, load_experiment
 from nas.deliver import Winner, load_winner
-from nas.errors import RunError
+from nas.errors import NasError, RunError
 from nas.fidelity import Fidelity, read_fidelity
 from nas.files import read_json
-from nas.search import Front, Trials, read_trials
+from nas.latency import LatencyModel, load_model
+from nas.report.folder import run_space
+from nas.search import Front, Setting, Trials, read_trials
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,8 +44,21 @@ class Run:
 
     @functools.cached_property
     def front(self) -> Front:
-        """The trials that no other beats in both accuracy (validation, inherited weights) and latency."""
-        return Front.of(self.trials)
+        """The trials that no other beats in accuracy (validation, inherited weights) and every cost."""
+        return Front.of(self.trials, setting=self._setting)
+
+    @functools.cached_property
+    def _setting(self) -> Setting | None:
+        """What was searched; None, or without a table, where the folder does not have it any more."""
+        space = run_space(self.path)
+        if space is None:
+            return None
+        limit = self.experiment.limit
+        models: dict[str, LatencyModel] = {}
+        with contextlib.suppress(NasError):  # the front can be read without it
+            models["latency_ms"] = load_model(self.path / "latency", limit.precision, space)
+        limits = {} if limit.at_most is None else {"latency_ms": self.summary["limit_ms"]}
+        return Setting(space, Path(self.experiment.device).name, models, limits)
 
     @functools.cached_property
     def winners(self) -> dict[str, Winner]:

@@ -11,22 +11,23 @@ ROOT = Path(__file__).resolve().parents[1] / "nas"
 FLOORS = [
     {"cli"},
     {"doctor", "results", "stages"},
-    {"deliver", "measured"},
+    {"deliver", "measured", "adapters"},
     {"pipeline"},
     {"report"},
     {"search", "evaluate", "compress", "measure"},
     {"train", "export", "latency", "runfolder", "console"},
     {"supernet", "quantise", "architecture", "fidelity"},
-    {"data", "space", "fold", "run"},
+    {"data", "space", "fold", "run", "drawing"},
     {"fusion"},
-    {"blocks", "kernels", "noise", "catalog", "cost", "agreement", "cluster"},
+    {"blocks", "kernels", "noise", "catalog", "cost", "agreement", "cluster", "words"},
     {"ops", "config", "files", "native", "memory", "ondevice"},
     {"errors"},
 ]
 HEIGHT = {room: height for height, floor in enumerate(reversed(FLOORS)) for room in floor}
 
 ENTERS = {
-    "ray": ["cluster/__init__.py", "train/ray_trainer.py"],
+    "ray": ["cluster/__init__.py", "train/ray_trainer.py", "adapters/ray_tune_searcher.py"],
+    "optuna": ["adapters/optuna_sampler.py"],
     "orbax": ["train/checkpoint.py"],
     "onnx": ["export/onnx.py"],
     "onnxruntime": ["ondevice/onnxruntime.py"],

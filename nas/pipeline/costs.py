@@ -7,7 +7,7 @@ found exactly. With several limits at once, a network that meets them all is loo
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +16,7 @@ from nas import cost
 from nas.config import Experiment
 from nas.errors import LimitError
 from nas.latency import LatencyModel, Table, find_model
-from nas.pipeline.job import Job
+from nas.pipeline.job import Job, Limit, limit_on
 from nas.search.strategy import children
 from nas.space import Space
 from nas.space.space import Genotypes
@@ -25,6 +25,25 @@ _ENUMERATE = 2**16  # spaces up to this size are gone through wholly
 _ROUNDS = 100  # of weighing several limits against each other
 _GENERATIONS, _CHILDREN, _PARENTS = 40, 1024, 64  # of crossing what came near
 _STEP = 0.3  # by how much a weight changes in a round, at most: exp(0.3)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Searched:
+    """What costs are counted by where there is no run folder; in one, the `Job` is."""
+
+    experiment: Experiment
+    space: Space
+    tables: Mapping[str, LatencyModel]  # of the experiment's device, by precision; empty without a device
+
+    @property
+    def precision(self) -> str:
+        return self.experiment.limit.precision
+
+    @functools.cached_property
+    def limit(self) -> Limit:
+        """The latency limit; raises LimitError if no network can meet it."""
+        return limit_on(self.tables[self.precision], self.space, self.experiment)
+
 
 Price = Callable[[Genotypes], NDArray[np.float64]]  # [n, genes] -> [n]
 
@@ -48,7 +67,7 @@ class Cost:
         return f"{self.name}:{limit} reachable {self.least:.6g} to {self.most:.6g}"
 
 
-def exact_costs(job: Job) -> tuple[Cost, ...]:
+def exact_costs(job: Job | Searched) -> tuple[Cost, ...]:
     """The objectives beside top1, latency_ms first, then what only has a limit.
 
     Raises:
@@ -58,8 +77,11 @@ def exact_costs(job: Job) -> tuple[Cost, ...]:
     names = cost_names(job.experiment)
     precisions = {o.name: o.precision for o in job.experiment.objectives}
     asked = {o.name: o.at_most for o in job.experiment.objectives} | job.experiment.limits
-    found = [_latency(job)]
-    for name in (*names[1:], *job.experiment.limits):
+    found = []
+    for name in (*names, *job.experiment.limits):
+        if name == "latency_ms":
+            found.append(_latency(job))
+            continue
         made = _named(job, name, precisions.get(name, "float32"))
         found.append(dataclasses.replace(made, limit=_resolved(made, asked.get(name))))
     return tuple(found)
@@ -155,7 +177,7 @@ def _crossed(space: Space, pool: Genotypes, excess: Price) -> Genotypes:
     return pool[0]
 
 
-def _latency(job: Job) -> Cost:
+def _latency(job: Job | Searched) -> Cost:
     """On the experiment's own device."""
     model, space, limit = job.tables[job.precision], job.space, job.limit
     _, fastest, _, _ = model.reachable(space)
@@ -169,7 +191,7 @@ def _parts(model: LatencyModel, space: Space) -> Sequence[NDArray[np.float64]] |
     return model.costs(space) if isinstance(model, Table) and model.between(space) is None else None
 
 
-def _named(job: Job, name: str, precision: str) -> Cost:
+def _named(job: Job | Searched, name: str, precision: str) -> Cost:
     """Without a limit yet."""
     space, device = job.space, name.partition("@")[2]
     if device:
@@ -177,7 +199,7 @@ def _named(job: Job, name: str, precision: str) -> Cost:
         least, cheapest, most, _ = model.reachable(space)
         price, bound = functools.partial(model.price, space), functools.partial(model.bound, space)
         return Cost(name, price, bound, least, most, cheapest, model.digest, _parts(model, space))
-    unsupported = job.tables[job.precision].unsupported
+    unsupported = job.tables[job.precision].unsupported if job.tables else {}
     of = {"macs": cost.macs, "params": cost.parameters}[name]
     costs = space.costs(of)
     parts = space.costs(lambda graph: float("inf") if graph.key in unsupported else of(graph))

@@ -131,23 +131,7 @@ class Job:
         Raises:
             LimitError: no network of the space can meet it.
         """
-        model = self.tables[self.precision]
-        fastest_ms, _, slowest_ms, _ = model.reachable(self.space)
-        asked = self.experiment.limit.at_most
-        if asked is None:
-            limit_ms = slowest_ms
-        elif isinstance(asked, str):
-            limit_ms = fastest_ms + float(asked.rstrip("% ")) / 100 * (slowest_ms - fastest_ms)
-        else:
-            limit_ms = float(asked)
-        if limit_ms < fastest_ms:
-            raise LimitError(
-                f"the limit is {limit_ms:g} ms, but the fastest network of space {self.space.name!r} takes "
-                f"{fastest_ms:.4g} ms on {self.experiment.device} in {self.precision} (the slowest {slowest_ms:.4g} "
-                f"ms{_also(model.caveat)}). Set `at_most` of objective latency_ms between these, or choose another "
-                f"space or smaller images."
-            )
-        return Limit(limit_ms, "none" if asked is None else str(asked), fastest_ms, slowest_ms, model.caveat)
+        return limit_on(self.tables[self.precision], self.space, self.experiment)
 
     def say_limit(self) -> None:
         """Tells the limit, or that it is impossible."""
@@ -223,6 +207,30 @@ class Limit:
     fastest_ms: float
     slowest_ms: float
     caveat: str = ""  # what these are, where they are not latencies and exact
+
+
+def limit_on(model: LatencyModel, space: Space, experiment: Experiment) -> Limit:
+    """The latency limit of an experiment in milliseconds, by what predicts its device.
+
+    Raises:
+        LimitError: no network of the space can meet it.
+    """
+    fastest_ms, _, slowest_ms, _ = model.reachable(space)
+    asked = experiment.limit.at_most
+    if asked is None:
+        limit_ms = slowest_ms
+    elif isinstance(asked, str):
+        limit_ms = fastest_ms + float(asked.rstrip("% ")) / 100 * (slowest_ms - fastest_ms)
+    else:
+        limit_ms = float(asked)
+    if limit_ms < fastest_ms:
+        raise LimitError(
+            f"the limit is {limit_ms:g} ms, but the fastest network of space {space.name!r} takes "
+            f"{fastest_ms:.4g} ms on {experiment.device} in {experiment.limit.precision} (the slowest {slowest_ms:.4g} "
+            f"ms{_also(model.caveat)}). Set `at_most` of objective latency_ms between these, or choose another "
+            f"space or smaller images."
+        )
+    return Limit(limit_ms, "none" if asked is None else str(asked), fastest_ms, slowest_ms, model.caveat)
 
 
 def _also(caveat: str) -> str:

@@ -13,13 +13,13 @@ from numpy.typing import NDArray
 from nas import config, cost
 from nas.data import load_data
 from nas.evaluate import SubnetEvaluator
-from nas.pipeline.costs import cost_names, exact_costs, within
+from nas.pipeline.costs import Cost, cost_names, exact_costs, within
 from nas.pipeline.job import Job
 from nas.search import EXECUTORS, STRATEGIES, Front, Problem, Trial, Trials, feasible_only, make_strategy
 from nas.search import search as run_search
 from nas.search.executor import Evaluate
 from nas.search.problem import images_of
-from nas.space import load_space
+from nas.space import Space, load_space
 from nas.space.space import Genotypes
 from nas.supernet import Supernet
 
@@ -56,7 +56,7 @@ def run(job: Job, on_trial: Callable[[Trial], None] | None = None) -> Trials:
     problem = make_problem(job)
     factory = STRATEGIES[settings.strategy]
     strategy = make_strategy(
-        factory, problem, population=settings.population, features=_features(job), settings=settings.settings
+        factory, problem, population=settings.population, features=sizes_of(job.space), settings=settings.settings
     )
     if settings.feasible_only:
         strategy = feasible_only(strategy, problem)
@@ -83,9 +83,8 @@ def run(job: Job, on_trial: Callable[[Trial], None] | None = None) -> Trials:
     )
 
 
-def _features(job: Job) -> Callable[[NDArray[np.uint8]], NDArray[np.float64]]:
+def sizes_of(space: Space) -> Callable[[NDArray[np.uint8]], NDArray[np.float64]]:
     """MACs and parameters [n, 2] of genotypes."""
-    space = job.space
     costs = [space.costs(cost.macs), space.costs(cost.parameters)]
     return lambda genotypes: np.stack([space.price(genotypes, each) for each in costs], axis=1)
 
@@ -105,6 +104,12 @@ def make_problem(job: Job) -> Problem:
         experiment.search.strategy,
         experiment.search.population,
     ]
+    digest = hashlib.sha256(json.dumps(meaning).encode()).hexdigest()[:16]
+    return problem_of(space, costs, names, digest=digest, total=len(job.data.val.labels))
+
+
+def problem_of(space: Space, costs: Sequence[Cost], names: tuple[str, ...], *, digest: str, total: int) -> Problem:
+    """The space under the limits of `costs`, of which the first, `names`, are objectives."""
     objectives = costs[: len(names)]
 
     def cheap(genotypes: Genotypes) -> NDArray[np.float64]:
@@ -122,8 +127,8 @@ def make_problem(job: Job) -> Problem:
         cheap=cheap,
         feasible=feasible,
         smallest=within(space, costs),
-        digest=hashlib.sha256(json.dumps(meaning).encode()).hexdigest()[:16],
-        total=len(job.data.val.labels),
+        digest=digest,
+        total=total,
         cheap_names=names,
     )
 

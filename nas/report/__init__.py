@@ -1,6 +1,6 @@
 """The report: one HTML page that needs nothing but a browser, made from the files of a finished run, or of a table."""
 
-from nas.report.drawing import draw
+from nas.drawing import draw
 from nas.report.page import write_report
 from nas.report.selftest import table_folders, write_table_report
 

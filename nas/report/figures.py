@@ -5,9 +5,9 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from typing import Any
 
+from nas import words
 from nas.fidelity import Fidelity
 from nas.latency import Proof, Tried
-from nas.report import words
 from nas.report.folder import Agreement, Member, Metrics, Run
 from nas.search import Front, Trial
 

@@ -307,6 +307,17 @@ def _member(run: Path, facts: Candidate, precision: str) -> Member:
     )
 
 
+def run_space(folder: Path) -> Space | None:
+    """The space that was searched in the run `folder`; None where it has changed since, or is elsewhere."""
+    return _space(folder, _experiment(folder), _load(folder / "environment.json", Environment))
+
+
+def _experiment(folder: Path) -> Experiment:
+    path = _required(folder / "config.toml")
+    raw, text = load_toml(path, what="resolved experiment")
+    return convert(raw, Experiment, path=path, text=text)
+
+
 def _space(folder: Path, experiment: Experiment, environment: Environment) -> Space | None:
     """The very space that was searched: the run's own copy (space.toml), or the one that the experiment names."""
     data = environment.data

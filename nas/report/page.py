@@ -8,10 +8,11 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from nas import drawing, words
 from nas.fidelity import answer as answer_of
 from nas.fidelity import limits as limits_of
 from nas.files import write_text
-from nas.report import drawing, figures, words
+from nas.report import figures
 from nas.report.folder import Check, Member, Run, read_run
 
 _HERE = Path(__file__).parent

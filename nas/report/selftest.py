@@ -10,12 +10,12 @@ import numpy as np
 from markupsafe import Markup
 from numpy.typing import NDArray
 
-from nas import catalog, cost
+from nas import catalog, cost, drawing, words
 from nas.errors import ConfigError, LatencyError, SpaceError
 from nas.files import write_text
 from nas.latency import FORMS, Entry, Proof, Table, device_folder, read_proof
 from nas.ops import Block, Network
-from nas.report import drawing, figures, words
+from nas.report import figures
 from nas.report.page import render
 from nas.space import Space, load_space
 

@@ -1,17 +1,26 @@
-"""Search: strategies, journal, driver, and the executors that evaluate for it."""
+"""Search: strategies, journal, driver, and the executors that evaluate for it.
+
+The module is a function too: `nas.search(...)` searches a space and returns the front (`nas.pipeline.direct.search`).
+"""
+
+import importlib
+import inspect
+import sys
+import types
+from typing import Any
 
 from nas.search.ageing_evolution import ageing_evolution
 from nas.search.bananas import bananas
 from nas.search.driver import search
 from nas.search.executor import Executor, Result
-from nas.search.front import Front, Trial, Trials, read_trials
+from nas.search.front import Front, Setting, Trial, Trials, read_trials
 from nas.search.grid import grid
 from nas.search.inline import InlineExecutor
 from nas.search.local_search import local_search
 from nas.search.nsga2 import nsga2
 from nas.search.nsga3 import nsga3
 from nas.search.predictor_search import predictor_search
-from nas.search.problem import Problem
+from nas.search.problem import Problem, choose
 from nas.search.random_search import random_search
 from nas.search.ray_executor import RayExecutor
 from nas.search.reinforce import reinforce
@@ -50,12 +59,14 @@ __all__ = [
     "Problem",
     "RayExecutor",
     "Result",
+    "Setting",
     "Strategy",
     "Trial",
     "Trials",
     "ageing_evolution",
     "bananas",
     "check_settings",
+    "choose",
     "feasible_only",
     "grid",
     "local_search",
@@ -72,3 +83,24 @@ __all__ = [
     "trial_rng",
     "warm_start",
 ]
+
+
+class _Callable(types.ModuleType):
+    """This module, so that `nas.search` is callable whether it came by `import nas` or by `import nas.search`.
+
+    What it calls lives upstairs, since it needs tables and data; it is imported at the first call.
+    """
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Front:
+        return _direct()(*args, **kwargs)
+
+    @property
+    def __signature__(self) -> inspect.Signature:  # what `help` and editors show
+        return inspect.signature(_direct())
+
+
+def _direct() -> Any:
+    return importlib.import_module("nas.pipeline.direct").search
+
+
+sys.modules[__name__].__class__ = _Callable

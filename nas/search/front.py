@@ -3,6 +3,7 @@
 import csv
 import html
 import math
+import types
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,11 +12,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from nas.errors import JournalError, LimitError, RunError
+from nas.latency import LatencyModel
 from nas.search import journal
 from nas.search.pareto import nondominated
+from nas.space import Space
 
 if TYPE_CHECKING:
     from pandas import DataFrame
+
+    from nas.drawing import Drawing
+    from nas.search.explain import Explanation
+
+_SHOWN = 20  # trials of a front's text form
 
 
 @dataclass(frozen=True)
@@ -91,6 +99,16 @@ def read_trials(path: Path | str) -> Trials:
         raise JournalError(f"{path}: a record is not a trial ({e!r}). Was it written by another version?") from e
 
 
+@dataclass(frozen=True, eq=False)
+class Setting:
+    """What was searched: what a front needs to be explained and drawn."""
+
+    space: Space
+    device: str | None = None  # whose latency `latency_ms` is
+    models: Mapping[str, LatencyModel] = field(default_factory=dict)  # by cost: "latency_ms", "latency_ms@note10"
+    limits: Mapping[str, float] = field(default_factory=dict)  # by cost, in its unit
+
+
 @dataclass(frozen=True, repr=False)
 class Front:
     """The undominated trials, fastest first. Build it with `Front.of`.
@@ -101,9 +119,12 @@ class Front:
     """
 
     trials: tuple[Trial, ...]
+    costs: tuple[str, ...] = ()  # that were counted, error among them; no other can be asked for
+    evaluated: tuple[Trial, ...] = field(default=(), compare=False)  # all that were compared, failed ones too
+    setting: Setting | None = field(default=None, compare=False)
 
     @classmethod
-    def of(cls, trials: Iterable[Trial], costs: Sequence[str] | None = None) -> "Front":
+    def of(cls, trials: Iterable[Trial], costs: Sequence[str] | None = None, setting: Setting | None = None) -> "Front":
         """The front of any trials; failed ones and later copies of equal costs are left out.
 
         So are those on fewer images than others: their errors do not compare.
@@ -111,6 +132,7 @@ class Front:
         Args:
             trials: with the same costs.
             costs: that count, all if None: `("error", "latency_ms@note10")` is the front of one device of several.
+            setting: what was searched, where it is known; `explain` needs it.
 
         Raises:
             LimitError: one of `costs` was not measured.
@@ -119,7 +141,7 @@ class Front:
         most = max((t.total for t in trials), default=0)
         trials = [t for t in trials if t.total == most]
         if not trials:
-            return cls(())
+            return cls((), tuple(costs or ()), (), setting)
         known = tuple(trials[0].costs)
         counted = known if costs is None else tuple(costs)
         if unknown := [name for name in counted if name not in known]:
@@ -127,7 +149,12 @@ class Front:
         matrix = np.array([[t.costs[name] for name in counted] for t in trials])
         order = sorted(counted, key="error".__eq__)  # fastest first, error last
         front = [trials[i] for i in np.flatnonzero(nondominated(matrix))]
-        return cls(tuple(sorted(front, key=lambda t: [t.costs[name] for name in order])))
+        ordered = sorted(front, key=lambda t: [t.costs[name] for name in order])
+        return cls(tuple(ordered), counted, tuple(trials), setting)
+
+    def counting(self, *costs: str) -> "Front":
+        """The front of the same trials with only these `costs`: `front.counting("error", "latency_ms@note10")`."""
+        return Front.of(self.evaluated, costs, self.setting)
 
     def __len__(self) -> int:
         return len(self.trials)
@@ -135,34 +162,92 @@ class Front:
     def __iter__(self) -> Iterator[Trial]:
         return iter(self.trials)
 
-    def best(self, **at_most: float) -> Trial:
-        """The most accurate trial within limits, for example `front.best(latency_ms=5)`; the faster one of equals.
+    def best(self, *, device: str | None = None, **at_most: float) -> Trial:
+        """The most accurate trial within limits, for example `front.best(latency_ms=5)`; the cheaper one of equals.
+
+        Only costs that were counted can be limited: within a limit on another one, a trial that is not on this front
+        may be better than all that are.
+
+        Args:
+            device: whose latency `latency_ms` limits: `front.best(latency_ms=5, device="note10")` is
+                `front.best(**{"latency_ms@note10": 5})`.
+            at_most: by cost.
 
         Raises:
-            LimitError: no trial is within the limits, or a limit is on something that was not measured.
+            LimitError: no trial is within the limits, or a limit is on something that was not counted.
         """
         known = tuple(self._any().costs)
-        if unknown := [name for name in at_most if name not in known]:
-            raise LimitError(f"No cost is called {unknown[0]!r}. Limits can be set on: {', '.join(known)}.")
+        if device is not None:
+            at_most = self._of_device(device, at_most)
+        if unknown := [name for name in at_most if name not in self.costs]:
+            if unknown[0] in known:
+                counted = ", ".join(self.costs)
+                wider = ", ".join(map(repr, (*self.costs, *unknown)))
+                raise LimitError(
+                    f"{unknown[0]} was not counted in this front, which is of {counted}: a trial that is not on it may "
+                    f"be better. Ask `front.counting({wider})`."
+                )
+            also = "; or give `device=`" if unknown[0] == "latency_ms" else ""
+            counted = ", ".join(self.costs)
+            raise LimitError(f"No cost is called {unknown[0]!r}. Limits can be set on: {counted}{also}.")
         within = [t for t in self if all(t.costs[name] <= limit for name, limit in at_most.items())]
         if not within:
             least = ", ".join(f"{name} >= {min(t.costs[name] for t in self):.4g}" for name in at_most)
             wanted = ", ".join(f"{name} <= {limit:g}" for name, limit in at_most.items())
             raise LimitError(f"No trial of the front has {wanted}: it has {least}. Raise the limit or search on.")
-        return min(within, key=lambda t: (t.error, *t.cheap.values()))
+        return min(within, key=lambda t: (t.error, *(t.costs[name] for name in self.costs)))
+
+    def _of_device(self, device: str, at_most: Mapping[str, float]) -> dict[str, float]:
+        """`at_most` with the cost that is the latency on `device` in place of `latency_ms`."""
+        if "latency_ms" not in at_most:
+            raise LimitError(f"device={device!r} says whose latency is limited: give `latency_ms` too.")
+        own = self.setting.device if self.setting is not None else None
+        name = "latency_ms" if device == own else f"latency_ms@{device}"
+        if name not in self.costs:
+            further = [c.partition("@")[2] for c in self.costs if c.startswith("latency_ms@")]
+            known = ", ".join(([own] if own and "latency_ms" in self.costs else []) + further) or "none by name"
+            raise LimitError(f"The latency on {device!r} was not counted in this front; its devices: {known}.")
+        return {name if cost == "latency_ms" else cost: limit for cost, limit in at_most.items()}
 
     def knee(self) -> Trial:
-        """Where the front bends most: the least sum of costs, each scaled to 0..1 over the front.
+        """Where the front bends most: the least sum of error and cost, each scaled to 0..1 over the front.
 
-        With two objectives that is the trial farthest below the line through the two ends (Das 1999).
+        With two objectives that is the trial farthest below the line through the two ends (Das 1999). Of
+        several costs the mean counts: they mostly grow together.
 
         Example:
             >>> space.describe(Front.of(trials).knee().genotype)
         """
         self._any()
-        costs = np.array([list(t.costs.values()) for t in self])
+        costs = np.array([[t.costs[name] for name in self.costs] for t in self])
         low, span = costs.min(axis=0), np.ptp(costs, axis=0)
-        return self.trials[int(((costs - low) / np.where(span > 0, span, 1)).sum(axis=1).argmin())]
+        scaled = (costs - low) / np.where(span > 0, span, 1)
+        is_error = np.array([name == "error" for name in self.costs])
+        weight = np.where(is_error, 1.0, 1 / max(1, (~is_error).sum()))
+        return self.trials[int((scaled @ weight).argmin())]
+
+    def plot(self, against: Mapping[str, "Front"] = types.MappingProxyType({})) -> "Drawing":
+        """Accuracy over each counted cost as SVG: trials, front, limits, knee; one panel a cost.
+
+        Args:
+            against: further fronts to compare with, by name.
+
+        Example:
+            >>> front.plot().save("front.svg")
+        """
+        from nas.search.plot import plot
+
+        return plot(self, against)
+
+    def explain(self, trial: Trial) -> "Explanation":
+        """Which choices drive the costs of the evaluated trials, and where `trial` spends its milliseconds.
+
+        Raises:
+            RunError: it is not known what was searched (`Front.of` without `setting`).
+        """
+        from nas.search.explain import explain
+
+        return explain(self, trial)
 
     def rows(self) -> list[dict[str, int | float | str | None]]:
         """One flat row a trial: trial, top1, correct, total, each cheap cost, genotype."""
@@ -209,21 +294,36 @@ class Front:
     def __repr__(self) -> str:
         if not self.trials:
             return "Front(0 trials)"
+        shown = self.trials if len(self) <= _SHOWN else (*self.trials[: _SHOWN // 2], *self.trials[-_SHOWN // 2 :])
+        knee, cheap = self.knee(), tuple(self.trials[0].cheap)
+        width = max(10, *map(len, cheap)) if cheap else 10
         lines = [
-            f"{t.top1:8.4f}  " + "  ".join(f"{v:10.4g}" for v in t.cheap.values()) + f"  {t.trial:5d}" for t in self
+            f"{t.top1:8.4f}  " + "  ".join(f"{t.cheap[name]:{width}.4g}" for name in cheap) + f"  {t.trial:6d}"
+            f"{'  knee' if t is knee and len(self) > 2 else ''}"
+            for t in shown
         ]
-        head = f"{'top1':>8}" + "".join(f"  {name:>10}" for name in self.trials[0].cheap) + "  trial"
-        return "\n".join([f"Front({len(self)} trials)", head, *lines])
+        if len(shown) < len(self):
+            lines.insert(_SHOWN // 2, f"{'...':>8}  {len(self) - len(shown)} more, see .to_frame()")
+        head = f"{'top1':>8}" + "".join(f"  {name:>{width}}" for name in cheap) + f"  {'trial':>6}"
+        return "\n".join([self._title(), head, *lines])
 
     def _repr_html_(self) -> str:
         rows = self.rows()
         head = "".join(f"<th>{html.escape(name)}</th>" for name in (rows[0] if rows else ()))
         body = "".join("<tr>" + "".join(f"<td>{_shown(v)}</td>" for v in row.values()) + "</tr>" for row in rows)
-        return f"<p>Front, {len(self)} trials</p><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+        table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+        picture = self.plot().svg if self.trials and len(self.costs) > 1 else ""
+        return f"<p>{html.escape(self._title())}</p>{picture}<details><summary>trials</summary>{table}</details>"
+
+    def _title(self) -> str:
+        of = f" of {len(self.evaluated)}: {', '.join(self.costs)}" if self.evaluated else ""
+        return f"Front({len(self)} trials{of})"
 
     def _any(self) -> Trial:
         if not self.trials:
-            raise LimitError("The front is empty: no trial succeeded. Look at the failures of the trials first.")
+            failures = [t.failure for t in self.evaluated if t.failure]
+            last = f" The last: {failures[-1]}" if failures else " Look at the failures of the trials first."
+            raise LimitError(f"The front is empty: no trial succeeded.{last}")
         return self.trials[0]
 
 

@@ -98,6 +98,19 @@ class Space:
     kernel_transform: bool = False  # smaller kernels are learned transforms of larger ones (nas.supernet.sharing)
     description: str = ""
 
+    @classmethod
+    def of_choices(cls, choices: Mapping[str, Sequence[Any]]) -> "Space":
+        """A space of choices that build no network: for tabulated benchmarks, and what else has genotypes.
+
+        Raises:
+            SpaceError: a choice has no value, or more than 256.
+        """
+        for name, values in choices.items():
+            if not 1 <= len(values) <= 256:
+                raise SpaceError(f"choice {name!r} has {len(values)} values: 1 to 256 are needed.")
+        made = tuple(Choice(name, tuple(values)) for name, values in choices.items())
+        return cls("choices", (0, 0, 0), 0, made, (), (0,))
+
     @functools.cached_property
     def sizes(self) -> tuple[int, ...]:
         """Number of values of each choice."""

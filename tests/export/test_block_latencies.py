@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import tiny
 
+from nas.drawing import reach
 from nas.latency import Correction, Entry, Table
 from nas.pipeline.export import block_latencies
-from nas.report.drawing import reach
 
 
 @pytest.mark.parametrize("offset_ms", [0.04, 0.0, -0.013])

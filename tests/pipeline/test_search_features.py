@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from nas import cost
-from nas.pipeline.search import _features
+from nas.pipeline.search import sizes_of
 from nas.search import Strategy, make_strategy, random_search
 from nas.space import load_space
 
@@ -16,7 +16,7 @@ def test_macs_and_parameters_are_those_of_each_network():
     genotypes = space.sample(np.random.default_rng(0), 5)
     job: Any = SimpleNamespace(space=space)
     graphs = [space.decode(genotype).flat() for genotype in genotypes]
-    np.testing.assert_array_equal(_features(job)(genotypes), [[cost.macs(g), cost.parameters(g)] for g in graphs])
+    np.testing.assert_array_equal(sizes_of(job.space)(genotypes), [[cost.macs(g), cost.parameters(g)] for g in graphs])
 
 
 def test_strategies_that_want_features_are_given_them():

@@ -7,10 +7,9 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from nas import catalog
+from nas import catalog, words
+from nas.drawing import BARS, WIDTH, draw, reach, strip
 from nas.ops import Block, Network, Recorder
-from nas.report import draw, words
-from nas.report.drawing import BARS, WIDTH, reach, strip
 from nas.space import load_space
 
 SVG = "{http://www.w3.org/2000/svg}"

@@ -2,8 +2,8 @@
 
 import pytest
 
+from nas import words
 from nas.ops import Block, Graph
-from nas.report import words
 
 
 @pytest.mark.parametrize(

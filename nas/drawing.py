@@ -1,17 +1,20 @@
-"""Pictures made by hand: a network as a chain of blocks over time, and a limit within what a space can reach.
+"""Pictures made by hand: a network as a chain of blocks over time, a limit within what a space can reach, bars.
 
-Both are SVG without a style sheet: text takes the colour of the page around it, so light and dark both work.
+All are SVG without a style sheet: text takes the colour of the page around it, so light and dark both work.
 """
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Sequence
 from html import escape
+from pathlib import Path
 
-from nas import cost
+from nas import cost, words
 from nas.blocks import BLOCKS
+from nas.errors import RunError
+from nas.files import write_text
 from nas.ops import Block, Network
-from nas.report import words
 
 WIDTH = 880  # of all drawings, in their own units
 BARS = (306, 800)  # left and right end of the time axis
@@ -21,7 +24,33 @@ _TIME = 80  # room for a time and share beside a bar; as much is left beside the
 
 _ENDS = ("#7d8794", "#9aa3ae")  # stem and head
 _COLOURS = ("#4a8fe0", "#ee8434", "#35a37a", "#a077d6", "#d9668c", "#b59a2c", "#3aa6b9")
-_FONT = 'font-family="system-ui, sans-serif" font-size="12.5" fill="currentColor"'
+FONT = 'font-family="system-ui, sans-serif" font-size="12.5" fill="currentColor"'
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Drawing:
+    """A picture that notebooks show, and that can be saved."""
+
+    svg: str
+    title: str
+
+    def save(self, path: Path | str) -> Path:
+        """Writes it as SVG; returns the path.
+
+        Raises:
+            RunError: the path ends otherwise, or cannot be written.
+        """
+        path = Path(path)
+        if path.suffix != ".svg":
+            raise RunError(f"{path}: drawings are SVG: give a path that ends in .svg. Browsers and editors convert it.")
+        write_text(path, self.svg + "\n")
+        return path
+
+    def _repr_svg_(self) -> str:
+        return self.svg
+
+    def __repr__(self) -> str:
+        return f'Drawing({self.title}; `.save("x.svg")`)'
 
 
 def draw(
@@ -90,7 +119,7 @@ def draw(
     axis = "".join(
         f'<line x1="{x:.1f}" x2="{x:.1f}" y1="20" y2="{y:.0f}" stroke="currentColor" opacity=".12"/>'
         f'<text x="{x:.1f}" y="14" text-anchor="middle" font-size="11" opacity=".65">{tick}</text>'
-        for x, tick in ((left + value * scale, f"{value:g}") for value in _ticks(span))
+        for x, tick in ((left + value * scale, f"{value:g}") for value in ticks(0.0, span))
     )
     axis += f'<text x="{left - 14}" y="14" text-anchor="end" font-size="11" opacity=".65">predicted, ms</text>'
     if math.isfinite(limit):
@@ -108,7 +137,7 @@ def draw(
     label = escape(f"{len(blocks)} blocks, {words.ms(total)} predicted", quote=True)
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {y:.0f}" role="img" aria-label="{label}" '
-        f"{_FONT}>{axis}{spine}{''.join(parts)}</svg>"
+        f"{FONT}>{axis}{spine}{''.join(parts)}</svg>"
     )
 
 
@@ -144,7 +173,7 @@ def strip(reachable_ms: tuple[float, float], limit_ms: float | None, p10: float,
             f'stroke-width="1.5" stroke-dasharray="5 3"/>'
         )
         parts.append(_beside(x(limit_ms), y - 20, f"limit {words.ms(limit_ms)}", limit_side))
-    return f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} 70" role="img" {_FONT}>{"".join(parts)}</svg>'
+    return f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} 70" role="img" {FONT}>{"".join(parts)}</svg>'
 
 
 def colour(block: Block) -> str:
@@ -242,8 +271,10 @@ def _beside(x: float, y: float, text: str, side: str) -> str:
     return f'<text x="{x:.1f}" y="{y}" text-anchor="{side}">{text}</text>'
 
 
-def _ticks(span: float) -> list[float]:
-    """Round values from 0 to at most `span`, about five."""
+def ticks(low: float, high: float) -> list[float]:
+    """Round values within `low` to `high`, about five."""
+    span = (high - low) or 1.0
     step = 10 ** math.floor(math.log10(span / 4))
     step *= next(m for m in (1, 2, 2.5, 5, 10) if span / (step * m) <= 5)
-    return [round(k * step, 12) for k in range(math.floor(span / step + 1e-9) + 1)]
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    return [round(k * step, 12) for k in range(first, last + 1)]

@@ -1,0 +1,366 @@
+"""`nas.search(...)`: a search from Python, with an evaluation of one's own or with a supernet trained before."""
+
+import contextlib
+import dataclasses
+import hashlib
+import importlib
+import io
+import json
+import math
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from nas import config
+from nas.config import Experiment, nearest
+from nas.console import Console
+from nas.errors import ConfigError, ExecutorError, NasError
+from nas.latency import LatencyModel, Table, device_folder, find_model
+from nas.pipeline.costs import Cost, cost_names, exact_costs
+from nas.pipeline.job import Job
+from nas.pipeline.problem import Limit, counted, latency_on, name_of
+from nas.pipeline.search import problem_of, sizes_of
+from nas.runfolder import RunFolder
+from nas.search import EXECUTORS, STRATEGIES, Front, Setting, Trial, feasible_only, make_strategy, read_trials
+from nas.search import search as run_search
+from nas.search.executor import Evaluate
+from nas.search.problem import without_share
+from nas.search.strategy import Genotypes
+from nas.space import Space, load_space
+
+_HOPELESS = 8  # evaluations that all fail, from the first on: it is the function's fault, not the networks'
+
+
+def search(
+    space: str | Path | Space | Mapping[str, Sequence[Any]] | Experiment,
+    *,
+    evaluate: Callable[..., float] | str | None = None,
+    decode: bool = True,
+    images: int = 10_000,
+    device: str | None = None,
+    precision: str = "float32",
+    latency_ms: Limit | None = None,
+    objectives: Sequence[str] = (),
+    limits: Mapping[str, Limit] | None = None,
+    costs: Mapping[str, Callable[[Genotypes], ArrayLike]] | None = None,
+    strategy: str = "predictor",
+    trials: int = 200,
+    seed: int = 0,
+    population: int = 32,
+    settings: Mapping[str, float | int] | None = None,
+    only_feasible: bool = False,
+    lag: int = 8,
+    initial: Sequence[ArrayLike] | None = None,
+    journal: str | Path | None = None,
+    executor: str = "inline",
+    workers: int = 2,
+    address: str = "local",
+    timeout_seconds: float = 300.0,
+    input_shape: tuple[int, int, int] | None = None,
+    classes: int | None = None,
+    out: str | Path | None = None,
+    on_trial: Callable[[Trial], None] | None = None,
+    quiet: bool = False,
+) -> Front:
+    """Searches a space under limits, and returns the front of the error and the costs.
+
+    What the space can reach in every cost is told first, and limits that no network can meet are refused then.
+
+    Examples:
+        >>> nas.search("ofa_mobilenet_v3_w12", evaluate=top1, device="note10", latency_ms=20, trials=500)
+        >>> nas.search("runs/quickstart", latency_ms="30%", strategy="nsga2")  # by the supernet trained there
+        >>> nas.search({"op1": ["conv", "pool"], "op2": ["conv", "pool"]}, evaluate=top1, costs={"latency_ms": price})
+        >>> nas.search(nas.load_experiment("experiments/quickstart.toml"))  # as `nas search`
+
+    Args:
+        space: a name of `nas.list_spaces()`, a path or a `nas.Space`; a run folder, whose trained supernet then
+            evaluates; a mapping of choices to their values, where no network needs to be built; or an experiment,
+            which says all the rest but `out`, the run folder.
+        evaluate: gives the top-1 accuracy, 0 to 1, of one network (`nas.Network`; of a mapping: of {choice: value}).
+            Or "package.module:function". An exception is that trial's failure. A strategy that evaluates on shares of
+            the images passes `share=` too.
+        decode: with False, `evaluate` is given the genotype, uint8 [genes].
+        images: that accuracies are counted over: they are kept as numbers of correct images, so that results are equal
+            everywhere. 10,000 keeps four digits.
+        device: whose table prices `latency_ms`, which is an objective then; a name of `nas.list_devices()` or a path.
+            Of a run folder: that of the run if None.
+        precision: of latencies.
+        latency_ms: the limit on it, in ms or as "50%" of the reachable range.
+        objectives: further costs to minimise: macs, params, latency_ms@DEVICE and what else experiments may name.
+            Without any, and without device and costs: macs.
+        limits: of objectives, of other costs, and of those in `costs`.
+        costs: of one's own, each an objective: [n, genes] genotypes to [n] values, exact and quick.
+        strategy: a name of `nas list strategies`.
+        trials: how many networks to evaluate.
+        seed: of all randomness.
+        population: of the strategy, as far as it has one.
+        settings: of the strategy's own, by name.
+        only_feasible: ask the strategy for more until enough is within the limits.
+        lag: trial k is proposed from the results of trials 0..k-lag; at least the number of workers.
+        initial: genotypes to evaluate first; the cheapest network of each cost, and the largest, if None.
+        journal: file that keeps the trials; the same call goes on from it after a crash. If None, nothing is kept.
+        executor: where to evaluate: a name in `nas.search.EXECUTORS`.
+        workers: of the executor.
+        address: of a Ray cluster; "local" starts one of its own.
+        timeout_seconds: for one evaluation, where the executor can end it.
+        input_shape: of images, for a space without a resolution of its own. If None: as the device's table has it.
+        classes: likewise.
+        out: the run folder, where `space` is an experiment.
+        on_trial: called after each trial, in order.
+        quiet: print nothing.
+
+    Raises:
+        LimitError: no network can meet the limits; it has what the space can reach.
+        ConfigError: arguments that do not fit together, or an unknown name, with the nearest known one.
+        DeviceError, UnmeasuredBlock: the device is unknown, or has no table of this space.
+        JournalError: the journal is damaged, in use, or of another search.
+        ExecutorError: the workers cannot do their work, or every evaluation fails.
+    """
+    console = Console(io.StringIO()) if quiet else Console()
+    if isinstance(space, Experiment):
+        if evaluate is not None or device is not None or objectives or limits or costs or latency_ms is not None:
+            raise ConfigError(
+                "an experiment says itself what is searched and how: give `out` at most, and change the rest with "
+                '`nas.load_experiment(path, overrides=["search.trials=400"])`.'
+            )
+        return _of_experiment(space, out, console)
+    if strategy not in STRATEGIES:
+        raise ConfigError(f"unknown strategy {strategy!r}.{nearest(strategy, STRATEGIES, kind='name')}")
+    if executor not in EXECUTORS:
+        raise ConfigError(f"unknown executor {executor!r}.{nearest(executor, EXECUTORS, kind='name')}")
+    if trials < 1 or lag < 1 or seed < 0 or images < 1:
+        raise ConfigError(
+            f"trials {trials}, lag {lag}, images {images}, seed {seed}: at least 1, 1, 1 and 0 are needed."
+        )
+
+    own, limits = dict(costs or {}), dict(limits or {})
+    if latency_ms is not None:
+        limits["latency_ms"] = latency_ms
+    with contextlib.ExitStack() as stack:
+        if journal is None:
+            journal = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "journal.jsonl"
+        source = _source(
+            space, evaluate, device=device, precision=precision, images=images, decode=decode,
+            input_shape=input_shape, classes=classes, console=console,
+        )  # fmt: skip
+        found, names = counted(source.space, source.models, objectives, limits, own, precision)
+        for cost in found:
+            console.say(f"  {cost}")
+        meaning = [
+            source.space.digest,
+            source.meaning,
+            source.images,
+            [[c.name, c.digest, c.limit if math.isfinite(c.limit) else None] for c in found],
+            population,
+        ]
+        digest = hashlib.sha256(json.dumps(meaning).encode()).hexdigest()[:16]
+        problem = problem_of(source.space, found, names, digest=digest, total=source.images)
+        features = sizes_of(source.space) if source.space.positions else None
+        proposed = make_strategy(
+            STRATEGIES[strategy], problem, population=population, features=features, settings=settings or {}
+        )
+        if only_feasible:
+            proposed = feasible_only(proposed, problem)
+        if initial is None:
+            initial = [problem.smallest, *(c.cheapest for c in found)]
+            initial += [source.space.largest()] if source.space.positions else []
+        with EXECUTORS[executor](
+            source.factory,
+            {**source.arguments, "shares": proposed.shares},
+            source.weights,
+            workers=workers,
+            address=address,
+            timeout_seconds=timeout_seconds,
+        ) as evaluating:
+            console.start(f"search: {strategy}, {trials} trials")
+            done = run_search(
+                problem,
+                proposed,
+                evaluating,
+                trials=trials,
+                lag=lag,
+                seed=seed,
+                journal_path=journal,
+                initial=[source.space.check(g) for g in initial],
+                on_trial=_told(console, trials, on_trial),
+            )
+    finite = {c.name: c.limit for c in found if math.isfinite(c.limit)}
+    models = source.models | _further(source.space, found, precision)
+    return Front.of(done, ("error", *names), Setting(source.space, source.device, models, finite))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Source:
+    """What is searched, and what evaluates it."""
+
+    space: Space
+    factory: str  # of the evaluator
+    arguments: dict[str, Any]
+    weights: Mapping[str, NDArray[Any]] | None
+    meaning: Any  # what evaluations depend on, for the journal
+    images: int
+    device: str | None
+    models: dict[str, LatencyModel]  # {"latency_ms": ...}, or none
+
+
+def _source(
+    what: str | Path | Space | Mapping[str, Sequence[Any]],
+    evaluate: Callable[..., float] | str | None,
+    *,
+    device: str | None,
+    precision: str,
+    images: int,
+    decode: bool,
+    input_shape: tuple[int, int, int] | None,
+    classes: int | None,
+    console: Console,
+) -> _Source:
+    if isinstance(what, str | Path) and (Path(what) / "config.toml").is_file():
+        if evaluate is not None:
+            raise ConfigError(
+                f"{what} is a run folder, whose supernet evaluates: leave `evaluate` out, or give a space."
+            )
+        return _of_run(Path(what), device, precision, console)
+    if isinstance(what, Mapping):
+        space = Space.of_choices(what)
+    elif isinstance(what, Space):
+        space = what
+    else:
+        space = _loaded(str(what), device, precision, input_shape, classes)
+    if evaluate is None:
+        raise ConfigError(
+            f"what evaluates the networks of {space.name!r}? Give `evaluate=`, a function from a network to its top-1 "
+            f"(0 to 1); or, as `space`, the run folder of an experiment whose supernet is trained, or the experiment."
+        )
+    console.say(
+        f"space: {space}" if space.positions else f"space: {len(space.choices)} choices, {space.count():,} ways"
+    )
+    models = latency_on(space, device, precision)
+    arguments = {"space": space, "evaluate": evaluate, "decode": decode, "images": images}
+    name = None if device is None else _device_name(device)
+    return _Source(
+        space, "nas.pipeline.direct:evaluator", arguments, None, [name_of(evaluate), decode], images, name, models
+    )
+
+
+def _loaded(
+    name: str, device: str | None, precision: str, shape: tuple[int, int, int] | None, classes: int | None
+) -> Space:
+    """A named space, for the images and classes that the device's table of it was made for where none are given."""
+    given: dict[str, Any] = {k: v for k, v in (("input_shape", shape), ("classes", classes)) if v is not None}
+    known: dict[str, Any] = {}
+    if device is not None:
+        with contextlib.suppress(NasError):  # no such table: `find_model` says what is missing
+            table = Table.load(device_folder(device) / Path(name).stem, precision)
+            known = {"input_shape": table.input, "classes": table.classes} if table.input else {}
+    return load_space(name, **(known | given))
+
+
+def _of_run(path: Path, device: str | None, precision: str, console: Console) -> _Source:
+    """The trained supernet of a run folder. Its own journal is not touched."""
+    experiment = config.load_experiment(path / "config.toml")
+    with RunFolder(path, experiment) as folder:
+        job = Job(experiment, folder, console)
+        space = job.space
+        model = job.tables[precision] if device is None else find_model(device, precision, space)[0]
+        weights = {name: np.asarray(a) for name, a in job.supernet_params().items()}
+        images = len(job.data.val.labels)
+    train = {k: v for k, v in msgspec.to_builtins(experiment.train).items() if k not in config.NEUTRAL}
+    return _Source(
+        space,
+        "nas.pipeline.search:evaluator",
+        {"experiment": msgspec.to_builtins(experiment)},
+        weights,
+        [job.data.digest, experiment.seed, train],
+        images,
+        _device_name(device or experiment.device),
+        {"latency_ms": model},
+    )
+
+
+def evaluator(
+    *,
+    space: Space,
+    evaluate: Callable[..., float] | str,
+    decode: bool,
+    images: int,
+    shares: Sequence[float] = (1.0,),
+) -> Evaluate:
+    """Counts as the engine wants them, of a function that gives shares; built inside a worker."""
+    function = _imported(evaluate) if isinstance(evaluate, str) else evaluate
+
+    def count(genotypes: Genotypes) -> list[int]:
+        out = []
+        for wide in genotypes:
+            genotype, part = without_share(wide, shares, images)
+            given = genotype if not decode else space.decode(genotype) if space.positions else space.describe(genotype)
+            top1 = float(function(given) if len(shares) == 1 else function(given, share=shares[wide[-1]]))
+            if not 0 <= top1 <= 1:
+                raise ValueError(
+                    f"evaluate gave {top1:g}: a top-1 accuracy from 0 to 1 is needed, not percent, no loss"
+                )
+            out.append(round(top1 * part))
+        return out
+
+    return count
+
+
+def _imported(name: str) -> Callable[..., float]:
+    module, _, function = name.partition(":")
+    try:
+        return getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as e:
+        raise ExecutorError(f"No function {name!r}: {e}. Expected 'package.module:function'.") from e
+
+
+def _told(console: Console, total: int, further: Callable[[Trial], None] | None) -> Callable[[Trial], None]:
+    """What is done after each trial: progress, and giving up where nothing works."""
+    best: list[Trial] = []
+    failed = 0
+
+    def told(trial: Trial) -> None:
+        nonlocal failed
+        failed += trial.failure is not None
+        if failed == trial.trial + 1 and failed in (_HOPELESS, total):
+            raise ExecutorError(
+                f"All of the first {failed} evaluations failed, the last one with: {trial.failure}. Correct "
+                f"`evaluate` (try it on one network), and start with a new journal: failures are kept in it."
+            )
+        best[:] = [min([*best, trial], key=lambda t: (t.correct is None, -t.total, t.error))]
+        cheap = dict(list(best[0].cheap.items())[:2])
+        console.progress(trial.trial + 1, total, {"best top-1": best[0].top1, **cheap})
+        if further is not None:
+            further(trial)
+
+    return told
+
+
+def _of_experiment(experiment: Experiment, out: str | Path | None, console: Console) -> Front:
+    """The search stage of an experiment, and its front."""
+    from nas.pipeline import run_experiment
+
+    path = run_experiment(experiment, out, stages=("search",), console=console)
+    trials = read_trials(path / "search" / "journal.jsonl")
+    with RunFolder(path, experiment) as folder:
+        job = Job(experiment, folder, Console(io.StringIO()))
+        found = exact_costs(job)
+        finite = {c.name: c.limit for c in found if math.isfinite(c.limit)}
+        models = {"latency_ms": job.tables[job.precision]} | _further(job.space, found, job.precision)
+        setting = Setting(job.space, _device_name(experiment.device), models, finite)
+    return Front.of(trials, ("error", *cost_names(experiment)), setting)
+
+
+def _further(space: Space, found: Sequence[Cost], precision: str) -> dict[str, LatencyModel]:
+    """What predicts the latencies on further devices."""
+    named = [c.name for c in found if c.name.startswith("latency_ms@")]
+    return {name: find_model(name.partition("@")[2], precision, space)[0] for name in named}
+
+
+def _device_name(device: str) -> str:
+    """A path's last part, as costs have it."""
+    return Path(device).parent.name if device.endswith(".toml") else Path(device).name

@@ -1,0 +1,224 @@
+"""`nas.search(...)` from Python: any space, an evaluation of one's own, a trained run, an experiment."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import tiny
+from synthetic_tables import write_device
+
+import nas
+from nas.errors import ConfigError, ExecutorError, JournalError, LimitError, UnmeasuredBlock
+from nas.search import STRATEGIES, Front
+
+CHOICES = {f"op{i}": ["none", "conv", "pool"] for i in range(5)}
+
+
+def top1(network) -> float:
+    """More parameters are better, with less and less gain."""
+    from nas import cost
+
+    return 1 - 1 / (2 + cost.parameters(network.flat()) / 300)
+
+
+def of_choices(values) -> float:
+    return sum(v == "conv" for v in values.values()) / 6
+
+
+def price(genotypes):
+    return 1.0 + genotypes.sum(axis=1)
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """Two devices with tables of the tiny space."""
+    monkeypatch.chdir(tmp_path)
+    space = tiny.space(tmp_path)
+    for seed, name in enumerate(("phone", "board")):
+        write_device(space, name, seed)
+    return space
+
+
+def quiet(space, **more) -> Front:
+    return nas.search(space, **({"evaluate": top1, "trials": 24, "strategy": "nsga2", "quiet": True} | more))
+
+
+def test_a_space_a_device_and_a_function_give_a_front(here):
+    whole = quiet(here, device="phone")
+    middle = np.median([t.latency_ms for t in whole.evaluated])
+    front = quiet(
+        here, device="phone", latency_ms=float(middle), objectives=["macs"], limits={"latency_ms@board": "90%"}
+    )
+    assert front.costs == ("error", "latency_ms", "macs")
+    assert len(front.evaluated) == 24
+    assert all(t.latency_ms <= middle for t in front.evaluated)
+    assert front.best(latency_ms=float(middle), device="phone") == front.best()
+    best = front.best()
+    assert best.correct == round(10_000 * top1(here.decode(best.genotype)))
+    told = front.explain(best)
+    assert "latency_ms" in told.networks
+    assert told.networks["latency_ms"].svg.count("<rect") == len(here.decode(best.genotype).blocks)
+
+
+def test_the_same_seed_gives_the_same_front_and_a_journal_goes_on(here, tmp_path):
+    calls = []
+
+    def counted(network):
+        calls.append(network)
+        return top1(network)
+
+    first = quiet(here, evaluate=counted, device="phone", journal=tmp_path / "j", trials=10)
+    assert len(calls) == 10
+    longer = quiet(here, evaluate=counted, device="phone", journal=tmp_path / "j")
+    assert len(calls) == 24
+    assert longer.evaluated[:10] == first.evaluated
+    assert longer == quiet(here, evaluate=counted, device="phone")
+    assert longer.evaluated != quiet(here, device="phone", seed=1).evaluated
+    with pytest.raises(JournalError, match="another search"):
+        quiet(here, evaluate=counted, device="board", journal=tmp_path / "j")
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_every_strategy_searches_choices_that_build_no_network(strategy):
+    def evaluate(values, share=1.0):
+        assert 0 < share <= 1
+        return of_choices(values)
+
+    front = quiet(CHOICES, evaluate=evaluate, strategy=strategy, costs={"latency_ms": price}, trials=40)
+    assert front.costs == ("error", "latency_ms")
+    assert front.best().top1 >= 3 / 6
+    assert front.explain(front.best()).effects["latency_ms"]
+
+
+def test_the_function_may_want_genotypes(here):
+    seen = []
+
+    def evaluate(genotype):
+        seen.append(genotype)
+        return 0.5
+
+    quiet(here, evaluate=evaluate, decode=False, trials=5)
+    assert all(g.shape == (len(here.sizes),) and g.dtype == np.uint8 for g in seen)
+
+
+def test_what_can_be_reached_is_told_first_and_impossible_limits_are_refused(here, capsys):
+    calls = []
+    with pytest.raises(LimitError, match=r"the fastest network of space 'tiny' takes"):
+        nas.search(here, evaluate=calls.append, device="phone", latency_ms=1e-9)
+    with pytest.raises(LimitError, match=r"macs is 1, but no network of the space has less than"):
+        nas.search(here, evaluate=calls.append, limits={"macs": 1})
+    with pytest.raises(
+        LimitError, match=r"latency_ms is 0.5, but no network of the space has less than 1 \(the most is 11"
+    ):
+        nas.search(CHOICES, evaluate=calls.append, costs={"latency_ms": price}, limits={"latency_ms": 0.5})
+    assert not calls
+    capsys.readouterr()
+    nas.search(here, evaluate=top1, device="phone", latency_ms="50%", trials=3)
+    said = capsys.readouterr().err
+    assert said.index("reachable") < said.index("search: predictor, 3 trials")
+
+
+def test_limits_of_own_costs_are_held_in_large_spaces_too():
+    large = {f"op{i}": list(range(5)) for i in range(12)}  # 2e8 ways
+    front = quiet(large, evaluate=lambda v: sum(v.values()) / 50, costs={"ms": price}, limits={"ms": "20%"})
+    assert all(t.cheap["ms"] <= 1 + 0.2 * 48 for t in front.evaluated)
+    assert front.setting.limits["ms"] == pytest.approx(1 + 0.2 * 48)  # crossing finds both ends of a sum
+
+
+@pytest.mark.parametrize(
+    ("what", "arguments", "message"),
+    [
+        (CHOICES, {}, "what evaluates"),
+        (CHOICES, {"evaluate": of_choices}, "nothing to minimise"),
+        (CHOICES, {"evaluate": of_choices, "device": "phone"}, "choices alone have no blocks"),
+        (CHOICES, {"evaluate": of_choices, "objectives": ["macs"]}, "macs is not known of choices alone"),
+        (CHOICES, {"evaluate": of_choices, "costs": {"ms": lambda g: 1.0}}, r"gave shape \(\) for 243 genotypes"),
+        ("tiny.toml", {"evaluate": top1, "latency_ms": 3}, "of which device"),
+        ("tiny.toml", {"evaluate": top1, "limits": {"mac": 3}}, "Did you mean `macs`"),
+        ("tiny.toml", {"evaluate": top1, "limits": {"macs": "3 %%"}}, "a share like"),
+        ("tiny.toml", {"evaluate": top1, "strategy": "nsga"}, "Did you mean `nsga2`"),
+        ("tiny.toml", {"evaluate": top1, "executor": "rya"}, "Did you mean `ray`"),
+        ("tiny.toml", {"evaluate": top1, "trials": 0}, "trials 0"),
+        ("tiny.toml", {"evaluate": top1, "settings": {"beta": 1}}, "no such setting"),
+    ],
+)
+def test_a_mistake_is_told_before_anything_is_evaluated(what, arguments, message, here):
+    with pytest.raises(ConfigError, match=message):
+        nas.search(what, quiet=True, **arguments)
+
+
+def test_a_device_without_a_table_says_how_to_make_one(here):
+    with pytest.raises(UnmeasuredBlock, match="nas import"):
+        nas.search("nas_bench_macro", evaluate=top1, device="phone", quiet=True)
+
+
+@pytest.mark.parametrize(("wrong", "message"), [(lambda n: 75.0, "not percent"), (lambda n: n.top1, "AttributeError")])
+def test_a_function_that_never_works_ends_the_search_early(wrong, message, here):
+    calls = []
+
+    def evaluate(network):
+        calls.append(network)
+        return wrong(network)
+
+    with pytest.raises(ExecutorError, match=message):
+        quiet(here, evaluate=evaluate)
+    assert len(calls) <= 16
+
+
+def test_a_single_failure_is_a_failed_trial(here):
+    def evaluate(network):
+        if len(network.blocks) == 3:
+            raise MemoryError("too small")
+        return top1(network)
+
+    front = quiet(here, evaluate=evaluate)
+    failed = [t for t in front.evaluated if t.failure]
+    assert failed
+    assert "too small" in failed[0].failure
+
+
+def test_a_named_space_is_that_of_the_devices_table(here, tmp_path):
+    """The table says which images and classes it was made for."""
+    import msgspec
+
+    space = nas.load_space("nas_bench_macro", input_shape=(32, 32, 3), classes=7)
+    table = msgspec.structs.replace(write_device(space, "seven", 3), input=(32, 32, 3), classes=7)
+    table.save(tmp_path / "latency_models" / "seven" / space.name)
+    front = nas.search("nas_bench_macro", evaluate=top1, device="seven", strategy="random", trials=3, quiet=True)
+    assert front.setting.space.classes == 7
+
+
+def test_the_loop_may_be_ones_own(here):
+    """Ask, evaluate, tell: as the README has it."""
+    problem = nas.make_problem(here, device="phone", latency_ms="60%")
+    strategy = nas.search.nsga2(problem.sizes, population=8)
+    state, seen = strategy.init(), set()
+    for number in range(20):
+        rng = nas.search.trial_rng(0, number)
+        genotype = nas.search.choose(problem, rng, strategy.ask(rng, state, 64), seen)
+        seen.add(genotype.tobytes())
+        assert problem.feasible(genotype[None])[0]
+        costs = np.array([1 - top1(here.decode(genotype)), *problem.cheap(genotype[None])[0]])
+        state = strategy.tell(state, genotype, costs)
+    assert len(seen) == 20
+
+
+@pytest.mark.parametrize("first", ["import nas", "import nas.search", "from nas.search import Front; import nas"])
+def test_nas_search_is_a_module_and_a_function_however_it_is_imported(first):
+    code = (
+        f"{first}\n"
+        "import inspect, sys\n"
+        "assert 'nas.pipeline' not in sys.modules\n"
+        "assert nas.search.Front is nas.Front\n"
+        "assert {'evaluate', 'latency_ms'} <= set(inspect.signature(nas.search).parameters)\n"
+        "print(nas.search({'a': [1, 2]}, evaluate=lambda v: v['a'] / 4, costs={'ms': lambda g: g[:, 0] + 1.0}, quiet=True))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "Front(2 trials of 2: error, ms)" in done.stdout
+
+
+def test_the_face_has_what_it_names():
+    for name in nas.__all__:
+        assert getattr(nas, name) is not None
