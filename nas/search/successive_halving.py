@@ -34,9 +34,10 @@ def successive_halving(
     """Evaluates new genotypes on few validation images, and one in `eta` of them on `eta` times as many, up to all.
 
     A genotype is promoted when it is among the best `1 / eta` of its rung (algorithm 2); with several costs in
-    NSGA-II's order (as in Schmucker et al. 2021, arXiv:2106.12639). Nothing waits for a rung to fill. A rung is its
-    latest `population` trials here, where the paper keeps all, so that the state is bounded. Trials on fewer than all
-    images are no part of a front (`Front.of`), and `trials` counts them like others.
+    NSGA-II's order (as in Schmucker et al. 2021, arXiv:2106.12639). Nothing waits for a rung to fill, so the best third
+    changes, and nearly half of a rung's trials come up in the end. A rung is its latest `population` trials here, where
+    the paper keeps all, so that the state is bounded. Trials on fewer than all images are no part of a front
+    (`Front.of`), and `trials` counts them like others.
 
     State: the explorer's, and at most `population` trials for each rung.
 
