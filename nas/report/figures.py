@@ -35,14 +35,18 @@ _POINTS = 150  # of a training curve: more are averaged
 def front(run: Run) -> Figure:
     """Accuracy against latency: what was tried, the front, and what came of it."""
     precision, limit_ms = run.summary.precision, run.limit_ms
-    undominated = list(Front.of(run.trials, ("error", "latency_ms")))
+    whole = run.whole
+    undominated = list(Front.of(whole, ("error", "latency_ms")))
     on_front = {t.trial for t in undominated}
-    dominated = [t for t in run.trials if t.failure is None and t.trial not in on_front]
+    dominated = [t for t in whole if t.failure is None and t.trial not in on_front]
+    fewer = [t for t in run.trials if t.failure is None and t.total < whole[0].total]
     grey = {"color": COLOURS["trial"], "size": 6, "opacity": 0.5}
+    faint = {**grey, "symbol": "circle-open"}
     blue = {"color": COLOURS["front"], "size": 8}
     steps = {"color": COLOURS["front"], "width": 1.5, "shape": "hv"}
     traces = [
         _tried(dominated, run, name="trials", marker=grey),
+        _tried(fewer, run, name="trials on fewer images", marker=faint, visible="legendonly"),
         _tried(undominated, run, name="front of the trials", mode="lines+markers", line=steps, marker=blue),
         _risen(run),
     ]
@@ -217,7 +221,7 @@ def _became(members: Iterable[Member], precision: str, **style: Any) -> Figure:
 
 def _risen(run: Run) -> Figure:
     """From each winner's trial to what became of it."""
-    trial_of = {t.genotype: t for t in run.trials if t.failure is None}
+    trial_of = {t.genotype: t for t in run.whole if t.failure is None}
     xs: list[float | None] = []
     ys: list[float | None] = []
     for member in run.winners:

@@ -250,6 +250,17 @@ class Run:
         return None if self.summary.limit == "none" else self.summary.limit_ms
 
     @property
+    def whole(self) -> Trials:
+        """The trials on all images: those on fewer, which some strategies begin with, do not compare with them."""
+        most = max((t.total for t in self.trials), default=0)
+        return Trials(t for t in self.trials if t.total == most)
+
+    @property
+    def networks_tried(self) -> int:
+        """Different ones: a network may have been tried on fewer images and again on more."""
+        return len({t.genotype for t in self.trials})
+
+    @property
     def winner(self) -> Member:
         """The answer."""
         return next(m for m in self.winners if m.facts.name == self.summary.winner.name)

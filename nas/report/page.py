@@ -1,11 +1,14 @@
 """The page: what a run found, from its files alone."""
 
+import json
 import math
+import shlex
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import jinja2
+import msgspec
 from markupsafe import Markup
 
 from nas import drawing, words
@@ -160,6 +163,11 @@ def _drawings(run: Run) -> list[tuple[Member, Markup]]:
     return pictures
 
 
+def _inline(table: dict[str, Any]) -> str:
+    """An inline table of TOML; what is None is left out."""
+    return "{" + ",".join(f"{key}={json.dumps(value)}" for key, value in table.items() if value is not None) + "}"
+
+
 def _commands(run: Run) -> list[tuple[str, str]]:
     """What to do next, and the command that does it, in the run's folder."""
     name, experiment = run.summary.name, run.experiment
@@ -167,8 +175,11 @@ def _commands(run: Run) -> list[tuple[str, str]]:
     def again(suffix: str, change: str) -> str:
         return f"nas run config.toml --out ../{name}-{suffix} --set name={name}-{suffix} --set {change}"
 
-    latency = f'{{name="latency_ms",precision="{run.summary.precision}",at_most="25%"}}'
-    faster = f"""'objectives=[{{name="top1"}},{latency}]'"""
+    low, high = run.summary.reachable_ms
+    share = (run.summary.limit_ms - low) / (high - low) if high > low else 0.0
+    lower = {"at_most": f"{50 * share:.3g}%"}
+    objectives = [msgspec.to_builtins(o) | (lower if o.name == "latency_ms" else {}) for o in experiment.objectives]
+    faster = shlex.quote(f"objectives=[{','.join(map(_inline, objectives))}]")
     return [
         (
             "Prove the files again, on this machine as it is now:",

@@ -3,7 +3,17 @@
 import numpy as np
 
 from nas.search.pareto import order
-from nas.search.strategy import Costs, Genotype, Genotypes, Population, Strategy, neighbours, uniform
+from nas.search.strategy import (
+    Costs,
+    Genotype,
+    Genotypes,
+    Population,
+    Strategy,
+    check_number,
+    check_population,
+    neighbours,
+    uniform,
+)
 
 
 def ageing_evolution(sizes: tuple[int, ...], *, population: int, tournament: int | None = None) -> Strategy:
@@ -18,7 +28,13 @@ def ageing_evolution(sizes: tuple[int, ...], *, population: int, tournament: int
         population: how many of the latest trials live; the first `population` are drawn uniformly.
         tournament: rivals of one tournament, drawn with repetition; a quarter of the population if None, as in the
             paper.
+
+    Raises:
+        ValueError: `population` or `tournament` is out of range.
     """
+    check_population(population)
+    if tournament is not None:
+        check_number("tournament", tournament, 1, population)
     rivals_each = max(2, population // 4) if tournament is None else tournament
 
     def ask(rng: np.random.Generator, state: Population, n: int) -> Genotypes:

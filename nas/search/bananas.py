@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nas.search.pareto import order
-from nas.search.strategy import Costs, Genotype, Genotypes, Population, Strategy, neighbours, uniform
+from nas.search.strategy import Costs, Genotype, Genotypes, Population, Strategy, check_population, neighbours, uniform
 
 _MEMORY = 512  # trials that the ensemble is fitted on, the latest
 _REFIT = 10  # trials between one fit and the next, as in the paper
@@ -47,7 +47,11 @@ def bananas(sizes: tuple[int, ...], *, population: int) -> Strategy:
     Args:
         sizes: the number of values of each gene.
         population: the size of the elite; proposals are uniform until it is full.
+
+    Raises:
+        ValueError: `population` is out of range.
     """
+    check_population(population)
     count = sum(sizes)
     offsets = np.concatenate([[0], np.cumsum(sizes)[:-1]]).astype(np.int64)
     fixed = np.random.default_rng(0)  # of the members' hidden layers: part of the strategy, not of a search

@@ -76,7 +76,7 @@ def search(
     }
     shares = strategy.shares
     wide = with_shares(problem, shares)
-    first = [g if wide is problem else np.append(g, wide.smallest[-1]) for g in first]
+    first = [g if wide is problem else np.append(g, np.uint8(len(shares) - 1)) for g in first]
     proposals = max(_PROPOSALS, 2 * lag)  # as many as `lag` may be under way, of which the strategy does not know
     with executor, Journal(journal_path, header) as journal:
         replay = journal.records[:trials]

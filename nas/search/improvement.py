@@ -7,7 +7,9 @@ more than u, is an integral over costs u between its own and the reference,
 
 because at each u its error replaces E(u) where it is lower. Under the expectation the integrand becomes the expected
 shortfall of a distribution below a threshold, which has a closed form. With one cheap cost E(u) is a staircase and the
-integral a sum over its steps: exact. With more it is averaged over points u of a low-discrepancy sequence.
+integral a sum over its steps: exact. With more it is averaged over points u of a low-discrepancy sequence, within the
+box where the front reaches; outside of it, where nothing costs as little, E(u) is the reference error, and the integral
+that times a volume: exact, however much cheaper than all before a network is.
 (Emmerich et al. 2011, doi:10.1109/CEC.2011.5949880, have the case of all costs uncertain.)
 """
 
@@ -42,14 +44,17 @@ def expected_shortfall(mean: Floats, deviation: Floats, threshold: Floats) -> Fl
 class Front:
     """The dominated region in the form of E(u): `error` [steps] holds at costs from `low` to `high` [steps, cheap].
 
-    With one cheap cost the steps are intervals; with more, points (low = high) that each stand for `volume` of costs;
-    without, a single step of volume 1.
+    With one cheap cost the steps are intervals; with more, points (low = high) that each stand for `volume` of costs,
+    in the box from `corner` to the costs of `reference`, below which nothing is dominated; without, a single step of
+    volume 1.
     """
 
     error: Floats
     low: Floats
     high: Floats
     volume: float
+    reference: Floats  # [1 + cheap]
+    corner: Floats  # [cheap]: the least of each cost on the front
 
 
 def front_of(costs: Floats, reference: Floats) -> Front:
@@ -61,18 +66,22 @@ def front_of(costs: Floats, reference: Floats) -> Front:
     cheap = costs.shape[1] - 1
     front = costs[nondominated(costs)]
     front = front[(front < reference).all(axis=1)]
+    corner = front[:, 1:].min(axis=0, initial=np.inf)
+    corner = np.minimum(corner, reference[1:])
     if cheap == 0:
-        return Front(np.append(front[:, 0], reference[0])[:1], np.zeros((1, 0)), np.zeros((1, 0)), 1.0)
+        return Front(
+            np.append(front[:, 0], reference[0])[:1], np.zeros((1, 0)), np.zeros((1, 0)), 1.0, reference, corner
+        )
     if cheap == 1:
         front = front[np.argsort(front[:, 1])]  # the error falls
         edges = np.concatenate([[-np.inf], front[:, 1], reference[1:]])
-        return Front(np.append(reference[0], front[:, 0]), edges[:-1, None], edges[1:, None], 1.0)
-    low = costs[np.isfinite(costs).all(axis=1), 1:].min(axis=0, initial=np.inf)
-    low = np.minimum(low, reference[1:])
-    points = low + (reference[1:] - low) * qmc.Sobol(cheap, scramble=False).random(_POINTS)
+        errors = np.append(reference[0], front[:, 0])
+        return Front(errors, edges[:-1, None], edges[1:, None], 1.0, reference, corner)
+    points = corner + (reference[1:] - corner) * qmc.Sobol(cheap, scramble=False).random(_POINTS)
     reached = (front[None, :, 1:] <= points[:, None]).all(axis=2)  # [points, front]
     error = np.where(reached, front[None, :, 0], reference[0]).min(axis=1, initial=reference[0])
-    return Front(error, points, points, float(np.prod(reference[1:] - low)) / _POINTS)
+    volume = float(np.prod(reference[1:] - corner)) / _POINTS
+    return Front(error, points, points, volume, reference, corner)
 
 
 def expected_improvement(front: Front, mean: Floats, deviation: Floats, cheap: Floats) -> Floats:
@@ -83,6 +92,9 @@ def expected_improvement(front: Front, mean: Floats, deviation: Floats, cheap: F
     shortfall = expected_shortfall(mean[:, None], deviation[:, None], front.error[None])  # [m, steps]
     if cheap.shape[1] == 1:
         share = np.maximum(front.high[:, 0] - np.maximum(front.low[:, 0], cheap), 0.0)
-    else:
-        share = (cheap[:, None] <= front.low[None]).all(axis=2) * front.volume
-    return (shortfall * share).sum(axis=1)
+        return (shortfall * share).sum(axis=1)
+    share = (cheap[:, None] <= front.low[None]).all(axis=2) * front.volume
+    within = (shortfall * share).sum(axis=1)
+    worst, high = front.reference[0], front.reference[1:]
+    volume, inside = (np.maximum(high - low, 0.0).prod(axis=1) for low in (cheap, np.maximum(cheap, front.corner)))
+    return within + expected_shortfall(mean, deviation, worst) * (volume - inside)

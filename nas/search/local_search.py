@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nas.search.pareto import crowding, nondominated
-from nas.search.strategy import Costs, Genotype, Genotypes, Population, Strategy, neighbours, uniform
+from nas.search.strategy import Costs, Genotype, Genotypes, Population, Strategy, check_population, neighbours, uniform
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,11 @@ def local_search(sizes: tuple[int, ...], *, population: int) -> Strategy:
     Args:
         sizes: the number of values of each gene.
         population: most trials in the archive.
+
+    Raises:
+        ValueError: `population` is out of range.
     """
+    check_population(population)
     around = sum(size - 1 for size in sizes)
 
     def ask(rng: np.random.Generator, state: _State, n: int) -> Genotypes:

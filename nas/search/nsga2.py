@@ -3,7 +3,7 @@
 import numpy as np
 
 from nas.search.pareto import order
-from nas.search.strategy import Costs, Genotype, Genotypes, Population, Strategy, children, uniform
+from nas.search.strategy import Costs, Genotype, Genotypes, Population, Strategy, check_population, children, uniform
 
 
 def nsga2(sizes: tuple[int, ...], *, population: int) -> Strategy:
@@ -14,7 +14,11 @@ def nsga2(sizes: tuple[int, ...], *, population: int) -> Strategy:
     Args:
         sizes: the number of values of each gene.
         population: the size of the elite; proposals are uniform until it is full.
+
+    Raises:
+        ValueError: `population` is out of range.
     """
+    check_population(population)
 
     def ask(rng: np.random.Generator, state: Population, n: int) -> Genotypes:
         if len(state) < population:

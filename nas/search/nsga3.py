@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nas.search.pareto import Matrix, ranks
-from nas.search.strategy import Costs, Genotype, Genotypes, Population, Strategy, children, uniform
+from nas.search.strategy import Costs, Genotype, Genotypes, Population, Strategy, check_population, children, uniform
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,11 @@ def nsga3(sizes: tuple[int, ...], *, population: int) -> Strategy:
         sizes: the number of values of each gene.
         population: the size of the elite; proposals are uniform until it is full, then children of two members drawn
             uniformly, as in the paper.
+
+    Raises:
+        ValueError: `population` is out of range.
     """
+    check_population(population)
 
     def init() -> _State:
         return _State(Population.empty(len(sizes)), np.empty(0))

@@ -21,7 +21,7 @@ from nas.search.improvement import expected_improvement, front_of
 from nas.search.inner_search import search_within
 from nas.search.pareto import nondominated
 from nas.search.problem import Problem
-from nas.search.strategy import Costs, Genotype, Genotypes, Population, Strategy, mutate, uniform
+from nas.search.strategy import Costs, Genotype, Genotypes, Population, Strategy, check_population, mutate, uniform
 
 Floats = NDArray[np.float64]
 
@@ -200,7 +200,11 @@ def predictor_search(
             predicted too, and every genotype counts as feasible.
         features: [n, genes] -> [n, k], positive: what else is known of networks without evaluating them, such as MACs
             and parameters. Networks that are alike in them are taken to be alike in error.
+
+    Raises:
+        ValueError: `population` is out of range.
     """
+    check_population(population)
     known = _Knowledge(sizes, problem, features)
 
     def ask(rng: np.random.Generator, state: _State, n: int) -> Genotypes:

@@ -27,6 +27,7 @@ class Problem:
     digest: str  # of space, latency table, limits and evaluation: a journal of another digest is not continued
     total: int  # images that a whole evaluation counts over: error = 1 - correct / total
     cheap_names: tuple[str, ...] = ("latency_ms",)  # of the c cheap costs; a journal sorts them, so best sorted here
+    picks_share: bool = False  # the last gene picks a share of the images, ascending (`with_shares`)
 
     @property
     def cost_names(self) -> tuple[str, ...]:
@@ -51,7 +52,8 @@ def with_shares(problem: Problem, shares: Sequence[float]) -> Problem:
         canonical=canonical,
         cheap=lambda genotypes: problem.cheap(genotypes[:, :-1]),
         feasible=lambda genotypes: problem.feasible(genotypes[:, :-1]),
-        smallest=np.append(problem.smallest, np.uint8(len(shares) - 1)),
+        smallest=np.append(problem.smallest, np.uint8(0)),
+        picks_share=True,
     )
 
 
@@ -73,8 +75,13 @@ def choose(problem: Problem, rng: np.random.Generator, wishes: Genotypes, seen: 
     The first of `wishes` [n, g] that will do; else the first on the walks from each of them to the smallest network,
     one gene at a time in random order; else any other. Up to 65,536 genotypes "any other" is exact, beyond that it is
     4,096 random walks.
+
+    A network that nobody wished for gets as few images as any wish has: only the strategy knows what earned more. So
+    walks start from the wishes on fewest images and stay on them, and others come on more images only when no network
+    is left on fewer.
     """
     genes = len(problem.sizes)
+    on_fewest = wishes[wishes[:, -1] == wishes[:, -1].min()] if problem.picks_share and len(wishes) else wishes
 
     def first_new(genotypes: Genotypes) -> Genotype | None:
         genotypes = problem.canonical(genotypes)
@@ -87,16 +94,23 @@ def choose(problem: Problem, rng: np.random.Generator, wishes: Genotypes, seen: 
         """[n * g, g]: each start with 1, 2, ... g genes of the smallest."""
         turn = np.argsort(rng.random(starts.shape), axis=1)  # [n, g]: when each gene gives way
         given_way = turn[:, None, :] <= np.arange(genes)[None, :, None]
+        given_way[..., -1] &= not problem.picks_share
         return np.where(given_way, problem.smallest, starts[:, None, :]).reshape(-1, genes).astype(np.uint8)
 
-    for candidates in (wishes, walks(wishes)):
+    for candidates in (wishes, walks(on_fewest)):
         if (found := first_new(candidates)) is not None:
             return found
     count = math.prod(problem.sizes)
     if count <= _ENUMERATE:
-        everything = np.unravel_index(rng.permutation(count), problem.sizes)
-        return first_new(np.stack(everything, axis=1).astype(np.uint8))
-    for _ in range(_TRIES):
-        if (found := first_new(walks(uniform(rng, problem.sizes, _BATCH)))) is not None:
-            return found
+        everything = np.stack(np.unravel_index(rng.permutation(count), problem.sizes), axis=1).astype(np.uint8)
+        if problem.picks_share:
+            everything = everything[np.argsort(everything[:, -1], kind="stable")]
+        return first_new(everything)
+    for share in range(problem.sizes[-1]) if problem.picks_share else (None,):
+        for _ in range(_TRIES):
+            starts = uniform(rng, problem.sizes, _BATCH)
+            if share is not None:
+                starts[:, -1] = share
+            if (found := first_new(walks(starts))) is not None:
+                return found
     return None

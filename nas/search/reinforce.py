@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from nas.search.strategy import Costs, Genotype, Genotypes, Strategy
+from nas.search.strategy import Costs, Genotype, Genotypes, Strategy, check_number
 
 _SECOND_MOMENT = 0.999  # decay of Adam's (Kingma & Ba 2015); like TuNAS's controller it has no first moment
 _EPSILON = 1e-8
@@ -46,10 +46,18 @@ def reinforce(
         sizes: the number of values of each gene.
         population: taken for the sake of the common signature; no trials are remembered.
         target: of `costs[1]`, for example milliseconds; None: the second cost counts nothing.
-        beta: what missing the target by its whole costs, in units of accuracy; below 0.
+        beta: what missing the target by its whole costs, in units of accuracy; not above 0, which would reward it.
         learning_rate: of Adam.
         memory: share of the baseline that a new reward leaves.
+
+    Raises:
+        ValueError: one of these is out of range.
     """
+    if target is not None:
+        check_number("target", target, 1e-6, 1e15)
+    check_number("beta", beta, -1000, 0)
+    check_number("learning_rate", learning_rate, 1e-6, 10)
+    check_number("memory", memory, 0, 0.9999)
     values = np.arange(max(sizes, default=1)) < np.asarray(sizes)[:, None]  # [genes, values]
     genes = np.arange(len(sizes))
 

@@ -38,7 +38,7 @@ def make_strategy(
     check_settings(factory, population=population, settings=settings)
     taken = inspect.signature(factory).parameters
     known = {name: value for name, value in (("problem", problem), ("features", features)) if name in taken}
-    return factory(problem.sizes, population=population, **known, **settings)
+    return _made(factory, problem.sizes, population=population, **known, **settings)
 
 
 def check_settings(factory: Callable[..., Strategy], *, population: int, settings: Mapping[str, Any]) -> None:
@@ -56,10 +56,14 @@ def check_settings(factory: Callable[..., Strategy], *, population: int, setting
             msgspec.convert(value, hints[name])
         except msgspec.ValidationError as e:
             raise ConfigError(f"`search.settings.{name}` is {value!r}: {e}.") from e
+    _made(factory, (2, 2), population=population, **settings)
+
+
+def _made(factory: Callable[..., Strategy], *args: Any, **kwargs: Any) -> Strategy:
     try:
-        factory((2, 2), population=population, **settings)
+        return factory(*args, **kwargs)
     except ValueError as e:
-        raise ConfigError(f"`search.settings`: {e}.") from e
+        raise ConfigError(f"`[search]` with strategy {factory.__name__}: {e}.") from e
 
 
 def _is_number(hint: Any) -> bool:

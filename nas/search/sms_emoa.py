@@ -3,7 +3,7 @@
 import numpy as np
 
 from nas.search.pareto import Matrix, contributions, ranks
-from nas.search.strategy import Costs, Genotype, Genotypes, Population, Strategy, children, uniform
+from nas.search.strategy import Costs, Genotype, Genotypes, Population, Strategy, check_population, children, uniform
 
 
 def sms_emoa(sizes: tuple[int, ...], *, population: int) -> Strategy:
@@ -18,7 +18,11 @@ def sms_emoa(sizes: tuple[int, ...], *, population: int) -> Strategy:
     Args:
         sizes: the number of values of each gene.
         population: proposals are uniform until it is full, then children of two members drawn uniformly.
+
+    Raises:
+        ValueError: `population` is out of range.
     """
+    check_population(population)
 
     def ask(rng: np.random.Generator, state: Population, n: int) -> Genotypes:
         if len(state) < population:

@@ -41,6 +41,25 @@ class Strategy:
     shares: tuple[float, ...] = (1.0,)
 
 
+def check_number(name: str, value: float, least: float, most: float) -> None:
+    """Nothing, if `value` is from `least` to `most`.
+
+    Raises:
+        ValueError: it is not, or is no number (NaN).
+    """
+    if not least <= value <= most:
+        raise ValueError(f"{name} is {value}: a number from {least:g} to {most:g} is needed")
+
+
+def check_population(population: int) -> None:
+    """Nothing, if a strategy can remember so many trials.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    check_number("population", population, 1, 100_000)
+
+
 def trial_rng(seed: int, trial: int) -> np.random.Generator:
     """The generator of one trial: counter-based, so that it needs neither the trials before it nor their order."""
     return np.random.Generator(np.random.Philox(key=np.array([seed, trial], np.uint64)))

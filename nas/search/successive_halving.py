@@ -7,8 +7,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nas.search.pareto import order
+from nas.search.problem import Problem
 from nas.search.random_search import random_search
-from nas.search.strategy import Costs, Genotype, Genotypes, Population, Strategy
+from nas.search.strategy import Costs, Genotype, Genotypes, Population, Strategy, check_number, check_population
 
 
 @dataclass(frozen=True)
@@ -29,14 +30,16 @@ def successive_halving(
     population: int,
     eta: int = 3,
     rungs: int = 3,
+    problem: Problem | None = None,
     explorer: Strategy | None = None,
 ) -> Strategy:
     """Evaluates new genotypes on few validation images, and one in `eta` of them on `eta` times as many, up to all.
 
     A genotype is promoted when it is among the best `1 / eta` of its rung (algorithm 2); with several costs in
-    NSGA-II's order (as in Schmucker et al. 2021, arXiv:2106.12639). Nothing waits for a rung to fill. A rung is its
-    latest `population` trials here, where the paper keeps all, so that the state is bounded. Trials on fewer than all
-    images are no part of a front (`Front.of`), and `trials` counts them like others.
+    NSGA-II's order (as in Schmucker et al. 2021, arXiv:2106.12639). Nothing waits for a rung to fill, so the best third
+    changes, and nearly half of a rung's trials come up in the end. A rung is its latest `population` trials here, where
+    the paper keeps all, so that the state is bounded. Trials on fewer than all images are no part of a front
+    (`Front.of`), and `trials` counts them like others.
 
     State: the explorer's, and at most `population` trials for each rung.
 
@@ -45,14 +48,19 @@ def successive_halving(
         population: the trials of a rung that compete.
         eta: one in so many is promoted, to so many times the images.
         rungs: numbers of images; the first has `1 / eta ** (rungs - 1)` of them.
+        problem: has the images, of which the first rung needs one at least; None: that is not checked.
         explorer: proposes what enters the first rung and is told what came of it there; random search if None, as in
             the paper (a model in its place is BOHB: Falkner et al. 2018, arXiv:1807.01774).
 
     Raises:
-        ValueError: `eta` or `rungs` is below 2, or the explorer chooses images itself.
+        ValueError: `population`, `eta` or `rungs` is out of range, the first rung has less than one image, or the
+            explorer chooses images itself.
     """
-    if eta < 2 or rungs < 2:
-        raise ValueError(f"eta {eta}, rungs {rungs}: both must be at least 2")
+    check_population(population)
+    check_number("eta", eta, 2, 100)
+    check_number("rungs", rungs, 2, 20)
+    if (fewest := eta ** (rungs - 1)) > (images := 1_000_000 if problem is None else problem.total):
+        raise ValueError(f"eta {eta}, rungs {rungs}: the first rung would have 1/{fewest} of {images} images, not one")
     source = random_search(sizes) if explorer is None else explorer
     if len(source.shares) > 1:
         raise ValueError(f"the explorer {source.identity} chooses numbers of images itself: give one that does not")

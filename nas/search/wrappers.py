@@ -14,7 +14,7 @@ import numpy as np
 from nas.errors import LimitError
 from nas.search.front import Trial
 from nas.search.problem import Problem, with_shares
-from nas.search.strategy import Genotypes, Strategy
+from nas.search.strategy import Genotypes, Strategy, check_number
 
 
 def feasible_only(strategy: Strategy, problem: Problem, *, factor: int = 64) -> Strategy:
@@ -24,7 +24,11 @@ def feasible_only(strategy: Strategy, problem: Problem, *, factor: int = 64) -> 
     meets first within the limits, which lies close to them. Here more proposals are asked for instead, up to `factor`
     times as many: random search then draws uniformly from the feasible genotypes, and policies learn from what they
     proposed. If there are still too few, infeasible ones fill up, for the driver to walk from.
+
+    Raises:
+        ValueError: `factor` is out of range.
     """
+    check_number("factor", factor, 1, 10_000)
     feasible = with_shares(problem, strategy.shares).feasible
 
     def ask(rng: np.random.Generator, state: Any, n: int) -> Genotypes:

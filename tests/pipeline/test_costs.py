@@ -167,7 +167,7 @@ def test_mistakes_are_told_when_the_experiment_is_read(here, override, message):
         ("ageing_evolution", "{tournment=3}", "has no such setting. Did you mean `tournament`"),
         ("ageing_evolution", "{tournament=0.5}", "Expected `int"),
         ("reinforce", "{target='fast'}", "Expected"),
-        ("successive_halving", "{eta=1}", "both must be at least 2"),
+        ("successive_halving", "{eta=1}", "eta is 1: a number from 2 to 100 is needed"),
         ("successive_halving", "{explorer=1}", "has no such setting"),
     ],
 )

@@ -1,8 +1,10 @@
 """The page: it says what the files say, needs nothing else, and refuses what is not a finished run."""
 
 import html
+import itertools
 import json
 import re
+import shlex
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -18,7 +20,7 @@ from nas.fidelity import answer, draw, judge, limits
 from nas.files import write_json
 from nas.report import write_report
 from nas.report.folder import read_run
-from nas.search import Front
+from nas.search import Front, journal
 from nas.space import load_space
 
 VOID = {"meta", "link", "br", "hr", "img", "input", "area", "base", "col", "embed", "source", "track", "wbr"}
@@ -290,3 +292,53 @@ def test_the_same_files_give_the_same_page(run, text):
 def test_neither_jax_nor_ray_is_imported():
     code = "import sys, nas.report; assert not {'jax', 'flax', 'ray', 'onnxruntime'} & {*sys.modules}"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_trials_on_fewer_images_are_marked_and_left_out_of_the_front(tmp_path):
+    """As successive halving leaves them: most networks were tried on a ninth of the images, where they look better."""
+    folder = build_run(tmp_path)
+    path = folder / "search" / "journal.jsonl"
+    header, records = journal.read(path)
+    most = records[0]["total"]
+    few = [r | {"total": most // 9, "correct": most // 9} for r in records if r["correct"] is not None]
+    few = [r | {"costs": r["costs"] | {"error": 0.0}} for r in few]
+    for number, record in enumerate(few):
+        record["trial"] = len(records) + number
+    path.unlink()
+    with journal.Journal(path, {k: v for k, v in header.items() if k != "schema"}) as written:
+        for record in (*records, *few):
+            written.append(record)
+    run, text = read_run(folder), page(folder)
+    traces = {t["name"]: t for t in plots(text)["front"]["data"]}
+    assert len(traces["trials on fewer images"]["x"]) == len(few) > 0
+    assert traces["trials on fewer images"]["visible"] == "legendonly"
+    shown = traces["trials"]["y"] + traces["front of the trials"]["y"]
+    assert len(shown) == sum(r["correct"] is not None for r in records)
+    assert max(shown) < 1
+    from_trial = [y for y in traces["from trial to winner"]["y"] if y is not None][::2]
+    assert from_trial == [next(t.top1 for t in run.whole if t.genotype == w.architecture.genotype) for w in run.winners]
+    said = plain(text)
+    assert f"{len(few)} trials were on fewer images than all {most}" in said
+    assert f"{len(records)} of them tried" in said  # networks, not trials
+
+
+def test_a_faster_network_is_asked_for_with_all_other_objectives_and_from_where_the_limit_is(tmp_path):
+    folder = build_run(tmp_path)
+    config = folder / "config.toml"
+    objectives = """[{name="top1"}, {name="latency_ms", at_most="50%"}, {name="latency_ms@note10", precision="int8"},
+        {name="macs", at_most=4e6}]"""
+    config.write_text(re.sub(r"objectives = .*", lambda _: f"objectives = {objectives}", config.read_text()))
+    block = plain(page(folder))
+    (command,) = re.findall(r"nas run config.toml --out \S+-faster .*?(?= Another seed)", block)
+    overrides = [part for flag, part in itertools.pairwise(shlex.split(command)) if flag == "--set"]
+    asked = load_experiment(config, overrides=overrides)
+    before = load_experiment(config)
+    assert [o.name for o in asked.objectives] == [o.name for o in before.objectives]
+    for now, then in zip(asked.objectives, before.objectives, strict=True):
+        if now.name == "latency_ms":
+            summary = json.loads((folder / "summary.json").read_text())
+            low, high = summary["reachable_ms"]
+            share = (summary["limit_ms"] - low) / (high - low)
+            assert float(now.at_most.rstrip("%")) == pytest.approx(50 * share, rel=0.01)
+        else:
+            assert now == then

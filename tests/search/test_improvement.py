@@ -60,3 +60,16 @@ def test_nothing_known_yet_is_improved_up_to_the_reference():
     front = front_of(np.empty((0, 2)), REFERENCE)
     got = expected_improvement(front, np.log([0.4]), np.zeros(1), np.array([[2.0]]))
     assert got[0] == pytest.approx((0.9 - 0.4) * (5.0 - 2.0))
+
+
+@pytest.mark.parametrize(
+    "point", [(0.25, 0.5, 1.0), (0.1, 0.2, 0.4), (0.4, 3.0, 0.2), (0.25, 2.5, 2.5), (0.15, 0.0, 0.0)]
+)
+def test_a_network_cheaper_than_all_before_gains_what_it_adds(point):
+    """With two cheap costs, wherever it lies: below all told costs in one of them or in both, or among them."""
+    told = np.array([[0.5, 1.0, 2.0], [0.3, 2.0, 1.5], [0.2, 4.0, 1.0], [np.nan, 0.1, 0.1]])
+    reference = np.array([0.9, 5.0, 3.0])
+    new = np.array([point])
+    exact = hypervolume(np.r_[told, new], reference) - hypervolume(told, reference)
+    got = expected_improvement(front_of(told, reference), np.log(new[:, 0]), np.zeros(1), new[:, 1:])
+    assert got[0] == pytest.approx(exact, rel=0.02)
