@@ -159,7 +159,7 @@ class Objective(Strict, frozen=True):
     """What is optimised. `at_most` is a limit in the objective's unit, or "50%" of the space's reachable range."""
 
     name: str  # "top1", or what `COSTS` says
-    precision: str = "float32"  # of latencies: which of the device's tables
+    precision: str | None = None  # of latencies: which of the device's tables; float32 if it has that, else its first
     at_most: float | str | None = None
 
 

@@ -10,7 +10,16 @@ from nas.latency.learned import About, Learned, learn, prove_learned
 from nas.latency.model import LatencyModel
 from nas.latency.predictor import Prediction, Predictor
 from nas.latency.proof import Learning, Proof, Row, prove
-from nas.latency.shelf import device_folder, find_model, find_sources, find_table, load_model, read_proof
+from nas.latency.shelf import (
+    device_folder,
+    find_model,
+    find_models,
+    find_sources,
+    find_table,
+    load_model,
+    preferred,
+    read_proof,
+)
 from nas.latency.table import Anchor, Table
 from nas.latency.transfer import SpaceTransfer, Transfer
 
@@ -39,6 +48,7 @@ __all__ = [
     "feature_groups",
     "features",
     "find_model",
+    "find_models",
     "find_sources",
     "find_table",
     "import_file",
@@ -48,6 +58,7 @@ __all__ = [
     "load_device",
     "load_model",
     "op_counts",
+    "preferred",
     "prove",
     "prove_learned",
     "read_proof",

@@ -1,11 +1,13 @@
 """Tables that a device's folder keeps: latency_models/<device>/<space>/table.<precision>.csv and .json, proof.json."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import msgspec
 
 from nas import catalog
 from nas.errors import DeviceError, LatencyError, UnmeasuredBlock
+from nas.latency.device import load_device
 from nas.latency.learned import Learned
 from nas.latency.model import LatencyModel
 from nas.latency.proof import Proof
@@ -87,6 +89,31 @@ def find_model(name: str, precision: str, space: Space) -> tuple[LatencyModel, P
         return table, proof
     proof = read_proof(where / f"learned.{precision}" / "proof.json", precision)
     return learned, None if proof is None else proof.beside(learned.digest)
+
+
+def find_models(name: str, space: Space) -> tuple[dict[str, tuple[LatencyModel, Proof | None]], dict[str, str]]:
+    """By precision what `find_model` finds in the folder of device `name`; and why nothing, where it finds nothing.
+
+    Raises:
+        UnmeasuredBlock: it finds nothing in any precision.
+        DeviceError, LatencyError: as `find_model`.
+    """
+    found: dict[str, tuple[LatencyModel, Proof | None]] = {}
+    missing: dict[str, UnmeasuredBlock] = {}
+    for precision in load_device(name).precision:
+        try:
+            found[precision] = find_model(name, precision, space)
+        except UnmeasuredBlock as e:
+            missing[precision] = e
+    if not found:
+        raise next(iter(missing.values()))
+    return found, {precision: str(e) for precision, e in missing.items()}
+
+
+def preferred(precisions: Iterable[str]) -> str:
+    """The one that counts where nobody has said: float32, or the first."""
+    known = list(precisions)
+    return "float32" if "float32" in known else known[0]
 
 
 def load_model(folder: Path, precision: str, space: Space) -> LatencyModel:

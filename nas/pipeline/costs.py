@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from nas import cost
 from nas.config import Experiment
 from nas.errors import LimitError
-from nas.latency import LatencyModel, Table, find_model
+from nas.latency import LatencyModel, Table, find_model, find_models, preferred
 from nas.pipeline.job import Job
 from nas.search.strategy import children
 from nas.space import Space
@@ -60,7 +60,7 @@ def exact_costs(job: Job) -> tuple[Cost, ...]:
     asked = {o.name: o.at_most for o in job.experiment.objectives} | job.experiment.limits
     found = [_latency(job)]
     for name in (*names[1:], *job.experiment.limits):
-        made = _named(job, name, precisions.get(name, "float32"))
+        made = _named(job, name, precisions.get(name))
         found.append(dataclasses.replace(made, limit=_resolved(made, asked.get(name))))
     return tuple(found)
 
@@ -169,10 +169,11 @@ def _parts(model: LatencyModel, space: Space) -> Sequence[NDArray[np.float64]] |
     return model.costs(space) if isinstance(model, Table) and model.between(space) is None else None
 
 
-def _named(job: Job, name: str, precision: str) -> Cost:
+def _named(job: Job, name: str, precision: str | None) -> Cost:
     """Without a limit yet."""
     space, device = job.space, name.partition("@")[2]
     if device:
+        precision = preferred(find_models(device, space)[0]) if precision is None else precision
         model, _ = find_model(device, precision, space)
         least, cheapest, most, _ = model.reachable(space)
         price, bound = functools.partial(model.price, space), functools.partial(model.bound, space)
