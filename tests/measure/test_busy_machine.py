@@ -55,5 +55,4 @@ def test_a_table_measured_on_a_hammered_machine_is_right_or_refused(strict):
     quiet = measure_files(openers, seconds=10.0, min_rounds=40)
     quiet_ms = np.array([quiet[i].latency_ms for i in range(len(table.anchors))])
     error = quiet_ms / table.level(quiet_ms) / [a.measured_ms for a in table.anchors] - 1
-    assert np.abs(error).mean() <= 0.03  # as drift is judged
-    assert any(note.startswith("busy") for note in table.notes)
+    assert np.abs(error).max() <= 0.03
