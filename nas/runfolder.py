@@ -219,7 +219,9 @@ def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _plain(flat: dict[str, Any]) -> dict[str, Any]:
     """The same, without an objective's precision of float32: older versions of nas wrote that default out."""
-    objectives = [{k: v for k, v in o.items() if (k, v) != ("precision", "float32")} for o in flat.get("objectives", ())]
+    objectives = [
+        {k: v for k, v in o.items() if (k, v) != ("precision", "float32")} for o in flat.get("objectives", ())
+    ]
     return {**flat, **({"objectives": objectives} if objectives else {})}
 
 

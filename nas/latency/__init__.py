@@ -17,8 +17,12 @@ from nas.latency.shelf import (
     find_sources,
     find_table,
     load_model,
+    own_folder,
+    place,
     preferred,
+    proof_beside,
     read_proof,
+    table_folder,
 )
 from nas.latency.table import Anchor, Table
 from nas.latency.transfer import SpaceTransfer, Transfer
@@ -58,9 +62,13 @@ __all__ = [
     "load_device",
     "load_model",
     "op_counts",
+    "own_folder",
+    "place",
     "preferred",
+    "proof_beside",
     "prove",
     "prove_learned",
     "read_proof",
+    "table_folder",
     "transfer",
 ]

@@ -168,7 +168,7 @@ def runtime_class(device: Device) -> type[Runtime]:
     if device.runtime == "tpu_compiler":
         raise DeviceError(
             f"nothing can be run on device {device.device!r}, which is estimated: `nas measure SPACE --device NAME` "
-            f"makes its tables, and `nas run EXPERIMENT --device NAME` searches by them. Choose a device that is at hand."
+            f"makes its tables, and `nas run EXPERIMENT --device NAME` searches by them. Choose one at hand."
         )
     if device.runtime not in RUNTIMES:
         hint = nearest(device.runtime, RUNTIMES, kind="runtime")

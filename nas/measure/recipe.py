@@ -99,13 +99,19 @@ def prove_again(
     recording = record(plan, settings, folder=folder, progress=progress)
     with bundle.kept_if_accepted(folder):
         accept(plan, recording, settings)
-        version = recording.starts[-1]["version"]
-        if version != table.runtime_version:
-            raise LatencyError(
-                f"the table was measured with {table.runtime} {table.runtime_version}, and here is {version}, of which "
-                f"it says nothing. Install that version, or measure a table for this one."
-            )
+        require_version(table, recording.starts[-1]["version"])
         return proof_of(plan, recording, table, at_level=True)
+
+
+def require_version(table: Table, version: str) -> None:
+    """Raises:
+    LatencyError: `table` was not measured with that version of its runtime.
+    """
+    if version != table.runtime_version:
+        raise LatencyError(
+            f"the table was measured with {table.runtime} {table.runtime_version}, and here is {version}, of which "
+            f"it says nothing. Install that version, or measure a table for this one."
+        )
 
 
 def evaluate(
@@ -122,7 +128,7 @@ def evaluate(
     start = recording.starts[-1]
     device, space = plan.device, plan.space
     table = Table(
-        device=device.device,
+        device=in_words(device, start["hardware"]),
         runtime=device.runtime,
         runtime_version=start["version"],
         precision=plan.precision,
@@ -142,6 +148,13 @@ def evaluate(
         **entries(plan, timings),
     )
     return table, proof_of(plan, recording, table)
+
+
+def in_words(device: Device, hardware: str) -> str:
+    """What was measured: `device`, if that hardware is its own; it may be of any, or have been taken as a pattern."""
+    if device.hardware == hardware:
+        return device.device
+    return f"{hardware}, {device.runtime}, {device.threads} thread{'s' if device.threads > 1 else ''}"
 
 
 def accept(plan: Plan, recording: Recording, settings: config.Latency) -> tuple[str, ...]:
@@ -168,7 +181,9 @@ def accept(plan: Plan, recording: Recording, settings: config.Latency) -> tuple[
     busy = float(np.mean(others[known])) if known.any() else None
     told = f"Using CPU meanwhile: {recording.busiest or 'nothing that could be named'}."
     judged, most = len(recording.rounds) >= _ROUNDS_TO_REFUSE, settings.max_drift
-    instead = f"at most {most:.0%} can be used. {told} Measure when the machine is quieter, or longer (latency.seconds)."
+    instead = (
+        f"at most {most:.0%} can be used. {told} Measure when the machine is quieter, or longer (latency.seconds)."
+    )
     worst = float(samples.unsteadiness(anchors).max())
     if worst > most and judged:
         raise LatencyError(
@@ -243,6 +258,7 @@ def proof_of(plan: Plan, recording: Recording, table: Table, *, at_level: bool =
         drift=samples.disagreement([name for name in plan.anchor_names if name in timings], parts=3),
         table=table.digest,
         date=date_of(recording.starts[-1]["time"]),
+        left_out=len(plan.held_out) - len(names),
         seed=plan.seed,
     )
 
