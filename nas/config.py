@@ -48,8 +48,8 @@ class Latency(Strict, frozen=True):
     holdout: int = 24  # random networks, measured end to end, that the proof is made of
     tolerance: float = 0.01  # half the 95 % interval of a sum of entries and of a network, relative: then it stops
     patience: float = 2.0  # times `seconds`: how long those that are not as narrow are timed at most
-    max_drift: float = 0.15  # of the anchors between start and end: a table that drifted more is refused
-    max_busy: float = 0.9  # share of the CPUs' time that other processes may take in the middle round
+    max_drift: float = 0.03  # how far any anchor may have wandered, or have been moved by others: else it is refused
+    max_busy: float = 0.9  # share of the CPUs' time that other processes may take, however steady the anchors are
 
 
 class Optimiser(Strict, frozen=True):
@@ -219,7 +219,7 @@ class Objective(Strict, frozen=True):
     """What is optimised. `at_most` is a limit in the objective's unit, or "50%" of the space's reachable range."""
 
     name: str  # "top1", or what `COSTS` says
-    precision: str = "float32"  # of latencies: which of the device's tables
+    precision: str | None = None  # of latencies: which of the device's tables; float32 if it has that, else its first
     at_most: float | str | None = None
 
 

@@ -12,10 +12,22 @@ from nas.config import Device
 from nas.console import Console
 from nas.errors import ConfigError, DeviceError, LatencyError
 from nas.files import write_json, write_text
-from nas.latency import LatencyModel, Proof, Table, device_folder, find_sources, find_table, load_device
+from nas.latency import (
+    LatencyModel,
+    Proof,
+    Table,
+    find_sources,
+    find_table,
+    load_device,
+    own_folder,
+    place,
+    table_folder,
+)
 from nas.measure import Plan, bundle, evaluate, for_table, hardware, prove_again, record, remote, runtime_of, tpu, whole
+from nas.measure.recipe import in_words, require_version
 from nas.ondevice.manifest import load_manifest
 from nas.ondevice.results import RESULTS, Recording, read
+from nas.ondevice.sessions import version
 from nas.space import Space, load_space
 
 STRICT = config.Latency(
@@ -55,6 +67,7 @@ def measure_space(
     about = load_device(device)
     folder = _folder(name or Path(device).name)
     if about.runtime == tpu.RUNTIME and networks is None:
+        _require_same(folder.name, about, hardware=about.hardware)
         return _estimate(space, about, settings, folder, precisions, seed=seed, command=command, console=console)
     here = hardware()
     if not about.at_hand and about.hardware != here:
@@ -63,15 +76,17 @@ def measure_space(
             f"{space.name} --device {device} --bundle FOLDER`; or measure this one: `--device "
             f"host_{about.runtime} --as NAME`."
         )
+    _require_same(folder.name, about, hardware=here)
     runtime_of(about)
+    where = place(folder, space)
     sources = [] if networks is None else find_sources(space)
     done: list[Path] = []  # kept until all are, so that none is measured twice
     for precision in precisions or about.precision:
         if networks is None:
-            work = folder / space.name / f".measuring.{precision}"
+            work = where / f".measuring.{precision}"
             plan = for_table(space, about, precision, settings, seed=seed)
         else:
-            work = folder / space.name / f".measuring.{precision}.networks"
+            work = where / f".measuring.{precision}.networks"
             plan = whole.for_networks(space, about, precision, sources, settings, networks=networks, seed=seed)
         console.start(f"{space.name} on {about.device}, {precision}: {len(plan.graphs)} models")
         recording = record(plan, settings, folder=work, progress=console.share)
@@ -81,7 +96,7 @@ def measure_space(
         done.append(work)
     for work in done:
         shutil.rmtree(work)
-    return folder / space.name
+    return where
 
 
 def _estimate(
@@ -96,6 +111,7 @@ def _estimate(
     console: Console,
 ) -> Path:
     """`measure_space` for a TPU's compiler: nothing is timed, unless this machine has that TPU."""
+    where = place(folder, space)
     for precision in precisions or device.precision:
         console.start(f"{space.name} on {device.device}, {precision}")
         table, proof = tpu.estimate_table(
@@ -104,12 +120,12 @@ def _estimate(
             precision,
             settings,
             seed=seed,
-            cache=folder / space.name / ".estimates",
+            cache=where / ".estimates",
             progress=console.share,
             command=command,
         )
         keep(table, proof, space, device, folder, console=console)
-    return folder / space.name
+    return where
 
 
 def write_bundle(
@@ -170,7 +186,8 @@ def measure_over(
         LatencyError: the connection was lost; and as of the two.
     """
     console = console or Console()
-    where = _folder(name)  # a name that cannot be is told before an hour of measuring
+    folder_of = _folder(name)  # a name that cannot be is told before an hour of measuring
+    _require_same(name, load_device(device), hardware=None)
     transport = remote.transport_of(over)
     plan = write_bundle(
         space, device, folder, settings, precision=precision, networks=networks, seed=seed, console=console
@@ -178,7 +195,7 @@ def measure_over(
     console.start(f"{space.name} on {transport.name}, {plan.precision}: {len(plan.graphs)} models")
     remote.measure_there(folder, transport, progress=console.share)
     import_results(folder, name=name, space=path, settings=settings, command=command, set_aside=True, console=console)
-    return where / space.name
+    return place(folder_of, space)
 
 
 def import_results(
@@ -212,7 +229,7 @@ def import_results(
     with bundle.kept_if_accepted(path if set_aside else None):
         table, proof = _evaluated(plan, recording, settings, sources, command=command)
     keep(table, proof, plan.space, plan.device, _folder(name), console=console or Console())
-    return _folder(name) / plan.space.name
+    return place(_folder(name), plan.space)
 
 
 def plan_of(recording: Recording, path: Path, *, space: str | None = None) -> Plan:
@@ -271,20 +288,30 @@ def prove_table(
 ) -> tuple[Table, Proof]:
     """A table of `device`, and its proof on other random networks, timed now on this machine; it replaces the one kept.
 
+    The proof of a table that came installed goes to the current folder (`nas.latency.own_folder`). A call that was cut
+    off goes on from the rounds it has.
+
     Raises:
         DeviceError: the device is not this machine.
-        LatencyError: the machine was too uneven.
+        LatencyError: the machine was too uneven; the table is of another version of the runtime.
     """
     console = console or Console()
     about = load_device(device)
     if about.hardware not in (hardware(), "host"):
         raise DeviceError(f"device {device} is {about.hardware!r}, this machine is {hardware()!r}.")
-    table, _ = find_table(device, precision or about.precision[0], space)
-    console.start(f"{networks} networks of {space.name} on {about.device}, {table.precision}")
-    proof = prove_again(table, space, about, settings, networks=networks, seed=seed, progress=console.share)
-    keep_proof(proof, table.precision, device_folder(device) / table.space)
+    precision = precision or about.precision[0]
+    table, _ = find_table(device, precision, space)
+    require_version(table, version(about.runtime))  # before an hour of measuring
+    where = table_folder(device, precision, space)
+    work = own_folder(where) / f".proving.{precision}.{networks}.{seed}"
+    console.start(f"{networks} networks of {space.name} on {about.device}, {precision}")
+    proof = prove_again(
+        table, space, about, settings, networks=networks, seed=seed, folder=work, progress=console.share
+    )
+    keep_proof(proof, precision, own_folder(where))
+    shutil.rmtree(work)
     console.say(f"  {proof}")
-    console.say(f"  in full: nas report {device_folder(device) / table.space}")
+    console.say(f"  kept in {own_folder(where) / 'proof.json'}; in full: nas report {where}")
     return table, proof
 
 
@@ -325,28 +352,19 @@ def settings_of(overrides: tuple[str, ...]) -> config.Latency:
 
 def keep(table: LatencyModel, proof: Proof, space: Space, device: Device, folder: Path, *, console: Console) -> None:
     """Writes a table or learned model, its proof beside those of other precisions, and device.toml."""
-    where = folder / space.name
+    where = place(folder, space)
+    _require_same(folder.name, device, hardware=table.hardware)
     known = load_device(str(folder)) if (folder / "device.toml").exists() else None
-    _require_same(known, device, table, folder)
-    if list(where.glob("table.*.json")) and (kept := next(iter(_tables(where)))).space_digest != space.digest:
-        raise LatencyError(
-            f"{where}: the table here is of another form of {space.name!r} (hash {kept.space_digest}, this one "
-            f"{space.digest}): other images or classes, or the file has changed. Give this one another name with --as, "
-            f"or remove that folder."
-        )
     keep_proof(proof, table.precision, table.save(where).parent)
     precisions = (*(known.precision if known else ()), table.precision)
     now = msgspec.structs.replace(
-        known or device,
+        known or _new(device, table.hardware),
         hardware=table.hardware,
         runtime_version=table.runtime_version,
         precision=tuple(dict.fromkeys(precisions)),
         source=table.command,
         date=table.date,
     )
-    if (known or device).at_hand:
-        threads = f"{device.threads} thread{'s' if device.threads > 1 else ''}"
-        now = msgspec.structs.replace(now, device=f"{table.hardware}, {device.runtime}, {threads}")
     write_text(folder / "device.toml", tomli_w.dumps({k: v for k, v in msgspec.to_builtins(now).items() if v != ""}))
     console.say(f"  {table.basis}")
     console.say(f"  {proof}")
@@ -356,22 +374,40 @@ def keep(table: LatencyModel, proof: Proof, space: Space, device: Device, folder
         console.say(f"  unsupported: {space.blocks()[key][0].label}: {why}")
 
 
-def _require_same(known: Device | None, device: Device, table: LatencyModel, folder: Path) -> None:
+def _new(device: Device, hardware: str) -> Device:
+    """What device.toml says of hardware that was measured as `device` would be: nothing that is only of that."""
+    if device.hardware == hardware:
+        return device
+    return Device(
+        device=in_words(device, hardware),
+        runtime=device.runtime,
+        threads=device.threads,
+        batch=device.batch,
+        precision=(),
+        frequency_policy=device.frequency_policy if device.at_hand else "as found",
+    )
+
+
+def _require_same(name: str, device: Device, *, hardware: str | None) -> None:
     """A name is of one machine and runtime.
 
+    Args:
+        hardware: that is measured; None: not known yet.
+
     Raises:
-        DeviceError: the folder is of another.
+        DeviceError: the name is of another.
     """
-    if known is None or known.runtime == "tpu_compiler":
+    if name not in catalog.list_devices():
         return
-    now = {"runtime": device.runtime, "threads": device.threads, "batch": device.batch, "hardware": table.hardware}
+    known = load_device(name)
+    if known.runtime == device.runtime == tpu.RUNTIME:
+        return
+    now = {"runtime": device.runtime, "threads": device.threads, "batch": device.batch}
+    if hardware is not None:
+        now["hardware"] = hardware
     differs = [f"{k} {getattr(known, k)!r}, not {v!r}" for k, v in now.items() if getattr(known, k) != v]
     if differs:
-        raise DeviceError(f"{folder} is of {'; '.join(differs)}. Choose another name with --as.")
-
-
-def _tables(where: Path) -> list[Table]:
-    return [Table.load(where, path.name.split(".")[1]) for path in sorted(where.glob("table.*.json"))]
+        raise DeviceError(f"device {name} is of {'; '.join(differs)}. Choose another name with --as.")
 
 
 def keep_proof(proof: Proof, precision: str, where: Path) -> None:

@@ -102,6 +102,7 @@ class RunFolder:
             except (OSError, ValueError) as e:
                 raise RunError(f"{path}: damaged: {e}. Write it anew, or use another folder with --out.") from e
             wanted = _flat(tomllib.loads(mine))
+            wanted, theirs = _plain(wanted), _plain(theirs)
             decided = tuple(k for stage in STAGES if self._begun(stage) for k in _DECIDES.get(stage, ()))
             keys = [k for k in {**wanted, **theirs} if k.startswith(decided) and k not in _FREE]
             keys = [k for k in keys if wanted.get(k) != theirs.get(k)]
@@ -214,6 +215,14 @@ def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in table.items():
         out |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return out
+
+
+def _plain(flat: dict[str, Any]) -> dict[str, Any]:
+    """The same, without an objective's precision of float32: older versions of nas wrote that default out."""
+    objectives = [
+        {k: v for k, v in o.items() if (k, v) != ("precision", "float32")} for o in flat.get("objectives", ())
+    ]
+    return {**flat, **({"objectives": objectives} if objectives else {})}
 
 
 def resolved(experiment: Experiment) -> str:

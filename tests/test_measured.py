@@ -1,16 +1,24 @@
-"""`nas measure` and `nas export` on the command line: options that would be ignored, precisions."""
+"""`nas measure` and `nas export` on the command line: options that would be ignored, names, precisions, proofs."""
 
+import shutil
 import tomllib
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 import tiny
 
-from nas import cli
+from nas import catalog, cli, measured
 from nas.architecture import Architecture, Input, save_params
+from nas.console import Console
+from nas.errors import DeviceError, LatencyError, UnmeasuredBlock
 from nas.export import RUNTIMES
+from nas.latency import Table, find_table, load_device
+from nas.measure import hardware
+from nas.ondevice.results import read
 from nas.ops import weights
+from nas.report import write_table_report
 
 
 @pytest.fixture
@@ -128,3 +136,117 @@ def test_what_cannot_be_exported_is_told(winner, capsys, options, message):
 def test_an_experiment_says_its_precisions_itself(here, capsys):
     said = refused(capsys, "export", "tiny_experiment.toml", "--precision", "int8")
     assert "--precision has no meaning where SOURCE is an experiment" in said
+
+
+# names, and where tables and proofs go
+
+QUICK = measured.settings_of(
+    ("seconds=0.3", "min_rounds=5", "anchors=3", "holdout=4", "patience=1", "max_drift=9", "max_busy=1")
+)
+
+
+@pytest.fixture
+def laptop(here) -> Table:
+    """A table of the tiny space on this machine, as device `laptop`."""
+    measured.measure_space(tiny.space(here), "host_onnxruntime", QUICK, name="laptop", precisions=("float32",))
+    return find_table("laptop", "float32", tiny.space(here))[0]
+
+
+@pytest.mark.parametrize("name", ["mine", "epyc_zen4_xla"])
+def test_a_name_that_is_taken_is_told_before_anything_is_measured(here, monkeypatch, name):
+    monkeypatch.setattr(measured, "record", None)  # nothing can be measured
+    (here / "latency_models" / "mine").mkdir(parents=True)
+    (here / "latency_models" / "mine" / "device.toml").write_text(
+        f'device = "mine"\nruntime = "litert"\nhardware = "{hardware()}"\n'
+    )
+    space = tiny.space(here)
+    with pytest.raises(DeviceError, match=rf"{name} is of runtime '(litert|xla)', not 'onnxruntime'.*--as"):
+        measured.measure_space(space, "host_onnxruntime", QUICK, name=name)
+    with pytest.raises(DeviceError, match=f"{name} is of runtime"):
+        measured.measure_over(space, "host_onnxruntime", here / "out", "adb", QUICK, name=name)
+    assert not (here / "out").exists()
+    with pytest.raises(DeviceError, match=r"is of batch 64, not 1|is of runtime 'tpu_compiler', not 'onnxruntime'"):
+        measured.measure_space(space, "host_onnxruntime", QUICK, name="tpu_v2_estimate")
+
+
+def test_tables_say_what_machine_they_are_of_and_nothing_of_the_one_they_were_modelled_on(laptop, here):
+    assert laptop.device == f"{hardware()}, onnxruntime, 1 thread"
+    assert load_device("laptop").device == laptop.device
+    toml = here / "latency_models" / "laptop" / "device.toml"
+    toml.write_text(toml.read_text() + 'notes = "on the balcony"\nlicence = "mine"\n')
+    other = msgspec.structs.replace(laptop, hardware="a board")
+    _, proof = find_table("laptop", "float32", tiny.space(here))
+    assert proof is not None
+    measured.keep(
+        other, proof, tiny.space(here), load_device("laptop"), Path("latency_models/board"), console=Console()
+    )
+    board = load_device("board")
+    assert (board.notes, board.licence, board.hardware) == ("", "", "a board")
+    assert board.device == "a board, onnxruntime, 1 thread"
+    measured.keep(
+        laptop, proof, tiny.space(here), load_device("laptop"), Path("latency_models/again"), console=Console()
+    )
+    assert load_device("again").notes == "on the balcony"  # the same machine
+
+
+def test_another_form_of_a_space_has_a_folder_of_its_own(laptop, here):
+    larger = tiny.space(here, (12, 12, 1))
+    where = measured.measure_space(larger, "host_onnxruntime", QUICK, name="laptop", precisions=("float32",))
+    assert where == Path("latency_models/laptop") / f"tiny.{larger.digest}"
+    for space in (tiny.space(here), larger):
+        table, proof = find_table("laptop", "float32", space)
+        assert table.space_digest == space.digest
+        assert proof is not None
+        assert not proof.doubt
+    assert measured.prove_table(larger, "laptop", QUICK, networks=4)[0].space_digest == larger.digest
+    assert find_table("laptop", "float32", tiny.space(here))[0] == laptop
+
+
+def test_a_proof_that_was_cut_off_goes_on(laptop, here, monkeypatch):
+    class Stopped(Console):
+        def share(self, what: str, share: float, seconds_left: float) -> None:
+            if what.startswith("timing") and 0.3 < share < 1:
+                raise KeyboardInterrupt
+
+    longer = msgspec.structs.replace(QUICK, seconds=2.0, tolerance=0.0)
+    with pytest.raises(KeyboardInterrupt):
+        measured.prove_table(tiny.space(here), "laptop", longer, networks=6, console=Stopped())
+    (work,) = (here / "latency_models/laptop/tiny").glob(".proving.*")
+    before = len(read(work / "results.jsonl").rounds)
+    assert before > 0
+    kept = []
+    monkeypatch.setattr(shutil, "rmtree", lambda folder: kept.append(read(folder / "results.jsonl")))
+    _, proof = measured.prove_table(tiny.space(here), "laptop", longer, networks=6)
+    (recording,) = kept
+    assert len(recording.starts) == 2
+    assert len(recording.rounds) > before
+    assert find_table("laptop", "float32", tiny.space(here))[1] == proof
+
+
+def test_a_table_of_another_version_of_the_runtime_is_told_before_its_proof_is_measured(laptop, here, monkeypatch):
+    monkeypatch.setattr(measured, "version", lambda runtime: "0.1")
+    monkeypatch.setattr(measured, "prove_again", None)
+    with pytest.raises(LatencyError, match=r"and here is 0\.1, of which"):
+        measured.prove_table(tiny.space(here), "laptop", QUICK, networks=4)
+
+
+def test_proofs_and_pages_of_installed_tables_go_to_the_current_folder(laptop, here, monkeypatch):
+    package = here / "site-packages" / "nas" / "_data" / "latency_models"
+    package.parent.mkdir(parents=True)
+    (here / "latency_models").rename(package)
+    monkeypatch.setattr(catalog, "folder", lambda kind: package if kind == "latency_models" else here / "none")
+    before = {path: path.read_bytes() for path in package.rglob("*") if path.is_file()}
+    space = tiny.space(here)
+    _, first = find_table("laptop", "float32", space)
+    _, proof = measured.prove_table(space, "laptop", QUICK, networks=6)
+    page = write_table_report(package / "laptop" / "tiny", space=str(here / "tiny.toml"))
+    assert page == Path("latency_models/laptop/tiny/report.html")
+    assert f"{proof.networks} networks" in page.read_text() or str(proof.networks) in page.read_text()
+    assert find_table("laptop", "float32", space) == (laptop, proof)
+    assert proof != first
+    assert {path: path.read_bytes() for path in package.rglob("*") if path.is_file()} == before
+
+
+def test_a_device_at_hand_keeps_no_tables_and_says_so(here):
+    with pytest.raises(UnmeasuredBlock, match=r"whatever machine a run is on.*--device host_onnxruntime --as NAME"):
+        find_table("host_onnxruntime", "float32", tiny.space(here))

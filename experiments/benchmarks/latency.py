@@ -179,9 +179,12 @@ def main() -> None:
     names = options.devices.split(",") if options.devices else ["host_onnxruntime"] if options.quick else list(DEVICES)
     if unknown := set(names) - DEVICES.keys():
         parser.error(f"--devices {', '.join(sorted(unknown))}: known are {', '.join(DEVICES)}")
-    wanted = {name: DEVICES[name][:1] if options.quick else DEVICES[name] for name in names}
     if options.precision:
-        wanted = {name: tuple(p for p in of if p == options.precision) for name, of in wanted.items()}
+        wanted = {name: tuple(p for p in DEVICES[name] if p == options.precision) for name in names}
+        if not any(wanted.values()):
+            parser.error(f"--precision {options.precision}: none of {', '.join(names)} is measured in it")
+    else:
+        wanted = {name: DEVICES[name][:1] if options.quick else DEVICES[name] for name in names}
     pixels = [int(p) for p in (options.pixels or ("32" if options.quick else "32,224")).split(",")]
     if unknown := set(pixels) - SPACES.keys():
         parser.error(f"--pixels {unknown}: known are {', '.join(map(str, SPACES))}")

@@ -10,7 +10,20 @@ from nas.latency.learned import About, Learned, learn, prove_learned
 from nas.latency.model import LatencyModel
 from nas.latency.predictor import Prediction, Predictor
 from nas.latency.proof import Learning, Proof, Row, prove
-from nas.latency.shelf import device_folder, find_model, find_sources, find_table, load_model, read_proof
+from nas.latency.shelf import (
+    device_folder,
+    find_model,
+    find_models,
+    find_sources,
+    find_table,
+    load_model,
+    own_folder,
+    place,
+    preferred,
+    proof_beside,
+    read_proof,
+    table_folder,
+)
 from nas.latency.table import Anchor, Table
 from nas.latency.transfer import SpaceTransfer, Transfer
 
@@ -39,6 +52,7 @@ __all__ = [
     "feature_groups",
     "features",
     "find_model",
+    "find_models",
     "find_sources",
     "find_table",
     "import_file",
@@ -48,8 +62,13 @@ __all__ = [
     "load_device",
     "load_model",
     "op_counts",
+    "own_folder",
+    "place",
+    "preferred",
+    "proof_beside",
     "prove",
     "prove_learned",
     "read_proof",
+    "table_folder",
     "transfer",
 ]

@@ -26,7 +26,7 @@ from nas.latency.device import load_device
 from nas.latency.entry import Entry
 from nas.latency.learned import About, Learned, learn, prove_learned, require_unit
 from nas.latency.proof import Proof
-from nas.latency.shelf import find_sources
+from nas.latency.shelf import find_sources, place
 from nas.latency.table import Anchor, Table, date_of
 from nas.latency.transfer import KnownDevices
 from nas.ops import Add, Conv, Graph, Shape
@@ -34,6 +34,8 @@ from nas.space import Space
 
 NETWORKS = "networks"  # the form of a CSV of networks measured whole
 _ROLES = ("random", "chosen", "held-out")
+_OF_DEVICE = ("runtime", "precision", "threads", "batch")
+_SAID = ("space", "hash", "image", "classes", *_OF_DEVICE)
 UNITS = {"ms": 1.0, "us": 1e-3, "s": 1e3}  # in milliseconds
 
 # Multiply-adds of blocks per second of their latencies. Microcontrollers at batch 1 are below, data-centre GPUs above
@@ -106,6 +108,9 @@ def import_networks(
     | `role` | "random" or "chosen": learned from; "held-out": for the proof; left out: learned from, drawn at random |
     | `model` | its file; not read |
 
+    Lines "# key: value" at its beginning say what was measured, and must fit: `space`, `hash` (the space's digest),
+    `image`, `classes`; `runtime`, `precision`, `threads` and `batch` of the device, which a new device takes over.
+
     Raises:
         LatencyError: the file is not of that format, has too few networks, or is not in milliseconds; no known device
             has a table of the space.
@@ -117,12 +122,15 @@ def import_networks(
         raise LatencyError(f"unknown unit `{unit}` of latencies.{nearest(unit, UNITS, kind='unit')}")
     try:
         data = path.read_bytes()
-        networks, left_out = _networks(path, data.decode("utf-8-sig"), space)
+        text = data.decode("utf-8-sig")
+        said, lines = _said(path, text)
+        _require_said(path, said, space)
+        networks, left_out = _networks(path, text, space, skip=lines)
     except (OSError, UnicodeDecodeError) as e:
         raise LatencyError(f"{path}: cannot read these networks: {e}. Check the path.") from e
     sources = find_sources(space)
     folder = Path("latency_models") / device if out is None else Path(out)
-    about, toml = _device(device, folder, path)
+    about, toml = _device(device, folder, path, said)
     fit, held_out = ([n for n in networks if (n.role == "held-out") == proof] for proof in (False, True))
     genotypes, of_proof = (
         np.array([n.genotype for n in of], np.uint8).reshape(len(of), len(space.sizes)) for of in (fit, held_out)
@@ -139,13 +147,16 @@ def import_networks(
             device=about.device,
             runtime=about.runtime,
             runtime_version="",
-            precision=about.precision[0],
+            precision=said.get("precision", about.precision[0]),
             threads=about.threads,
             batch=about.batch,
             hardware=about.hardware,
             date=date_of(time.time()),
             command=f"nas import {path.name} --format {NETWORKS} --space {space.name} --device {device}",
-            notes=(f"imported from {path.name}, sha256 {hashlib.sha256(data).hexdigest()}", "the date is that of it"),
+            notes=(
+                f"imported from {path.name}, sha256 {hashlib.sha256(data).hexdigest()}",
+                "the date is that of the import",
+            ),
             licence=about.licence,
         ),
         space,
@@ -157,9 +168,39 @@ def import_networks(
     proof = prove_learned(model, of_proof, proof_ms)
     if toml is not None:
         write_text(folder / "device.toml", toml)
-    where = model.save(folder / space.name)
+    where = model.save(place(folder, space))
     write_json(where.parent / "proof.json", {"precisions": {model.precision: msgspec.to_builtins(proof)}})
     return Learnt(model, where, proof, left_out)
+
+
+def _said(path: Path, text: str) -> tuple[dict[str, str], int]:
+    """What the lines that begin with # say, by key, and how many they are."""
+    said: dict[str, str] = {}
+    for line in text.splitlines():
+        line = line.strip(' ",;')  # what spreadsheets add
+        if not line.startswith("#"):
+            break
+        key, _, value = (part.strip("# ") for part in line.partition(":"))
+        if key not in _SAID:
+            raise LatencyError(
+                f"{path}, line {len(said) + 1}: unknown `{key}` of networks.{nearest(key, _SAID, kind='key')}"
+            )
+        if key in said:
+            raise LatencyError(f"{path}, line {len(said) + 1}: `{key}` is there twice. Leave one of them out.")
+        said[key] = value.partition("(")[0].strip()
+    return said, len(said)
+
+
+def _require_said(path: Path, said: Mapping[str, str], space: Space) -> None:
+    """The networks are of `space`, as the file says."""
+    here = {"space": space.name, "image": _x(space.input), "classes": str(space.classes), "hash": space.digest}
+    for key, value in here.items():
+        if said.get(key, value) != value:
+            raise LatencyError(
+                f"{path}: its networks are of {key} {said[key]}, and {key} {value} was asked for. Give what it says: "
+                f"--space {said.get('space', space.name)} --image {said.get('image', _x(space.input))} --classes "
+                f"{said.get('classes', space.classes)}; with another hash, the space's file has changed since."
+            )
 
 
 class _Whole(msgspec.Struct, frozen=True):
@@ -170,18 +211,18 @@ class _Whole(msgspec.Struct, frozen=True):
     role: str
 
 
-def _networks(path: Path, text: str, space: Space) -> tuple[list[_Whole], int]:
-    """The networks that have a latency, and how many rows have none."""
-    reader = csv.DictReader(io.StringIO(text))
+def _networks(path: Path, text: str, space: Space, *, skip: int) -> tuple[list[_Whole], int]:
+    """The networks that have a latency, and how many rows have none; after `skip` lines."""
+    reader = csv.DictReader(text.splitlines(keepends=True)[skip:])
     known, columns = {"genotype", "latency_ms", "role", "model"}, set(reader.fieldnames or ())
     if not {"genotype", "latency_ms"} <= columns <= known:
         raise LatencyError(
-            f"{path}, line 1: the columns are {', '.join(sorted(map(str, columns))) or 'missing'}. `genotype` and "
-            f"`latency_ms` are needed; `role` and `model` are possible."
+            f"{path}, line {skip + 1}: the columns are {', '.join(sorted(map(str, columns))) or 'missing'}. `genotype` "
+            f"and `latency_ms` are needed; `role` and `model` are possible."
         )
     found, left_out = [], 0
     for row in reader:
-        where = f"{path}, line {reader.line_num}"
+        where = f"{path}, line {skip + reader.line_num}"
         role = (row.get("role") or "random").strip()
         if role not in _ROLES:
             raise LatencyError(f"{where}: unknown role `{role}`.{nearest(role, _ROLES, kind='role')}")
@@ -281,7 +322,7 @@ def import_table(
     if toml is not None:
         write_text(folder / "device.toml", toml)
     missing = tuple(block.label for key, (block, _) in wanted.items() if key not in published.samples)
-    return Imported(table, table.save(folder / space.name), missing)
+    return Imported(table, table.save(place(folder, space)), missing)
 
 
 # formats
@@ -580,12 +621,16 @@ def _correction(path: Path, anchors: Sequence[Anchor], entries: Mapping[str, Ent
 # the device
 
 
-def _device(name: str, folder: Path, source: Path) -> tuple[Device, str | None]:
+def _device(name: str, folder: Path, source: Path, said: Mapping[str, str] | None = None) -> tuple[Device, str | None]:
     """The device, and the device.toml to write for it; None where `folder` has one.
 
+    Args:
+        said: in the file, of a device: its runtime, precision, threads and batch.
+
     Raises:
-        DeviceError: it is this machine, or its name is a path.
+        DeviceError: it is this machine, its name is a path, or it is not as the file says.
     """
+    said = {key: value for key, value in (said or {}).items() if key in _OF_DEVICE}
     if not name or Path(name).name != name or name in (".", ".."):
         raise DeviceError(f"--device {name}: a name without folders is needed; the place is for --out to say.")
     if (folder / "device.toml").is_file():
@@ -594,11 +639,20 @@ def _device(name: str, folder: Path, source: Path) -> tuple[Device, str | None]:
         found = catalog.find(name, kind="device", file="device.toml", known=[name], error=DeviceError)
         about, text = load_device(str(found)), found.read_text(encoding="utf-8")
     else:
-        about = Device(device=name, runtime="unknown", hardware=name, source=source.name)
+        as_said = {
+            "runtime": said.get("runtime", "unknown"),
+            "threads": _count(source, "threads", said),
+            "batch": _count(source, "batch", said),
+            "precision": (said.get("precision", "float32"),),
+        }
+        about = Device(device=name, hardware=name, source=source.name, **as_said)
         text = (
             "# Written by `nas import`. Say what was measured, and how: a number is worth no more than that.\n"
             f"device = {json.dumps(name)}\n"
-            f'runtime = "unknown"\n'
+            f"runtime = {json.dumps(about.runtime)}\n"
+            f"threads = {about.threads}\n"
+            f"batch = {about.batch}\n"
+            f"precision = {json.dumps(about.precision)}\n"
             f"hardware = {json.dumps(name)}\n"
             f"source = {json.dumps(source.name)}\n"
             f'licence = ""\n'
@@ -608,4 +662,19 @@ def _device(name: str, folder: Path, source: Path) -> tuple[Device, str | None]:
             f'device {name} is the machine that runs are on (hardware = "host"), which is measured for every run. Give '
             f"the device that the file is of a name of its own."
         )
+    has = {"runtime": about.runtime, "threads": str(about.threads), "batch": str(about.batch)}
+    for key, value in said.items():
+        if value not in (about.precision if key == "precision" else [has[key]]):
+            raise DeviceError(
+                f"{source}: its networks are of {key} {value}, and device {name} has "
+                f"{', '.join(about.precision) if key == 'precision' else has[key]}. Give the device that was measured "
+                f"a name of its own, or correct whichever is wrong."
+            )
     return about, text
+
+
+def _count(source: Path, key: str, said: Mapping[str, str]) -> int:
+    value = said.get(key, "1")
+    if not value.isdigit() or int(value) < 1:
+        raise LatencyError(f"{source}: `{key}` is {value!r}: a whole number is needed.")
+    return int(value)

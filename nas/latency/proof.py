@@ -70,6 +70,7 @@ class Proof(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     table: str = ""  # `Table.digest` of the table that it is of; empty in proofs that are older than this field
     doubt: str = ""  # why it says nothing of the table that it lies beside
     learned: Learning | None = None  # of a learned model
+    left_out: int = 0  # held-out networks that the runtime could not run
 
     def __str__(self) -> str:
         repeat = "" if self.repeat_mape is None else f"; measured against itself {self.repeat_mape:.1%}"
@@ -83,6 +84,8 @@ class Proof(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         if self.spearman is not None:
             order += f", Spearman {_within(self.spearman, self.spearman_low, self.spearman_high)}"
         doubt = f"{self.doubt}: " if self.doubt else ""
+        if self.left_out:
+            repeat += f"; {self.left_out} more could not be run, and are left out"
         return (
             f"{doubt}{self.networks} {networks}: error {self.mape:.1%} ({self.bias:+.1%} on average), "
             f"{self.within_5:.0%} within 5 %, {self.within_10:.0%} within 10 %, {order}{repeat}"
@@ -111,6 +114,7 @@ def prove(
     drift: float | None = None,
     table: str = "",
     date: str = "",
+    left_out: int = 0,
     seed: int = 0,
 ) -> Proof:
     """The proof of predictions [n] against measurements [n]; the rows are left out when no genotypes are given.
@@ -118,6 +122,7 @@ def prove(
     Args:
         table: digest of the table that predicts.
         date: of the measuring.
+        left_out: networks that the runtime could not run.
         seed: of the resampling.
 
     Raises:
@@ -160,6 +165,7 @@ def prove(
         no_order=f"all {same} latencies are one value" if tau is None else "",
         date=date,
         table=table,
+        left_out=left_out,
     )
 
 

@@ -1,11 +1,16 @@
-"""Tables that a device's folder keeps: latency_models/<device>/<space>/table.<precision>.csv and .json, proof.json."""
+"""Tables that a device's folder keeps: latency_models/<device>/<space>/table.<precision>.csv and .json, proof.json.
 
+Another form of a space, over other images or for other classes, has a folder of its own: `place`.
+"""
+
+from collections.abc import Iterable
 from pathlib import Path
 
 import msgspec
 
 from nas import catalog
 from nas.errors import DeviceError, LatencyError, UnmeasuredBlock
+from nas.latency.device import load_device
 from nas.latency.learned import Learned
 from nas.latency.model import LatencyModel
 from nas.latency.proof import Proof
@@ -42,28 +47,96 @@ def find_table(name: str, precision: str, space: Space) -> tuple[Table, Proof | 
         UnmeasuredBlock: no table has all blocks; names the first block that the best of them lacks, and how many.
         LatencyError: a table or its proof is damaged.
     """
+    where, table = _find_table(name, precision, space)
+    proof = proof_beside(where, precision, table.digest)
+    return table, None if proof is None else proof.beside(table.digest)
+
+
+def proof_beside(where: Path, precision: str, digest: str) -> Proof | None:
+    """The proof of the table of that digest in `where`: the one that was made here, or the one that came along.
+
+    Raises:
+        LatencyError: it is damaged.
+    """
+    mine = read_proof(own_folder(where) / "proof.json", precision)
+    return mine if mine is not None and mine.table == digest else read_proof(where / "proof.json", precision)
+
+
+def table_folder(name: str, precision: str, space: Space) -> Path:
+    """Where the table lies that `find_table` finds; errors as of that."""
+    return _find_table(name, precision, space)[0]
+
+
+def place(folder: Path, space: Space) -> Path:
+    """Where a device's folder keeps what it knows of `space`: under its name; another form of it beside, with its hash.
+
+    Raises:
+        LatencyError: what is kept under its name is damaged.
+    """
+    where = folder / space.name
+    for head in (*where.glob("table.*.json"), *where.glob("learned.*/model.json")):
+        if _head(head).space_digest != space.digest:
+            return folder / f"{space.name}.{space.digest}"
+    return where
+
+
+def own_folder(where: Path) -> Path:
+    """Where proofs and pages of what lies in `where` are written: there; of what came installed, in the current folder.
+
+    That is latency_models/<device>/<space>, too.
+    """
+    package = catalog.folder("latency_models").resolve()
+    installed = package.name == "latency_models" and package.parent.name == "_data"
+    if installed and where.resolve().is_relative_to(package):
+        return Path("latency_models") / where.resolve().relative_to(package)
+    return where
+
+
+class _Head(msgspec.Struct):
+    """What is asked of the header of a table, or of a learned model."""
+
+    space_digest: str
+
+
+def _head(path: Path) -> _Head:
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=_Head)
+    except (OSError, ValueError) as e:
+        raise LatencyError(f"{path}: damaged: {e}. Restore it, or remove {path.parent} and measure again.") from e
+
+
+def _find_table(name: str, precision: str, space: Space) -> tuple[Path, Table]:
+    """Where the table lies that `find_table` finds, and that; errors as of it."""
     folder = device_folder(name)
     blocks = {key: block.label for key, (block, _) in space.blocks().items()}
     kept = sorted(p.parent for p in folder.glob(f"*/table.{precision}.csv"))
-    kept.sort(key=lambda f: f.name != space.name)  # stable
+    kept.sort(key=lambda f: (_head(f / f"table.{precision}.json").space_digest != space.digest, f.name != space.name))
     fewest: tuple[str, list[str]] = "", list(blocks.values())
     for where in kept:
         table = Table.load(where, precision)
         missing = [label for key, label in blocks.items() if key not in table.entries and key not in table.unsupported]
         if not missing:
-            proof = read_proof(where / "proof.json", precision)
-            return table, None if proof is None else proof.beside(table.digest)
+            return where, table
         if len(missing) < len(fewest[1]):
             fewest = f"; the nearest is {where.name}/", missing
     nearest, missing = fewest
+    device = load_device(name)
+    if device.at_hand and not kept:
+        raise UnmeasuredBlock(
+            f"device {folder.name} is whatever machine a run is on: it is measured anew in every run, and no tables "
+            f"are kept of it. Keep one under a name: `nas measure {space.name} --device {folder.name} --as NAME`."
+        )
     having = f"none of its {len(kept)} tables has" if kept else "it has no table with"
     are = "blocks are" if len(missing) > 1 else "block is"
+    learned = [p.parent.parent.name for p in sorted(folder.glob(f"*/learned.{precision}/model.json"))]
+    besides = f" It has a model learned from whole networks, of {', '.join(learned)}; that is no table." * bool(learned)
+    there = "With the TPU compiler" if device.runtime == "tpu_compiler" else "On that device"
     raise UnmeasuredBlock(
-        f"device {folder.name} is not at hand, and {having} all {len(blocks)} blocks of space {space.name!r} in "
-        f"{precision} ({folder}){nearest}: {len(missing)} {are} missing, the first is `{missing[0]}`, for "
-        f"{space.classes} classes and images of {_sides(space)} pixels. On that device, run "
-        f"`nas measure {space.name} --device {folder.name}`; a table that others published is read by `nas import FILE "
-        f"--format FORMAT --space {space.name} --device {folder.name}`."
+        f"device {folder.name}: {having} all {len(blocks)} blocks of space {space.name!r} in {precision} "
+        f"({folder}){nearest}: {len(missing)} {are} missing, the first is `{missing[0]}`, for {space.classes} classes "
+        f"and images of {_sides(space)} pixels.{besides} {there}, run `nas measure {space.name} --device "
+        f"{folder.name}`; a table that others published is read by `nas import FILE --format FORMAT --space "
+        f"{space.name} --device {folder.name}`."
     )
 
 
@@ -75,8 +148,9 @@ def find_model(name: str, precision: str, space: Space) -> tuple[LatencyModel, P
     Raises:
         DeviceError, UnmeasuredBlock, LatencyError: as `find_table`.
     """
-    where = device_folder(name) / space.name
-    if not (where / f"learned.{precision}" / "model.json").exists():
+    models = sorted(device_folder(name).glob(f"*/learned.{precision}/model.json"))
+    where = next((p.parent.parent for p in models if _head(p).space_digest == space.digest), None)
+    if where is None:
         return find_table(name, precision, space)
     learned = Learned.load(where, precision, space)
     try:
@@ -87,6 +161,31 @@ def find_model(name: str, precision: str, space: Space) -> tuple[LatencyModel, P
         return table, proof
     proof = read_proof(where / f"learned.{precision}" / "proof.json", precision)
     return learned, None if proof is None else proof.beside(learned.digest)
+
+
+def find_models(name: str, space: Space) -> tuple[dict[str, tuple[LatencyModel, Proof | None]], dict[str, str]]:
+    """By precision what `find_model` finds in the folder of device `name`; and why nothing, where it finds nothing.
+
+    Raises:
+        UnmeasuredBlock: it finds nothing in any precision.
+        DeviceError, LatencyError: as `find_model`.
+    """
+    found: dict[str, tuple[LatencyModel, Proof | None]] = {}
+    missing: dict[str, UnmeasuredBlock] = {}
+    for precision in load_device(name).precision:
+        try:
+            found[precision] = find_model(name, precision, space)
+        except UnmeasuredBlock as e:
+            missing[precision] = e
+    if not found:
+        raise next(iter(missing.values()))
+    return found, {precision: str(e) for precision, e in missing.items()}
+
+
+def preferred(precisions: Iterable[str]) -> str:
+    """The one that counts where nobody has said: float32, or the first."""
+    known = list(precisions)
+    return "float32" if "float32" in known else known[0]
 
 
 def load_model(folder: Path, precision: str, space: Space) -> LatencyModel:

@@ -93,6 +93,7 @@ def _settings(settings: config.Latency) -> dict[str, float]:
         "max_seconds": settings.seconds * settings.patience,
         "min_rounds": settings.min_rounds,
         "tolerance": settings.tolerance,
+        "max_drift": settings.max_drift,
         "busy": _BUSY,
         "open_seconds": _OPEN_SECONDS,
         "hang_seconds": _HANG_SECONDS,

@@ -22,6 +22,7 @@ from nas.errors import DeviceError, LatencyError
 from nas.export import RUNTIMES, Runtime
 from nas.fold import fold
 from nas.latency import op_counts
+from nas.ondevice.stopping import ANCHOR
 from nas.ondevice.timing import Call
 from nas.ops import Block, Graph, Recorder, Shape, flatten, weights
 from nas.quantise import placeholder
@@ -56,7 +57,7 @@ class Plan:
     @property
     def anchor_names(self) -> list[str]:
         """Of the anchors among `graphs`."""
-        return [f"anchor {i}" for i in range(len(self.anchors))]
+        return [f"{ANCHOR}{i}" for i in range(len(self.anchors))]
 
     @property
     def held_out_names(self) -> list[str]:
@@ -166,8 +167,8 @@ def runtime_class(device: Device) -> type[Runtime]:
     """
     if device.runtime == "tpu_compiler":
         raise DeviceError(
-            f"nothing can be run on device {device.device!r}: `nas.measure.tpu.estimate_table` makes its tables. "
-            f"Choose a device that is at hand for an experiment."
+            f"nothing can be run on device {device.device!r}, which is estimated: `nas measure SPACE --device NAME` "
+            f"makes its tables, and `nas run EXPERIMENT --device NAME` searches by them. Choose one at hand."
         )
     if device.runtime not in RUNTIMES:
         hint = nearest(device.runtime, RUNTIMES, kind="runtime")

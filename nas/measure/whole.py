@@ -15,7 +15,7 @@ from nas.latency.learned import About
 from nas.latency.predictor import FEWEST
 from nas.latency.table import date_of
 from nas.measure.plan import Plan, choose_networks
-from nas.measure.recipe import accept
+from nas.measure.recipe import accept, in_words
 from nas.ondevice.results import Recording
 from nas.space import Space
 
@@ -77,7 +77,7 @@ def evaluate_networks(
     rows = [plan.anchor_names.index(n) for n in anchors]
     model = learn(
         About(
-            device=plan.device.device,
+            device=in_words(plan.device, start["hardware"]),
             runtime=plan.device.runtime,
             runtime_version=start["version"],
             precision=plan.precision,
@@ -107,6 +107,7 @@ def evaluate_networks(
         np.array([timings[n].latency_ms for n in held_out]),
         seed=plan.seed,
         drift=samples.disagreement(anchors, parts=3),
+        left_out=len(plan.held_out) - len(held_out),
         **known,
     )
     return model, proof
@@ -115,10 +116,24 @@ def evaluate_networks(
 def sheet(plan: Plan, files: dict[str, str]) -> str:
     """A CSV to fill in by hand: the networks of a plan `for_networks`, their model files, and a column for latencies.
 
+    Lines that begin with # say what is to be measured; `nas import` holds it against what it is told.
+
     Args:
         files: by the name of the call, relative to where the CSV lies.
     """
+    space, device = plan.space, plan.device
+    about = {
+        "space": space.name,
+        "hash": space.digest,
+        "image": "x".join(map(str, space.input)),
+        "classes": space.classes,
+        "runtime": device.runtime,
+        "precision": plan.precision,
+        "threads": device.threads,
+        "batch": f"{device.batch}  (images an inference; latency_ms is of an inference)",
+    }
     text = io.StringIO()
+    text.writelines(f"# {key}: {value}\n" for key, value in about.items())
     rows = csv.writer(text, lineterminator="\n")
     rows.writerow(["model", "genotype", "role", "latency_ms"])
     roles = ["random" if drawn else "chosen" for drawn in transfer.at_random(len(plan.anchors))]

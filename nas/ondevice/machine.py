@@ -14,31 +14,33 @@ from pathlib import Path
 from nas.errors import LatencyError
 
 _TELLING_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "asimd", "asimddp", "i8mm", "sve")
+_NUMBERS = {"cpu family": "family", "model": "model", "CPU implementer": "implementer", "CPU part": "part"}
 _TICKS = os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 100  # of /proc, a second
+_CPUINFO = Path("/proc/cpuinfo")
 _NVIDIA = Path("/proc/driver/nvidia/gpus")
 _LINUX = sys.platform.startswith("linux")
 
 
 def hardware() -> str:
-    """CPU model, cores, vector extensions, which decide what kernels run, GPUs.
+    """CPU, cores, vector extensions, which decide what kernels run, and GPUs.
 
-    "AMD EPYC (family 26, model 2), 2 cores, avx2 avx512f": the generation stands in x86's numbers, not in the name,
-    which hypervisors shorten.
+    "AMD EPYC (family 25 model 17), 2 cores, avx2 avx512f": virtual machines name CPUs of several generations alike, and
+    their numbers tell them apart.
     """
-    model, flags, number = platform.processor() or platform.machine(), "", {}
+    model, flags, numbers = platform.processor() or platform.machine(), "", dict[str, str]()
     with contextlib.suppress(OSError):  # there is no such file on macOS and Windows
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+        for line in _CPUINFO.read_text(encoding="utf-8").splitlines():
             key, _, value = (part.strip() for part in line.partition(":"))
             if key in ("model name", "Model", "Hardware"):  # the latter two on ARM
                 model = value
-            elif key in ("cpu family", "model"):  # on x86
-                number[key] = value
+            elif key in _NUMBERS:
+                numbers.setdefault(_NUMBERS[key], value)
             elif key in ("flags", "Features"):
                 flags = " ".join(f for f in _TELLING_FLAGS if f in value.split())
             if key in ("flags", "Model"):
                 break
-    if len(number) == 2:
-        model += f" (family {number['cpu family']}, model {number['model']})"
+    if numbers:
+        model = f"{model} ({' '.join(f'{name} {value}' for name, value in numbers.items())})"
     return ", ".join(part for part in (model, f"{os.cpu_count() or 1} cores", flags, *_gpus()) if part)
 
 

@@ -12,6 +12,7 @@ more time: the same command goes on.
 import argparse
 import hashlib
 import json
+import math
 import os
 import sys
 import time
@@ -207,13 +208,15 @@ def _time(
         while os.getppid() == supervisor:  # a worker that outlives it would be timed against the next one
             if len(timed) >= next_check:
                 next_check = max(len(timed) + 5, int(len(timed) * _CHECKS))
-                interval = asked.intervals(Samples.of(names, timed).timings())
+                samples = Samples.of(names, timed)
+                interval = asked.intervals(samples.timings())
                 needy = [name for name, half in interval.items() if not half <= settings["tolerance"]]
+                steady = asked.unsteadiness(samples) <= settings.get("max_drift", math.inf)
                 noise = (
                     f"noise of a sum {asked.noise(interval):.1%}; {len(needy)} of {len(interval)} blocks and networks "
-                    f"not yet known well enough"
+                    f"not yet known well enough{'' if steady else '; anchors wander'}"
                 )
-                if not needy or used >= settings["max_seconds"]:
+                if (not needy and steady) or used >= settings["max_seconds"]:
                     tell("timing", 1.0, 0.0, noise)
                     return
                 if used >= settings["seconds"]:

@@ -7,9 +7,11 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from nas.ondevice.timing import Timing
+from nas.ondevice.timing import Samples, Timing
 
 K = TypeVar("K", bound=Hashable)
+
+ANCHOR = "anchor "  # how names of networks begin by which a recording is judged
 
 
 def combined(terms: Mapping[K, float], timings: Mapping[K, Timing]) -> tuple[float, float]:
@@ -55,6 +57,12 @@ class Wanted:
                 if all(term in timings for term in terms):
                     found[name] = combined(terms, timings)[1] * scale
         return found
+
+    def unsteadiness(self, samples: Samples[str]) -> float:
+        """Of the worst anchor (`Samples.unsteadiness`); 0 where none was timed, or too few rounds tell."""
+        anchors = [name for name in self.networks if name.startswith(ANCHOR) and name in samples.names]
+        worst = float(samples.unsteadiness(anchors).max()) if anchors else 0.0
+        return worst if math.isfinite(worst) else 0.0
 
     def noise(self, intervals: Mapping[str, float]) -> float:
         """Half the 95 % interval of the sum for a network, relative; without entries, of a network. NaN: not known."""

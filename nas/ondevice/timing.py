@@ -31,6 +31,8 @@ _FIXED_TOLD = 0.2  # of the quickest call: less cannot be told from the noise of
 _NEIGHBOURS = 15  # samples that a level is the median of: a few milliseconds, shorter than the machine's moods
 _QUARTILE = 25  # percentile of levelled samples that stands for a call
 _QUIET = 10  # percentile of the level that results are stated at: this machine when others leave it alone
+_PART_ROUNDS = 10  # of a part in time, at least
+_STUDENT = {3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571}  # parts -> 97.5 % quantile of Student's t with one degree less
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +94,31 @@ class Samples(Generic[K]):
         ratio = np.log(last / first)
         return float(np.abs(np.expm1(ratio - np.median(ratio))).mean())
 
+    def unsteadiness(self, names: Sequence[K]) -> Floats:
+        """Half the 95 % interval of each of `names`, relative, a common factor set aside: from parts in time.
+
+        `Timing.interval` takes rounds as independent. They are not where a machine has moods: caches that others fill
+        for seconds slow large networks by a tenth and small ones not at all, and no level takes that out. Long parts
+        are nearly independent, so how far they lie apart tells (batch means: Law and Kelton 1991, sec. 9.5.3).
+        Infinite with fewer rounds than three parts take.
+        """
+        parts = min(len(self.times_ms) // _PART_ROUNDS, max(_STUDENT))
+        if parts < min(_STUDENT):
+            return np.full(len(names), np.inf)
+        size = len(self.times_ms) // parts
+        each = np.stack([self._standing(names, slice(size * i, size * (i + 1))) for i in range(parts)])
+        return np.expm1(_STUDENT[parts] * each.std(axis=0, ddof=1) / math.sqrt(parts))
+
+    def moved(self, names: Sequence[K], rows: NDArray[np.bool_]) -> Floats:
+        """By how much the rounds `rows` [rounds] alone would change `names`, relative, a common factor set aside."""
+        return np.expm1(self._standing(names, np.flatnonzero(rows)) - self._standing(names, slice(None)))
+
+    def _standing(self, names: Sequence[K], rows: slice | NDArray[np.intp]) -> Floats:
+        """Log of latencies by the given rounds, relative to their median over `names`."""
+        columns = [self.names.index(n) for n in names]
+        log_ms = _percentiles(self._levelled(rows)[:, columns], (_QUARTILE,))[0]
+        return log_ms - np.median(log_ms)
+
     def apart(self, names: Sequence[K], *, parts: int) -> tuple[Floats, Floats]:
         """Milliseconds [names] by the first and by the last of `parts` equal parts in time."""
         size = max(len(self.times_ms) // parts, 1)
@@ -102,7 +129,7 @@ class Samples(Generic[K]):
         )
         return first, last
 
-    def _levelled(self, rows: slice) -> Floats:
+    def _levelled(self, rows: slice | NDArray[np.intp]) -> Floats:
         """Log of the given rounds' samples [rounds, names], as they would be at the machine's quiet level."""
         log_ms, order = np.log(self.times_ms[rows]), self.order[rows]
         ran = np.isfinite(np.take_along_axis(log_ms, order, axis=1))  # in the order of time

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from nas import cost
 from nas.config import Experiment
 from nas.errors import LimitError
-from nas.latency import LatencyModel, Table, find_model
+from nas.latency import LatencyModel, Table, find_model, find_models, preferred
 from nas.pipeline.job import Job, Limit, limit_on
 from nas.search.strategy import children
 from nas.space import Space
@@ -82,7 +82,7 @@ def exact_costs(job: Job | Searched) -> tuple[Cost, ...]:
         if name == "latency_ms":
             found.append(_latency(job))
             continue
-        made = _named(job, name, precisions.get(name, "float32"))
+        made = _named(job, name, precisions.get(name))
         found.append(dataclasses.replace(made, limit=_resolved(made, asked.get(name))))
     return tuple(found)
 
@@ -191,10 +191,11 @@ def _parts(model: LatencyModel, space: Space) -> Sequence[NDArray[np.float64]] |
     return model.costs(space) if isinstance(model, Table) and model.between(space) is None else None
 
 
-def _named(job: Job | Searched, name: str, precision: str) -> Cost:
+def _named(job: Job | Searched, name: str, precision: str | None) -> Cost:
     """Without a limit yet."""
     space, device = job.space, name.partition("@")[2]
     if device:
+        precision = preferred(find_models(device, space)[0]) if precision is None else precision
         model, _ = find_model(device, precision, space)
         least, cheapest, most, _ = model.reachable(space)
         price, bound = functools.partial(model.price, space), functools.partial(model.bound, space)

@@ -24,9 +24,9 @@ def export(job: Job) -> None:
     """Writes each network's model files, quantisation.json, blocks.json and card.md."""
     job.folder.require("finish")
     networks = finished(job.path)
-    job.console.start(f"export: {len(networks)} networks, {' and '.join(job.device.precision)}")
+    job.console.start(f"export: {len(networks)} networks, {' and '.join(job.files)}")
     for number, made in enumerate(networks, start=1):
-        for precision in job.device.precision:
+        for precision in job.files:
             quantisation = None
             if precision == "int8":
                 quantisation = quantise(made, job.data, images=job.experiment.finish.calibration_images)
@@ -105,6 +105,8 @@ def card(job: Job, made: Finished) -> str:
     measured = f"Accuracy {'and latency ' if job.device.at_hand else ''}measured in {job.runtime_name}"
     if not job.device.at_hand:
         measured += "; latency was NOT measured, the device was not at hand"
+    if job.precision not in job.files:
+        measured += f"; the files are in {' and '.join(job.files)}, since {job.runtime_name} has no {job.precision}"
     blocks = "\n".join(f"| {b.name} | {b.label} | {_size(b.graph)} |" for b in made.architecture.network.blocks)
     return f"""# {made.architecture.name}
 

@@ -15,7 +15,7 @@ from nas.data import Dataset, load_data
 from nas.errors import LimitError, RunError
 from nas.export import RUNTIMES, Runtime
 from nas.files import read_as
-from nas.latency import LatencyModel, load_device, load_model
+from nas.latency import LatencyModel, load_device, load_model, preferred
 from nas.measure import runtime_class
 from nas.runfolder import RunFolder
 from nas.space import Space, load_space
@@ -85,6 +85,20 @@ class Job:
         """The name of `runtime`: the device's; of a device that is not at hand and has an unknown one, ONNX Runtime."""
         return _written_for(self.device).runtime
 
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Precisions of the files: those of the tables that the runtime has, or float32 where it has none of them."""
+        return tuple(p for p in self.tables if p in self.runtime.precisions) or ("float32",)
+
+    @property
+    def file(self) -> str:
+        """The precision of the file that the answer is of: that of the search where the runtime has it."""
+        return self.precision if self.precision in self.files else preferred(self.files)
+
+    def table_of(self, file: str) -> LatencyModel:
+        """What predicts a file of that precision: the table of it, or that of the search where there is none."""
+        return self.tables.get(file, self.tables[self.precision])
+
     @functools.cached_property
     def supernet(self) -> "Supernet":
         """The supernet of the space."""
@@ -94,10 +108,10 @@ class Job:
 
     @functools.cached_property
     def tables(self) -> dict[str, LatencyModel]:
-        """The latency table, or learned model, of each precision."""
+        """The latency table, or learned model, of each precision that has one."""
         self.folder.require("measure")
         then = read_as(self.path / "environment.json", _Environment, stage="measure")
-        tables = {p: load_model(self.path / "latency", p, self.space) for p in self.device.precision}
+        tables = {p: load_model(self.path / "latency", p, self.space) for p in then.tables}
         now = {"space": self.space.digest, "data": self.data.digest}
         before = {"space": then.space.digest, "data": then.data.digest}
         now |= {f"{p} latency table": table.digest for p, table in tables.items()}
@@ -121,8 +135,9 @@ class Job:
 
     @property
     def precision(self) -> str:
-        """The precision whose latency the search limits."""
-        return self.experiment.limit.precision
+        """The precision whose latency the search limits: the objective's; where it names none, float32 or the first."""
+        asked = self.experiment.limit.precision
+        return preferred(self.tables) if asked is None else asked
 
     @functools.cached_property
     def limit(self) -> "Limit":
@@ -184,9 +199,10 @@ class Job:
 
 
 def _written_for(device: Device) -> Device:
+    """What files are written for: a device whose runtime nobody can run here is searched for, and not run."""
     if device.at_hand or device.runtime in RUNTIMES:
         return device
-    return msgspec.structs.replace(device, runtime="onnxruntime")
+    return msgspec.structs.replace(device, runtime="onnxruntime", precision=("float32",))
 
 
 def together(tables: dict[str, LatencyModel]) -> dict[str, LatencyModel]:

@@ -4,6 +4,7 @@ import datetime
 import platform
 import shutil
 import subprocess
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import msgspec
 
 from nas.errors import DeviceError
 from nas.files import write_json
-from nas.latency import LatencyModel, Proof, find_model
+from nas.latency import LatencyModel, Proof, find_model, find_models
 from nas.measure import hardware
 from nas.measure import measure as measure_table
 from nas.pipeline.job import Job, together
@@ -30,16 +31,16 @@ def measure(job: Job) -> None:
     The table of a device that is not at hand is not measured but copied from the device's folder, with its proof.
     """
     job.runtime.version()  # a missing runtime is told before anything is built
-    if job.precision not in job.device.precision:
+    asked = job.experiment.limit.precision
+    if asked is not None and asked not in job.device.precision:
         raise DeviceError(
-            f"the objective latency_ms asks for precision {job.precision!r}; device {job.experiment.device} has "
+            f"the objective latency_ms asks for precision {asked!r}; device {job.experiment.device} has "
             f"{', '.join(job.device.precision)}. Change the objective's `precision` or the device."
         )
     job.space  # noqa: B018  data and space are checked, and told, before the measuring begins
     proofs: dict[str, Any] = {}
     tables: dict[str, LatencyModel] = {}
-    for precision in job.device.precision:
-        table, proof = (_measured if job.device.at_hand else _kept)(job, precision)
+    for precision, (table, proof) in (_measured if job.device.at_hand else _kept)(job):
         table.save(job.path / "latency")
         tables[precision] = table
         if proof is None:
@@ -48,37 +49,54 @@ def measure(job: Job) -> None:
         proofs[precision] = msgspec.to_builtins(proof)
         job.console.say(f"  {table.basis}")
         job.console.say(f"  {proof}")
+    job.tables = together(tables)
     write_json(job.path / "latency" / "proof.json", {**proofs.get(job.precision, {}), "precisions": proofs})
     copy_space(job.experiment.space, job.path)
     write_json(job.path / "environment.json", environment(job, {p: t.digest for p, t in tables.items()}))
-    job.tables = together(tables)
     for work in job.path.glob(".measuring.*"):  # kept until all are done, so that none is measured twice
         shutil.rmtree(work)
 
 
-def _measured(job: Job, precision: str) -> tuple[LatencyModel, Proof | None]:
-    """The table, measured on this machine."""
-    job.console.start(f"measure: {len(job.space.blocks())} blocks in {precision} on {job.experiment.device}")
-    work = job.path / f".measuring.{precision}"
-    return measure_table(
-        job.space,
-        job.device,
-        precision,
-        job.experiment.latency,
-        seed=job.experiment.seed,
-        folder=work,
-        progress=job.console.share,
-        command=f"nas measure (experiment {job.experiment.name})",
-    )
+Found = tuple[LatencyModel, Proof | None]
 
 
-def _kept(job: Job, precision: str) -> tuple[LatencyModel, Proof | None]:
-    """The table or learned model in the device's folder: it is not at hand, so that nothing is measured."""
-    table, proof = find_model(job.experiment.device, precision, job.space)
-    job.console.start(
-        f"measure: {job.device.device} is not at hand; its {precision} latencies were {table.kind} by `{table.command}`"
-    )
-    return table, proof
+def _measured(job: Job) -> Iterator[tuple[str, Found]]:
+    """By precision the table, measured on this machine."""
+    for precision in job.device.precision:
+        job.console.start(f"measure: {len(job.space.blocks())} blocks in {precision} on {job.experiment.device}")
+        yield (
+            precision,
+            measure_table(
+                job.space,
+                job.device,
+                precision,
+                job.experiment.latency,
+                seed=job.experiment.seed,
+                folder=job.path / f".measuring.{precision}",
+                progress=job.console.share,
+                command=f"nas measure (experiment {job.experiment.name})",
+            ),
+        )
+
+
+def _kept(job: Job) -> Iterator[tuple[str, Found]]:
+    """By precision the table or learned model in the device's folder: it is not at hand, so that nothing is measured.
+
+    Raises:
+        UnmeasuredBlock: there is none in the precision that the objective asks for, or in any.
+    """
+    device, asked = job.experiment.device, job.experiment.limit.precision
+    found, missing = find_models(device, job.space)
+    if asked in missing:
+        find_model(device, asked, job.space)
+    for precision, (table, proof) in found.items():
+        job.console.start(
+            f"measure: {job.device.device} is not at hand; its {precision} latencies were {table.kind} by "
+            f"`{table.command}`"
+        )
+        yield precision, (table, proof)
+    for precision in missing:
+        job.console.say(f"  {precision} is left out: the device has no latencies of this space in it")
 
 
 def environment(job: Job, tables: dict[str, str]) -> dict[str, Any]:

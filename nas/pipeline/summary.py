@@ -43,6 +43,7 @@ def summary(job: Job) -> dict[str, Any]:
         "name": job.experiment.name,
         "question": job.experiment.question,
         "precision": job.precision,
+        "file_precision": job.file,
         "limit_ms": job.limit.ms,
         "limit": job.limit.asked,
         "reachable_ms": [job.limit.fastest_ms, job.limit.slowest_ms],
@@ -57,6 +58,7 @@ def summary(job: Job) -> dict[str, Any]:
             limit_ms=job.limit.ms,
             test_images=len(job.data.test.labels),
             trials=job.experiment.search.trials,
+            precisions=(job.precision, job.file),
         ),
         "refused": refused,
         "trials": len(read_trials(job.path / "search" / "journal.jsonl")),
@@ -64,7 +66,15 @@ def summary(job: Job) -> dict[str, Any]:
     }
 
 
-def verdict_of(winner: dict[str, Any], hand: dict[str, Any], *, limit_ms: float, test_images: int, trials: int) -> str:
+def verdict_of(
+    winner: dict[str, Any],
+    hand: dict[str, Any],
+    *,
+    limit_ms: float,
+    test_images: int,
+    trials: int,
+    precisions: tuple[str, str] = ("", ""),
+) -> str:
     """The answer in words, whatever it is.
 
     Args:
@@ -73,6 +83,7 @@ def verdict_of(winner: dict[str, Any], hand: dict[str, Any], *, limit_ms: float,
         limit_ms: that was asked for.
         test_images: how many each accuracy was counted over.
         trials: of the search.
+        precisions: of the latencies, and of the file, which differ where no runtime at hand has the former.
     """
     points = 100 * (winner["accuracy"] - hand["accuracy"])
     refused = "" if winner["passed"] else "NO network passed verification; do not deploy this one. "
@@ -89,6 +100,8 @@ def verdict_of(winner: dict[str, Any], hand: dict[str, Any], *, limit_ms: float,
     late = f" That is {over:.1%} over the limit." if over > 0 else ""
     if not measured:
         late += " The device is not at hand: its latency was NOT measured, and all milliseconds are predictions."
+    if precisions[0] != precisions[1]:
+        late += f" They are of {precisions[0]}; no runtime at hand has that, and the file is {precisions[1]}."
     level = winner["machine_level"] - 1 if measured else 0.0
     if abs(level) > 0.05:
         late += (
@@ -118,7 +131,7 @@ def _entry(job: Job, made: Finished) -> dict[str, Any]:
     told = [
         v.latency_ms is not None and (v.comparable_ms is not None or not job.device.at_hand) for v in verdicts.values()
     ]
-    if set(verdicts) != set(job.device.precision) or not all(told):
+    if set(verdicts) != set(job.files) or not all(told):
         raise damaged(made.folder / "verify.json", "a precision or its latency is missing", stage="verify")
     folder = made.folder.relative_to(job.path)
     graph = made.architecture.network.flat()
@@ -148,7 +161,7 @@ def _entry(job: Job, made: Finished) -> dict[str, Any]:
         "validation_accuracy": made.validation_accuracy,
         "macs": cost.macs(graph),
         "params": cost.parameters(graph),
-        **figures(job.precision),
-        **{p: figures(p) for p in verdicts if p != job.precision},
+        **figures(job.file),
+        **{p: figures(p) for p in verdicts if p != job.file},
         **({} if "int8" in verdicts else {"int8": None}),
     }

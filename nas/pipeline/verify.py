@@ -72,12 +72,12 @@ def verify(job: Job) -> None:
     )
     checks: dict[tuple[str, str], Verdict] = {}
     for number, made in enumerate(networks, start=1):
-        for precision in job.device.precision:
+        for precision in job.files:
             checks[made.name, precision] = check(job, made, precision)
         job.console.progress(number, len(networks), {"": made.name})
     latencies = _measured(job, networks) if job.device.at_hand else _predicted(job, networks)
     for made in networks:
-        verdicts = {p: msgspec.structs.replace(checks[made.name, p], **latencies[made.name, p]) for p in job.tables}
+        verdicts = {p: msgspec.structs.replace(checks[made.name, p], **latencies[made.name, p]) for p in job.files}
         _judge_int8(verdicts, job.experiment.verify.int8_loss)
         verdicts = {p: msgspec.structs.replace(v, passed=v.reason is None) for p, v in verdicts.items()}
         for precision, v in verdicts.items():
@@ -139,20 +139,21 @@ def _predicted(job: Job, networks: Sequence[Finished]) -> dict[tuple[str, str], 
     job.console.say(
         f"  latency: NOT measured, {job.device.device} is not at hand; predictions are reported. Accuracy "
         f"is that of {job.runtime_name} on this machine"
+        + ("" if job.precision in job.files else f", in {job.file}; predictions are of {job.precision}")
     )
     predictions = _predictions(job, networks).items()
     return {of: {"latency_ms": Latency(None, None, None, *predicted)} for of, predicted in predictions}
 
 
 def _predictions(job: Job, networks: Sequence[Finished]) -> dict[tuple[str, str], tuple[float, ...]]:
-    """Milliseconds by network and precision, and the ends of their interval where it is known."""
+    """Milliseconds by network and precision of its file, and the ends of their interval where it is known."""
     return {
         (made.name, precision): (
-            table.network_ms(made.architecture.network),
-            *(table.interval_ms(made.architecture.network) or ()),
+            job.table_of(precision).network_ms(made.architecture.network),
+            *(job.table_of(precision).interval_ms(made.architecture.network) or ()),
         )
         for made in networks
-        for precision, table in job.tables.items()
+        for precision in job.files
     }
 
 

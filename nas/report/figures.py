@@ -34,7 +34,7 @@ _POINTS = 150  # of a training curve: more are averaged
 
 def front(run: Run) -> Figure:
     """Accuracy against latency: what was tried, the front, and what came of it."""
-    precision, limit_ms = run.summary.precision, run.limit_ms
+    precision, limit_ms = run.summary.file, run.limit_ms
     whole = run.whole
     undominated = list(Front.of(whole, ("error", "latency_ms")))
     on_front = {t.trial for t in undominated}
@@ -225,7 +225,7 @@ def _risen(run: Run) -> Figure:
     xs: list[float | None] = []
     ys: list[float | None] = []
     for member in run.winners:
-        trial, outcome = trial_of.get(member.architecture.genotype), member.files.get(run.summary.precision)
+        trial, outcome = trial_of.get(member.architecture.genotype), member.files.get(run.summary.file)
         if trial is not None and outcome is not None:
             xs += [trial.latency_ms, outcome.told_ms, None]
             ys += [trial.top1, outcome.accuracy, None]

@@ -169,7 +169,7 @@ class Summary(msgspec.Struct, frozen=True):
 
     name: str
     question: str
-    precision: Literal["float32", "int8"]  # that was searched for
+    precision: str  # whose latency was searched for
     limit_ms: float
     limit: str  # as asked: "50%", "0.2" or "none"
     reachable_ms: tuple[float, float]
@@ -182,6 +182,12 @@ class Summary(msgspec.Struct, frozen=True):
     trials: int
     seconds: dict[str, float]  # of each stage
     reachable_caveat: str = ""  # what `reachable_ms` is, where it is not exact
+    file_precision: str = ""  # of the answer's file, where no runtime at hand has `precision`
+
+    @property
+    def file(self) -> str:
+        """The precision of the answer's file."""
+        return self.file_precision or self.precision
 
 
 class Spread(msgspec.Struct, frozen=True):
@@ -293,24 +299,24 @@ def read_run(folder: Path) -> Run:
         proof=_load(folder / "latency" / "proof.json", Proof),
         training=_metrics(folder / "supernet" / "metrics.jsonl"),
         trials=read_trials(_required(folder / "search" / "journal.jsonl")),
-        winners=tuple(_member(folder, c, summary.precision) for c in summary.winners),
-        baselines=tuple(_member(folder, c, summary.precision) for c in summary.baselines),
+        winners=tuple(_member(folder, c, summary) for c in summary.winners),
+        baselines=tuple(_member(folder, c, summary) for c in summary.baselines),
         space=_space(folder, experiment, environment),
         fidelity=read_fidelity(order) if order.exists() else None,
     )
 
 
-def _member(run: Path, facts: Candidate, precision: str) -> Member:
+def _member(run: Path, facts: Candidate, summary: Summary) -> Member:
     folder = run / facts.folder
     architecture = load_architecture(_required(folder / "architecture.json"))
     blocks = _load(folder / "blocks.json", dict[str, tuple[BlockTime, ...]])
     names = [*(b.name for b in architecture.network.blocks), "once"]
-    if precision not in blocks or any([b.name for b in times] != names for times in blocks.values()):
+    if summary.precision not in blocks or any([b.name for b in times] != names for times in blocks.values()):
         raise _damaged(folder / "blocks.json", "its blocks are not those of architecture.json")
     others = {"float32": facts.float32, "int8": facts.int8}
     return Member(
         facts=facts,
-        files={precision: facts} | {p: outcome for p, outcome in others.items() if outcome is not None},
+        files={summary.file: facts} | {p: outcome for p, outcome in others.items() if outcome is not None},
         architecture=architecture,
         checks=_load(folder / "verify.json", dict[str, Check]),
         blocks=blocks,

@@ -65,7 +65,7 @@ def render(template: str, context: dict[str, Any], *, decimals: int = 1) -> str:
 def _context(run: Run) -> dict[str, Any]:
     """Everything the template names, but for what `render` adds."""
     summary, winner = run.summary, run.winner
-    precision = summary.precision
+    precision = summary.file
     answer = winner.facts
     handmade = next((m.facts for m in run.baselines if m.facts.role == "handmade"), None)
     other = "int8" if precision == "float32" else "float32"
@@ -117,7 +117,7 @@ def _by_chance(a: float, b: float, images: int) -> bool:
 
 
 def _strip(run: Run, winner: Member) -> Markup | None:
-    check = winner.checks.get(run.summary.precision)
+    check = winner.checks.get(run.summary.file)
     facts = winner.facts
     if check is None or check.latency_ms is None or facts.comparable_ms is None:
         return None

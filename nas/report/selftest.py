@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from nas import catalog, cost, drawing, words
 from nas.errors import ConfigError, LatencyError, SpaceError
 from nas.files import write_text
-from nas.latency import FORMS, Entry, Proof, Table, device_folder, read_proof
+from nas.latency import FORMS, Entry, Proof, Table, device_folder, own_folder, proof_beside
 from nas.ops import Block, Network
 from nas.report import figures
 from nas.report.page import render
@@ -113,7 +113,7 @@ def write_table_report(folder: Path, *, space: str | None = None, out: Path | No
 
     Args:
         space: name or path of the space that the tables are of; the one that they name if not given.
-        out: the file; `folder`/report.html if not given.
+        out: the file; `folder`/report.html if not given (of tables that came installed, in `nas.latency.own_folder`).
 
     Raises:
         LatencyError: a table or its proof is damaged, or its space is not here as it was.
@@ -124,14 +124,14 @@ def write_table_report(folder: Path, *, space: str | None = None, out: Path | No
     for precision in _precisions(folder):
         table = Table.load(folder, precision)
         of = _space_of(table, folder, space)
-        proof = read_proof(folder / "proof.json", precision)
+        proof = proof_beside(folder, precision, table.digest)
         proof = None if proof is None else _doubted(proof, table, of)
         tests.append(_test(table, proof, of))
         plots |= _plots(table, proof, of)
         name = of.name
     if not tests:
         raise LatencyError(f"{folder}: there are no latency tables here.")
-    path = out or folder / "report.html"
+    path = out or own_folder(folder) / "report.html"
     context = {
         "tests": tests,
         "plots": plots,

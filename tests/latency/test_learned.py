@@ -16,10 +16,12 @@ from nas.latency import (
     Table,
     find_model,
     find_sources,
+    find_table,
     import_file,
     import_networks,
     learn,
     load_model,
+    place,
     prove_learned,
     transfer,
 )
@@ -343,9 +345,40 @@ def test_of_a_table_and_a_model_the_newer_one_is_taken(here, space, truth):
     assert find_model("phone", "float32", space)[0].kind == "measured"
 
 
+def test_two_forms_of_a_space_are_kept_side_by_side(here, space, truth):
+    """Over other images: neither a table nor a model of one stands in the way of the other."""
+    larger = load_space("digits_mixed", input_shape=(24, 24, 1), classes=10)
+    for form, seed in ((space, 0), (larger, 1)):
+        known = a_table(form, seed)
+        folder = here / "latency_models" / "known"
+        known.save(place(folder, form))
+        (folder / "device.toml").write_text('device = "k"\nruntime = "onnxruntime"\nhardware = "k"\n')
+        assert find_table("known", "float32", form)[0].digest == known.digest
+    assert find_table("known", "float32", space)[0].digest == a_table(space, 0).digest
+    for form in (space, larger, space):
+        table = a_table(form, 7)
+        import_networks(sheet(here / "phone.csv", form, table), space=form, device="phone", unit="ms")
+    for form in (space, larger):
+        found, proof = find_model("phone", "float32", form)
+        assert (found.kind, found.space_digest) == ("learned", form.digest)
+        assert proof is not None
+        assert not proof.doubt
+    assert sorted(p.name for p in (here / "latency_models/phone").iterdir() if p.is_dir()) == [
+        "digits_mixed",
+        f"digits_mixed.{larger.digest}",
+    ]
+    with pytest.raises(UnmeasuredBlock, match=r"It has a model learned from whole networks, of digits_mixed, "):
+        find_table("phone", "float32", space)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        ("# spce: x\ngenotype,latency_ms\n", r"line 1: unknown `spce` of networks.*`space`"),
+        ("# threads: 1\n# threads: 2\ngenotype,latency_ms\n", "line 2: `threads` is there twice"),
+        ("# threads: two\ngenotype,latency_ms\n{g},1\n", "`threads` is 'two': a whole number"),
+        ("# classes: 7\ngenotype,latency_ms\n{g},1\n", "of classes 7, and classes 10 was asked for"),
+        ("# threads: 1\ngenotype,latency_ms\nx,1\n", "line 3: `genotype` is 'x': whole numbers"),
         ("genotype\n0\n", r"line 1: the columns are genotype. `genotype` and"),
         ("genotype,latency_ms,role\n0,1,chosn\n", r"line 2: unknown role `chosn`.*chosen"),
         ("genotype,latency_ms\nx,1\n", "line 2: `genotype` is 'x': whole numbers"),

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -20,11 +21,11 @@ BUSY = "import time\nend = time.monotonic() + 150\nwhile time.monotonic() < end:
 
 
 @contextlib.contextmanager
-def hammered() -> Iterator[list[int]]:
-    """A busy process for each CPU, which ends with this, and by itself; their ids."""
+def hammered() -> Iterator[None]:
+    """A busy process for each CPU, which ends with this, and by itself."""
     processes = [subprocess.Popen([sys.executable, "-c", BUSY]) for _ in range(os.cpu_count() or 1)]
     try:
-        yield [process.pid for process in processes]
+        yield
     finally:
         for process in processes:
             process.kill()
@@ -41,13 +42,13 @@ def test_a_table_measured_on_a_hammered_machine_is_right_or_refused(strict):
             seconds=20.0, min_rounds=40, holdout=4, patience=2.0, max_busy=STRICT.max_busy, max_drift=STRICT.max_drift
         )
     refused = table = None
-    with hammered() as pids:
+    with hammered():
         try:
             table, _ = measure(space, device, "float32", settings, seed=0)
         except LatencyError as e:
             refused = str(e)
     if table is None:
-        assert any(f"(pid {pid})" in str(refused) for pid in pids), refused
+        assert re.search(r"Using CPU meanwhile: .*\(pid \d+\) \d+ %", str(refused))
         return
     openers = {
         i: lambda a=a: prepare(space.decode(a.genotype).flat(), device, "float32") for i, a in enumerate(table.anchors)
@@ -55,5 +56,4 @@ def test_a_table_measured_on_a_hammered_machine_is_right_or_refused(strict):
     quiet = measure_files(openers, seconds=10.0, min_rounds=40)
     quiet_ms = np.array([quiet[i].latency_ms for i in range(len(table.anchors))])
     error = quiet_ms / table.level(quiet_ms) / [a.measured_ms for a in table.anchors] - 1
-    assert np.abs(error).mean() <= 0.03  # as drift is judged
-    assert any(note.startswith("busy") for note in table.notes)
+    assert np.abs(error).max() <= 0.03

@@ -11,6 +11,7 @@ from nas.errors import DeviceError, LatencyError
 from nas.latency import Table, load_device, op_counts
 from nas.measure import Plan, evaluate, for_table, measure, prepare, prove_again, recipe, runtime_class, runtime_of
 from nas.measure.plan import choose_networks
+from nas.measure.recipe import accept
 from nas.ondevice.results import Recording
 from nas.ondevice.timing import Round, rounds
 from nas.ops import Graph
@@ -138,7 +139,7 @@ def test_any_number_of_anchors_will_do(space, device, anchors):
 
 
 def test_an_uneven_machine_is_refused_and_who_uses_it_is_told(space, device):
-    with pytest.raises(LatencyError, match=r"disagree by \d+\.\d%.*make \(pid 1\) 90 %.*quieter"):
+    with pytest.raises(LatencyError, match=r"known to \d+\.\d% only.*make \(pid 1\) 90 %.*quieter"):
         simulate(space, device, Simulated(changes_at=1.0))
 
 
@@ -151,20 +152,101 @@ def test_samples_that_tell_too_little_are_refused_whatever_the_cause(space, devi
         Round(r.order, tuple(np.array(r.times_ms) * np.exp(0.5 * rng.standard_normal(len(r.order)))))
         for r in recording.rounds
     )
-    with pytest.raises(LatencyError, match=r"(disagree by|are known to) \d+\.\d%.*at most 3%"):
+    with pytest.raises(LatencyError, match=r"known to \d+\.\d% only.*at most 3%"):
         evaluate(plan, dataclasses.replace(recording, rounds=noisy), settings)
     two_kinds = tuple(  # alike at the start and at the end, but two speeds, each half of the time
         Round(r.order, tuple(np.array(r.times_ms) * rng.choice([1.0, 1.6], len(r.order)))) for r in recording.rounds
     )
-    with pytest.raises(LatencyError, match=r"(disagree by|are known to) \d+\.\d%.*at most 3%"):
+    with pytest.raises(LatencyError, match=r"known to \d+\.\d% only.*at most 3%"):
         evaluate(plan, dataclasses.replace(recording, rounds=two_kinds), settings)
 
 
 def test_a_busy_machine_is_refused_and_who_uses_it_is_told(space, device):
     with pytest.raises(LatencyError, match=r"other processes took 60%.*at most 25%.*make \(pid 1\) 90 %"):
         simulate(space, device, Simulated(others=0.6), max_busy=0.25)
-    table, _ = simulate(space, device, Simulated(others=0.6), max_busy=0.7)
+    with pytest.raises(LatencyError, match=r"took 60%.*nobody knows how far.*at most 3%.*make \(pid 1\) 90 %"):
+        simulate(space, device, Simulated(others=0.6), max_busy=0.9)  # whatever that is
+    table, _ = simulate(space, device, Simulated(others=0.6), max_busy=0.7, max_drift=0.15)
     assert any("busy: Using CPU meanwhile: make" in note for note in table.notes)
+
+
+def hampered(plan: Plan, seed: int, *, share: float = 0.0, by: float = 0.0, parts: float = 0.0) -> Recording:
+    """240 rounds with noise, while others take our CPU in the first `share` of each 40 of them.
+
+    They slow networks down by up to `by`, the more the larger they are, as one does who fills the caches.
+
+    Args:
+        parts: standard deviation by which every call wanders, whoever works, in a twelfth of the time.
+    """
+    recording, rng = Simulated().record(plan, 240), np.random.default_rng(seed)
+    sizes = np.argsort(np.argsort([cost.macs(graph) for graph in plan.graphs.values()])) / len(plan.graphs)
+    wander = parts * rng.standard_normal((12, len(sizes)))
+    busy = np.arange(240) % 40 < share * 40
+    timed = []
+    for number, r in enumerate(recording.rounds):
+        order = list(r.order)
+        factor = np.exp(wander[number // 20] + 0.04 * rng.exponential(size=len(sizes)) + busy[number] * by * sizes)
+        timed.append(Round(r.order, tuple(np.array(r.times_ms) * factor[order])))
+    return dataclasses.replace(recording, rounds=tuple(timed), others=tuple(np.where(busy, 0.55, 0.02)))
+
+
+def anchor_error(plan: Plan, recording: Recording) -> float:
+    """Of the worst anchor, beside a quiet machine, a common factor set aside."""
+    samples, quiet = recording.samples(), Simulated()
+    found = samples.timings()
+    ratio = [found[name].latency_ms / quiet.own_ms(plan.graphs[name]) for name in plan.anchor_names]
+    return float(np.abs(ratio / np.median(ratio) - 1).max())
+
+
+@pytest.fixture(scope="module")
+def networks_only(space, device) -> Plan:
+    """A plan without blocks, which takes no time to simulate."""
+    plan = for_table(space, device, "float32", Latency(), seed=0)
+    return dataclasses.replace(plan, blocks=False)
+
+
+@pytest.mark.parametrize("by", [0.05, 0.1, 0.2])
+@pytest.mark.parametrize("share", [0.1, 0.3, 0.5, 0.7, 0.9, 1.0])
+def test_anchors_of_a_hammered_machine_are_within_three_percent_or_refused(networks_only, share, by):
+    """Under the settings of a run, whatever part of the time another process works."""
+    for seed in range(3):
+        recording = hampered(networks_only, seed, share=share, by=by)
+        try:
+            accept(networks_only, recording, Latency())
+        except LatencyError:
+            continue
+        assert anchor_error(networks_only, recording) <= 0.035  # half a percent is the noise of 240 such rounds
+
+
+def test_a_recording_refused_for_what_others_did_names_them(networks_only):
+    for share in (0.5, 1.0):
+        with pytest.raises(LatencyError, match=r"make \(pid 1\) 90 %"):
+            accept(networks_only, hampered(networks_only, 0, share=share, by=0.2), Latency())
+
+
+def test_a_window_of_hammering_in_a_long_measuring_is_refused_where_it_moves_anchors(networks_only):
+    recording = Simulated().record(networks_only, 240)
+    large = cost.macs(networks_only.graphs["anchor 0"])
+    window = [
+        Round(
+            r.order,
+            tuple(
+                ms * (1.1 if 80 <= number < 200 and cost.macs(graphs[i]) > large else 1.0)
+                for i, ms in zip(r.order, r.times_ms, strict=True)
+            ),
+        )
+        for graphs in [list(networks_only.graphs.values())]
+        for number, r in enumerate(recording.rounds)
+    ]
+    with pytest.raises(LatencyError, match=r"wandered .* known to \d+\.\d% only; at most 3%"):
+        accept(networks_only, dataclasses.replace(recording, rounds=tuple(window)), Latency())
+
+
+def test_a_quiet_machine_on_which_each_network_scatters_by_a_percent_is_not_refused(networks_only):
+    for seed in range(15):
+        recording = hampered(networks_only, seed, parts=0.01)
+        accept(networks_only, recording, Latency())
+        assert anchor_error(networks_only, recording) <= 0.03
 
 
 def test_a_block_that_the_runtime_cannot_run_costs_infinitely_much_and_the_rest_is_searchable(space, device, tmp_path):
@@ -257,7 +339,7 @@ def test_a_real_table_is_complete_ranks_networks_and_comes_back_from_disk(space,
     with pytest.raises(LatencyError, match="another bundle"):
         measure(space, device, "float32", settings, seed=1, folder=folder)
     with pytest.raises(LatencyError, match="at most -1% can be used"):
-        measure(space, device, "float32", settings_of(max_busy=-0.01), seed=0, folder=folder)
+        measure(space, device, "float32", settings_of(max_busy=-0.01, max_drift=9.0), seed=0, folder=folder)
     assert not (folder / "results.jsonl").exists()  # what was refused is timed anew
     assert (folder / "results.jsonl.refused").exists()
 

@@ -1,10 +1,10 @@
 import os
 import time
-from pathlib import Path
 
 import pytest
 
 from nas.errors import LatencyError
+from nas.ondevice import machine
 from nas.ondevice.machine import busiest, busy_seconds, hardware, load, pinned
 
 
@@ -12,14 +12,27 @@ def test_the_hardware_is_told():
     assert f"{os.cpu_count()} cores" in hardware()
 
 
-def test_generations_of_processors_that_a_hypervisor_gives_one_name_are_told_apart(monkeypatch):
-    def told_by(family: int, model: int) -> str:
-        lines = f"cpu family\t: {family}\nmodel\t\t: {model}\nmodel name\t: AMD EPYC\nflags\t\t: fpu avx2 avx512f\n"
-        monkeypatch.setattr(Path, "read_text", lambda path, **_: lines)
-        return hardware()
-
-    assert told_by(25, 17).startswith("AMD EPYC (family 25, model 17), ")
-    assert told_by(26, 2) != told_by(25, 17)
+@pytest.mark.parametrize(
+    ("lines", "told"),
+    [
+        (
+            "cpu family\t: 25\nmodel\t\t: 17\nmodel name\t: AMD EPYC\nflags\t\t: fpu avx2 avx512f\n\ncpu family\t: 1\n",
+            "AMD EPYC (family 25 model 17), ",
+        ),
+        (
+            "cpu family\t: 26\nmodel\t\t: 2\nmodel name\t: AMD EPYC\nflags\t\t: fpu avx2 avx512f\n",
+            "(family 26 model 2), ",
+        ),
+        (
+            "Features\t: asimd\nCPU implementer\t: 0x41\nCPU part\t: 0xd0b\n\nCPU part\t: 0xd05\nModel\t: Pi 5\n",
+            "Pi 5 (implementer 0x41 part 0xd0b), ",
+        ),
+    ],
+)
+def test_generations_of_one_name_are_told_apart(monkeypatch, tmp_path, lines, told):
+    (tmp_path / "cpuinfo").write_text(lines)
+    monkeypatch.setattr(machine, "_CPUINFO", tmp_path / "cpuinfo")
+    assert told in hardware()
 
 
 def test_what_the_machine_works_is_told():

@@ -4,15 +4,21 @@ import json
 import re
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 import tiny
 
 import nas
 from nas import catalog, cli, cost
-from nas.errors import LatencyError, SpaceError, UnmeasuredBlock
+from nas.console import Console
+from nas.errors import DeviceError, LatencyError, RunError, SpaceError, UnmeasuredBlock
 from nas.latency import Table, import_table, prove
 from nas.pipeline import load_experiment, run_experiment
+from nas.pipeline.costs import exact_costs
+from nas.pipeline.job import Job
+from nas.pipeline.measure import measure
+from nas.runfolder import RunFolder
 from nas.space import load_space
 
 
@@ -102,9 +108,110 @@ def test_any_table_of_the_device_with_all_blocks_will_do_and_brings_its_proof(he
         run_experiment(experiment, here / "run2", stages=["measure"])
 
 
-def nas_json(value) -> bytes:
-    import msgspec
+def estimate(here: Path, *precisions: str) -> Table:
+    """A device `chip` of a compiler's estimates, with a table of the tiny space in each of `precisions`; the first."""
+    folder = here / "latency_models" / "chip"
+    tables = []
+    for precision in precisions:
+        imported = import_tiny(here)
+        table = msgspec.structs.replace(imported, runtime="tpu_compiler", precision=precision, kind="estimated")
+        table.save(folder / "tiny")
+        tables.append(table)
+    (folder / "device.toml").write_text(
+        'device = "a chip"\nruntime = "tpu_compiler"\nhardware = "chip"\nbatch = 64\n'
+        'precision = ["bfloat16", "float32", "int8"]\n'
+    )
+    return tables[0]
 
+
+def test_the_tpu_estimate_that_comes_along_limits_a_search(here, capsys):
+    rng = np.random.default_rng(0)
+    np.savez(
+        here / "ten.npz",
+        x_train=rng.integers(0, 255, (60, 32, 32, 3), np.uint8), y_train=np.arange(60) % 10,
+        x_test=rng.integers(0, 255, (20, 32, 32, 3), np.uint8), y_test=np.arange(20) % 10,
+    )  # fmt: skip
+    options = ("--set", "space=mobilenet_v3_32", "--set", "data.source=ten.npz")
+    command = ("measure", "tiny_experiment.toml", "--out", "run", "--device", "tpu_v2_estimate", *options)
+    assert nas_command(*command) == 0
+    said = capsys.readouterr().err
+    assert "its bfloat16 latencies were estimated by" in said
+    assert "float32 is left out: the device has no latencies of this space in it" in said
+    assert "limit: " in said
+    asked = """objectives=[{name="top1"},{name="latency_ms",precision="float32"}]"""
+    assert nas_command(*command[:3], "run2", *command[4:], "--set", asked) == 2
+    assert "in float32" in capsys.readouterr().err
+
+
+def test_a_search_is_limited_by_what_the_device_has_of_the_space(here):
+    estimate(here, "int8", "bfloat16")
+    job = a_job(here)
+    with job.folder:
+        with job.folder.stage("measure"):
+            measure(job)
+        assert (job.precision, job.files, job.file) == ("bfloat16", ("int8",), "int8")
+    again = a_job(here)
+    assert (again.precision, list(again.tables), again.files) == ("bfloat16", ["bfloat16", "int8"], ("int8",))
+    further = a_job(here, 'objectives=[{name="top1"},{name="latency_ms"},{name="latency_ms@chip"}]')
+    assert exact_costs(further)[1].digest == again.tables["bfloat16"].digest
+    old = load_experiment("tiny_experiment.toml", overrides=["device=chip", OBJECTIVES.format("float32")])
+    with pytest.raises(UnmeasuredBlock, match="in float32"):
+        run_experiment(old, here / "run2", stages=["measure"])
+    with pytest.raises(DeviceError, match="asks for precision 'float16'"):
+        run_experiment(
+            load_experiment("tiny_experiment.toml", overrides=["device=chip", OBJECTIVES.format("float16")]),
+            here / "run2",
+            stages=["measure"],
+        )
+
+
+OBJECTIVES = 'objectives=[{{name="top1"}},{{name="latency_ms",precision="{}",at_most="70%"}}]'
+
+
+def a_job(here: Path, *overrides: str) -> Job:
+    experiment = load_experiment("tiny_experiment.toml", overrides=["device=chip", *overrides])
+    return Job(experiment, RunFolder(here / "run", experiment), Console())
+
+
+def test_a_run_folder_that_wrote_float32_out_goes_on(here):
+    """Older versions wrote the precision of an objective out where none was asked for."""
+    import_tiny(here)
+    written, left_out = (
+        load_experiment("tiny_experiment.toml", overrides=["device=board", *of])
+        for of in ([OBJECTIVES.format("float32")], [OBJECTIVES.replace(',precision="{}"', "").format()])
+    )
+    run_experiment(written, here / "run", stages=["measure"])
+    (here / "run" / "search").mkdir()
+    run_experiment(left_out, here / "run", stages=["measure"])
+    other = load_experiment("tiny_experiment.toml", overrides=["device=board", OBJECTIVES.format("int8")])
+    with pytest.raises(RunError, match="another configuration"):
+        run_experiment(other, here / "run", stages=["measure"])
+
+
+@pytest.mark.slow  # 15 s
+def test_a_whole_run_by_an_estimate_writes_float32_and_says_that_nothing_was_measured(here, capsys):
+    table = estimate(here, "bfloat16")
+    assert nas_command("run", "tiny_experiment.toml", "--out", "run", "--device", "chip") == 0
+    said = capsys.readouterr().err
+    assert "in float32; predictions are of bfloat16" in said
+    run = nas.load_run(here / "run")
+    winner = run.summary["winner"]
+    assert winner["predicted_ms"] == table.network_ms(run.winner.architecture.network)
+    assert winner["file"].endswith("model.onnx")
+    assert winner["passed"]
+    assert (run.summary["precision"], run.summary["file_precision"]) == ("bfloat16", "float32")
+    assert "They are of bfloat16; no runtime at hand has that, and the file is float32." in run.summary["verdict"]
+    assert set(run.verified(winner["name"])) == {"float32"}
+    page = (here / "run" / "report.html").read_text()
+    text = re.sub(r"\s+", " ", page[: page.index("<script>")])
+    assert "float32 file" in text
+    assert "predicted by the device's bfloat16 table, not measured" in text
+    card = (here / "run" / winner["folder"] / "card.md").read_text()
+    assert "ms in bfloat16" in card
+    assert "the files are in float32, since onnxruntime has no bfloat16" in card
+
+
+def nas_json(value) -> bytes:
     return msgspec.json.encode(value)
 
 

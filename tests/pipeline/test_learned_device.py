@@ -90,12 +90,16 @@ def test_numbers_of_networks_that_cannot_be_are_told_before_anything_is_measured
 
 def test_a_bundle_of_networks_comes_back_from_its_program_or_from_a_sheet(here, capsys):
     assert nas_command("measure", *OF_TINY, "--networks", 8, "--bundle", "out", *QUICK) == 0
-    with open("out/networks.csv", newline="") as f:
-        rows = list(csv.DictReader(f))
+    lines = Path("out/networks.csv").read_text().splitlines(keepends=True)
+    head, rows = lines[:8], list(csv.DictReader(lines[8:]))
+    assert [line.partition(":")[0] for line in head] == [
+        f"# {key}" for key in ("space", "hash", "image", "classes", "runtime", "precision", "threads", "batch")
+    ]
     assert [r["role"] for r in rows] == ["random"] * 4 + ["chosen"] * 4 + ["held-out"] * 4
     assert all((here / "out" / r["model"]).is_file() for r in rows)
     truth, space = a_table(tiny_space(), 7), tiny_space()
     with open("out/networks.csv", "w", newline="") as f:
+        f.writelines(head)
         sheet = csv.DictWriter(f, rows[0])
         sheet.writeheader()
         for row in rows:
@@ -108,6 +112,17 @@ def test_a_bundle_of_networks_comes_back_from_its_program_or_from_a_sheet(here, 
     assert nas_command("import", "out/networks.csv", "--format", "networks", "--device", "by_hand", *options) == 0
     assert "learned from 8 networks" in capsys.readouterr().out
     assert find_model("by_hand", "float32", space)[0].kind == "learned"
+    assert nas.load_device("by_hand").runtime == "onnxruntime"
+    other = [o if o != "8x8x1" else "12x12x1" for o in options]
+    assert nas_command("import", "out/networks.csv", "--format", "networks", "--device", "by_hand", *other) == 2
+    assert "its networks are of image 8x8x1, and image 12x12x1 was asked for" in capsys.readouterr().err
+    text = "".join(head).replace("float32", "int8") + filled.decode().partition(head[-1])[2]
+    Path("out/int8.csv").write_text('"' + text.replace("\n# ", '",,,\n"# ', 1))  # as a spreadsheet saves it
+    assert nas_command("import", "out/int8.csv", "--format", "networks", "--device", "by_hand", *options) == 2
+    assert "of precision int8, and device by_hand has float32" in capsys.readouterr().err
+    assert nas_command("import", "out/int8.csv", "--format", "networks", "--device", "by_hand_8", *options) == 0
+    assert nas.load_device("by_hand_8").precision == ("int8",)
+    assert find_model("by_hand_8", "int8", space)[0].precision == "int8"
 
 
 def test_the_search_holds_the_limit_by_the_upper_end(here):
