@@ -16,7 +16,6 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 from scipy.special import ndtr
-from scipy.stats import qmc
 
 from nas.search.pareto import nondominated
 
@@ -67,6 +66,8 @@ def front_of(costs: Floats, reference: Floats) -> Front:
         front = front[np.argsort(front[:, 1])]  # the error falls
         edges = np.concatenate([[-np.inf], front[:, 1], reference[1:]])
         return Front(np.append(reference[0], front[:, 0]), edges[:-1, None], edges[1:, None], 1.0)
+    from scipy.stats import qmc  # here, since it takes half a second that every worker would wait
+
     low = costs[np.isfinite(costs).all(axis=1), 1:].min(axis=0, initial=np.inf)
     low = np.minimum(low, reference[1:])
     points = low + (reference[1:] - low) * qmc.Sobol(cheap, scramble=False).random(_POINTS)
