@@ -3,6 +3,7 @@
 from nas.search.ageing_evolution import ageing_evolution
 from nas.search.bananas import bananas
 from nas.search.cache import Cache
+from nas.search.callbacks import CALLBACKS, following
 from nas.search.driver import search
 from nas.search.executor import Executor, Result
 from nas.search.front import Front
@@ -14,6 +15,7 @@ from nas.search.nsga3 import nsga3
 from nas.search.predictor_search import predictor_search
 from nas.search.problem import Problem
 from nas.search.processes import ProcessExecutor
+from nas.search.progress import Progress
 from nas.search.random_search import random_search
 from nas.search.ray_executor import RayExecutor
 from nas.search.reinforce import reinforce
@@ -48,6 +50,7 @@ EXECUTORS = {
 }
 
 __all__ = [
+    "CALLBACKS",
     "EXECUTORS",
     "STRATEGIES",
     "Cache",
@@ -56,6 +59,7 @@ __all__ = [
     "InlineExecutor",
     "Problem",
     "ProcessExecutor",
+    "Progress",
     "RayExecutor",
     "Result",
     "SimulatedExecutor",
@@ -66,6 +70,7 @@ __all__ = [
     "bananas",
     "check_settings",
     "feasible_only",
+    "following",
     "grid",
     "local_search",
     "make_strategy",

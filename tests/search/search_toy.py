@@ -66,6 +66,18 @@ def evaluator(delay_seconds=0.0, log=None, weights=None, shares=(1.0,)):
     return evaluate
 
 
+def choosy_evaluator(weights=None):
+    """As `evaluator`, with whatever share of the images; every seventh genotype is refused."""
+
+    def evaluate(genotypes):
+        (genotype,) = genotypes
+        if genotype[: len(SIZES)].sum() % 7 == 6:
+            raise ValueError(f"no {'-'.join(map(str, genotype.tolist()))}")
+        return [correct(genotype[: len(SIZES)]) // 9]
+
+    return evaluate
+
+
 def bad_evaluator(log, timeout_seconds=60.0):
     """Raises, hangs or kills its process, as the first gene says."""
 
