@@ -208,6 +208,9 @@ class Search(Strict, frozen=True):
     workers: int = 2
     address: str = "local"  # of the Ray cluster; "local" starts one of its own
     timeout_seconds: float = 300.0  # for one evaluation
+    cache: str = "run"  # of counts by content: in the run folder, "off", or a folder that several runs share
+    tensorboard: bool = False  # write the trials as TensorBoard events too, to search/events
+    tracker: str | None = None  # a name in nas.search.CALLBACKS that is told the trials too: "mlflow" or "wandb"
 
 
 # Exact costs that may be objectives or have limits. `latency_ms@DEVICE` is the latency on a further device, by the
@@ -478,10 +481,12 @@ def load_experiment(
     def looks_like_a_path(value: str) -> bool:
         return "/" in value or os.sep in value or value.endswith(".toml") or value.startswith("~")
 
+    cache = located("search.cache", experiment.search.cache, experiment.search.cache not in ("run", "off"))
     source = located("data.source", experiment.data.source, experiment.data.source != "digits")
     return msgspec.structs.replace(
         experiment,
         data=msgspec.structs.replace(experiment.data, source=source),
+        search=msgspec.structs.replace(experiment.search, cache=cache),
         space=located("space", experiment.space, looks_like_a_path(experiment.space)),
         device=located("device", experiment.device, looks_like_a_path(experiment.device)),
     )

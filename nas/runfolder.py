@@ -22,7 +22,7 @@ STAGES = ("measure", "train", "search", "finish", "export", "verify", "report")
 # What each stage leaves, for starting over. A stage that rewrites its own files needs nothing removed.
 _LEAVES = {
     "measure": ("latency", "environment.json", "space.toml"),
-    "train": ("supernet", "fidelity"),
+    "train": ("supernet", "fidelity", "evaluations"),
     "search": ("search",),
     "finish": ("winners", "baselines"),
     "report": ("summary.json", "report.html"),
@@ -38,6 +38,7 @@ _DECIDES = {
 _FREE = (
     *("data.source", "data.threads", *(f"train.{key}" for key in NEUTRAL)),
     *("search.executor", "search.workers", "search.address", "search.timeout_seconds"),
+    *("search.cache", "search.tensorboard", "search.tracker"),
 )
 
 # Defaults that an older version of nas wrote out, where leaving the key out now means the same.
@@ -54,9 +55,11 @@ class _Stage(msgspec.Struct):
 class RunFolder:
     """Opened by `with`, which takes the lock. Everything in it is written atomically, so it may be cut off anywhere."""
 
-    def __init__(self, path: Path, experiment: Experiment):
+    def __init__(self, path: Path, experiment: Experiment, *, redo: str | None = None):
+        """With `redo`, what decides that stage and those after it may differ, since they are about to be done anew."""
         self.path = path
         self.experiment = experiment
+        self._kept = STAGES if redo is None else STAGES[: STAGES.index(redo)]
         self._lock: Any = None
 
     def __enter__(self) -> "RunFolder":
@@ -103,7 +106,7 @@ class RunFolder:
                 raise RunError(f"{path}: damaged: {e}. Write it anew, or use another folder with --out.") from e
             wanted = _flat(tomllib.loads(mine))
             wanted, theirs = _plain(wanted), _plain(theirs)
-            decided = tuple(k for stage in STAGES if self._begun(stage) for k in _DECIDES.get(stage, ()))
+            decided = tuple(k for stage in self._kept if self._begun(stage) for k in _DECIDES.get(stage, ()))
             keys = [k for k in {**wanted, **theirs} if k.startswith(decided) and k not in _FREE]
             keys = [k for k in keys if wanted.get(k) != theirs.get(k)]
             # An older version of nas did not know some keys: they had their defaults.

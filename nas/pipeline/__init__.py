@@ -19,12 +19,12 @@ from nas.pipeline.fidelity import fidelity
 from nas.pipeline.finish import finish
 from nas.pipeline.job import Job
 from nas.pipeline.measure import measure
-from nas.pipeline.search import search
+from nas.pipeline.search import followers, search
 from nas.pipeline.summary import report
 from nas.pipeline.train import train
 from nas.pipeline.verify import verify
 from nas.runfolder import RunFolder
-from nas.search import EXECUTORS, STRATEGIES, check_settings
+from nas.search import CALLBACKS, EXECUTORS, STRATEGIES, callbacks, check_settings
 from nas.train import ray_trainer
 from nas.train.augment import POLICIES
 from nas.train.log import require_tensorboard
@@ -49,6 +49,7 @@ KNOWN: dict[str, Collection[str]] = {
     "data.storage": STORAGE,
     "search.strategy": STRATEGIES,
     "search.executor": EXECUTORS,
+    "search.tracker": CALLBACKS.keys() - {"tensorboard"},
     "train.sampler": SAMPLERS,
     "train.distillation.divergence": DIVERGENCES,
     "train.augment.policy": POLICIES,
@@ -98,7 +99,7 @@ def run_experiment(
     console = console or Console()
     path = Path(out) if out is not None else Path("runs") / experiment.name
     stages = tuple(stages)
-    with RunFolder(path, experiment) as folder:
+    with RunFolder(path, experiment, redo=redo) as folder:
         if redo is not None:
             folder.redo(redo)
         job = Job(experiment, folder, console)
@@ -109,6 +110,8 @@ def run_experiment(
             ray_trainer.preflight(experiment.train)
         if "search" in todo and experiment.search.executor == "ray":
             preflight(experiment.search.address)  # what makes Ray impossible here is told before hours of training
+        if "search" in todo:
+            callbacks.require(followers(experiment.search))
         if "train" in todo and experiment.train.tensorboard:
             require_tensorboard()
         for stage in todo:

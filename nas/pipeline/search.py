@@ -15,7 +15,19 @@ from nas.data import load_data
 from nas.evaluate import SubnetEvaluator
 from nas.pipeline.costs import Cost, cost_names, exact_costs, within
 from nas.pipeline.job import Job
-from nas.search import EXECUTORS, STRATEGIES, Front, Problem, Trial, Trials, feasible_only, make_strategy
+from nas.search import (
+    EXECUTORS,
+    STRATEGIES,
+    Cache,
+    Front,
+    Problem,
+    Progress,
+    Trial,
+    Trials,
+    feasible_only,
+    following,
+    make_strategy,
+)
 from nas.search import search as run_search
 from nas.search.executor import Evaluate
 from nas.search.problem import images_of
@@ -27,17 +39,22 @@ from nas.supernet import Supernet
 def search(job: Job) -> None:
     """Writes search/: journal.jsonl, front.csv; of several costs also front.<cost>.csv, of the error and each."""
     settings = job.experiment.search
-    best: list[Trial] = []
-
-    def told(trial: Trial) -> None:
-        best[:] = [min([*best, trial], key=lambda t: (t.correct is None, -t.total, t.error))]
-        values = {"best top-1": best[0].top1, "at ms": best[0].latency_ms}
-        job.console.progress(trial.trial + 1, settings.trials, values)
-
     job.folder.require("train")
     job.limit  # noqa: B018  told before the workers start
     job.console.start(f"search: {settings.strategy}, {settings.trials} trials on {settings.executor}")
-    trials = run(job, told)
+    start = _journalled(job)
+    workers = 1 if settings.executor == "inline" else settings.workers
+    progress = Progress(_reference(job), workers=workers, start=start)
+
+    def told(trial: Trial) -> None:
+        progress.add(trial)
+        tell(trial)
+        if trial.trial >= start:
+            job.console.progress(trial.trial + 1, settings.trials, progress.values())
+
+    names, folder = followers(settings), job.path / "search"
+    with following(names, folder=folder, start=start, name=job.experiment.name) as tell:
+        trials = run(job, told)
     front = Front.of(trials)
     front.write_csv(job.path / "search" / "front.csv")
     names = cost_names(job.experiment)
@@ -50,6 +67,24 @@ def search(job: Job) -> None:
     )
 
 
+def followers(settings: config.Search) -> list[str]:
+    """The names in CALLBACKS of what the search is followed in besides the console."""
+    return ["tensorboard"] * settings.tensorboard + ([] if settings.tracker is None else [settings.tracker])
+
+
+def _journalled(job: Job) -> int:
+    """How many trials an earlier process left in the journal."""
+    path = job.path / "search" / "journal.jsonl"
+    return max(0, path.read_bytes().count(b"\n") - 1) if path.exists() else 0
+
+
+def _reference(job: Job) -> list[float]:
+    """The worst value of each objective, the error first: the limit, or the most that any network of the space has."""
+    names = cost_names(job.experiment)
+    worst = {c.name: c.limit if np.isfinite(c.limit) else c.most for c in exact_costs(job)}
+    return [1.0, *(worst[name] for name in names)]
+
+
 def run(job: Job, on_trial: Callable[[Trial], None] | None = None) -> Trials:
     """The trials of the search: made now, or read back from the journal where they are all there."""
     settings = job.experiment.search
@@ -60,10 +95,11 @@ def run(job: Job, on_trial: Callable[[Trial], None] | None = None) -> Trials:
     )
     if settings.feasible_only:
         strategy = feasible_only(strategy, problem)
+    weights = {name: np.asarray(a) for name, a in job.supernet_params().items()}
     executor = EXECUTORS[settings.executor](
         "nas.pipeline.search:evaluator",
         {"experiment": msgspec.to_builtins(job.experiment), "shares": strategy.shares},
-        {name: np.asarray(a) for name, a in job.supernet_params().items()},
+        weights,
         workers=settings.workers,
         address=settings.address,
         timeout_seconds=settings.timeout_seconds,
@@ -79,8 +115,25 @@ def run(job: Job, on_trial: Callable[[Trial], None] | None = None) -> Trials:
         seed=job.experiment.seed,
         journal_path=job.path / "search" / "journal.jsonl",
         initial=[smallest, job.handmade(), largest],
+        cache=_cache(job, weights),
         on_trial=on_trial,
     )
+
+
+def _cache(job: Job, weights: Mapping[str, NDArray[Any]]) -> Cache | None:
+    """The counts that are known of these weights, whatever search, limits or device they were made for."""
+    import jax
+
+    experiment = job.experiment
+    if experiment.search.cache == "off":
+        return None
+    digest = hashlib.sha256()
+    for name, array in sorted(weights.items()):
+        digest.update(f"{name} {array.dtype} {array.shape}".encode() + array.tobytes())
+    train = experiment.train
+    meaning = [job.space.digest, job.data.digest, digest.hexdigest(), train.calibration_images, train.eval_batch_size]
+    folder = job.path / "evaluations" if experiment.search.cache == "run" else experiment.search.cache
+    return Cache(folder, json.dumps([*meaning, jax.__version__]))
 
 
 def sizes_of(space: Space) -> Callable[[NDArray[np.uint8]], NDArray[np.float64]]:

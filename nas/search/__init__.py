@@ -11,9 +11,11 @@ from typing import Any
 
 from nas.search.ageing_evolution import ageing_evolution
 from nas.search.bananas import bananas
+from nas.search.cache import Cache
+from nas.search.callbacks import CALLBACKS, following
 from nas.search.driver import search
 from nas.search.executor import Executor, Result
-from nas.search.front import Front, Setting, Trial, Trials, read_trials
+from nas.search.front import Front, Setting
 from nas.search.grid import grid
 from nas.search.inline import InlineExecutor
 from nas.search.local_search import local_search
@@ -21,13 +23,17 @@ from nas.search.nsga2 import nsga2
 from nas.search.nsga3 import nsga3
 from nas.search.predictor_search import predictor_search
 from nas.search.problem import Problem, choose
+from nas.search.processes import ProcessExecutor
+from nas.search.progress import Progress
 from nas.search.random_search import random_search
 from nas.search.ray_executor import RayExecutor
 from nas.search.reinforce import reinforce
 from nas.search.settings import check_settings, make_strategy
+from nas.search.simulated import SimulatedExecutor
 from nas.search.sms_emoa import sms_emoa
 from nas.search.strategy import Strategy, trial_rng
 from nas.search.successive_halving import successive_halving
+from nas.search.trials import Trial, Trials, read_trials
 from nas.search.wrappers import feasible_only, warm_start
 
 # `make_strategy` calls them: by `strategy(sizes, population=...)`, with further keyword arguments.
@@ -47,19 +53,26 @@ STRATEGIES = {
 
 EXECUTORS = {
     "inline": InlineExecutor,
+    "processes": ProcessExecutor,
     "ray": RayExecutor,
+    "simulated": SimulatedExecutor,
 }
 
 __all__ = [
+    "CALLBACKS",
     "EXECUTORS",
     "STRATEGIES",
+    "Cache",
     "Executor",
     "Front",
     "InlineExecutor",
     "Problem",
+    "ProcessExecutor",
+    "Progress",
     "RayExecutor",
     "Result",
     "Setting",
+    "SimulatedExecutor",
     "Strategy",
     "Trial",
     "Trials",
@@ -68,6 +81,7 @@ __all__ = [
     "check_settings",
     "choose",
     "feasible_only",
+    "following",
     "grid",
     "local_search",
     "make_strategy",

@@ -2,25 +2,30 @@
 
 That takes three rules. Trial k is proposed from the results of trials 0..k-lag and no others, told in order, even if
 more are known (a deterministic lag: workers stay busy without generations). Results enter the journal in order of
-trial. And a search that goes on after a crash asks for every journalled trial again and compares.
+trial, those from a cache too. And a search that goes on after a crash asks for every journalled trial again and
+compares.
 
 What holds for every strategy is done here, and needs no wrapper: a genotype is evaluated once, only where it is within
 the limits, `initial` ones come first, and `trials` is the budget.
 """
 
+import contextlib
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from nas.errors import JournalError, LimitError
+from nas.search.cache import Cache
 from nas.search.executor import Executor, Result
-from nas.search.front import Trial, Trials
 from nas.search.journal import Journal, Record
 from nas.search.problem import Problem, choose, with_shares, without_share
+from nas.search.seen import Seen
 from nas.search.strategy import Genotype, Strategy, trial_rng
+from nas.search.trials import Trial, Trials
 
 _PROPOSALS = 64  # asked of the strategy for each trial, or twice the lag: the first that is feasible and new is taken
 _COMMIT_SECONDS = 0.1  # results wait at most so long for others to share their fsync, unless an evaluation blocks first
@@ -38,6 +43,7 @@ def search(
     seed: int,
     journal_path: Path | str,
     initial: Sequence[Genotype] = (),
+    cache: Cache | None = None,
     on_trial: Callable[[Trial], None] | None = None,
 ) -> Trials:
     """Runs, or goes on with, the search of `journal_path` until it has `trials` trials; closes the executor.
@@ -51,6 +57,7 @@ def search(
         seed: of all randomness.
         journal_path: the journal, new or of this very search.
         initial: genotypes to evaluate first; infeasible ones are skipped, and the journal's header lists them.
+        cache: of counts that need no evaluation; closed like the executor. The outcome is the same with and without.
         on_trial: called for each trial in order, also for those read from the journal.
 
     Returns:
@@ -78,54 +85,63 @@ def search(
     wide = with_shares(problem, shares)
     first = [g if wide is problem else np.append(g, np.uint8(len(shares) - 1)) for g in first]
     proposals = max(_PROPOSALS, 2 * lag)  # as many as `lag` may be under way, of which the strategy does not know
-    with executor, Journal(journal_path, header) as journal:
-        replay = journal.records[:trials]
-        asked: list[Genotype] = []
-        seen: set[bytes] = set()
+    with executor, cache or contextlib.nullcontext(), Journal(journal_path, header) as journal:
+        replay, journal.records = deque(journal.records[:trials]), []  # let go of one by one
+        replayed = len(replay)
+        asked, told = 0, 0
+        untold: dict[int, Genotype] = {}  # asked for, and not told to the strategy yet
+        seen = Seen(len(wide.sizes))
         done = Trials()
         finished: dict[int, Result] = {}
-        state, told = strategy.init(), 0
+        state = strategy.init()
         committed_at = time.monotonic()
 
         while len(done) < trials:
             # ask as far ahead as the lag allows
-            while len(asked) < min(trials, len(done) + lag) and done.status != "exhausted":
-                k = len(asked)
+            while asked < min(trials, len(done) + lag) and done.status != "exhausted":
+                k = asked
                 while told <= k - lag:
                     costs = np.array(list(done[told].costs.values()))
-                    state, told = strategy.tell(state, asked[told], costs), told + 1
+                    state, told = strategy.tell(state, untold.pop(told), costs), told + 1
                 rng = trial_rng(seed, k)
                 genotype = first[k] if k < len(first) else choose(wide, rng, strategy.ask(rng, state, proposals), seen)
                 if genotype is None:
                     done.status = "exhausted"
                     logger.warning("The space is exhausted after %d trials: no other feasible genotype was found.", k)
                     break
-                asked.append(genotype)
+                asked += 1
+                untold[k] = genotype
                 seen.add(genotype.tobytes())
-                if k < len(replay):
-                    finished[k] = _replayed(journal, replay[k], k, *without_share(genotype, shares, problem.total))
+                network, images = without_share(genotype, shares, problem.total)
+                if k < replayed:
+                    finished[k] = _replayed(journal, replay.popleft(), k, network, images)
+                elif cache is not None and (count := cache.get(network, images)) is not None:
+                    finished[k] = Result(count, 0.0)
                 else:
                     executor.submit(k, genotype)
 
-            if len(done) == len(asked):
+            if len(done) == asked:
                 break  # exhausted, and nothing is under way
+            if time.monotonic() - committed_at > _COMMIT_SECONDS:
+                journal.commit()
+                committed_at = time.monotonic()
             if len(done) not in finished:
-                if time.monotonic() - committed_at > _COMMIT_SECONDS:
-                    journal.commit()
-                    committed_at = time.monotonic()
                 number, result = executor.next()
                 finished[number] = result
 
             # record what is next in order
             while len(done) in finished:
                 k = len(done)
-                trial = _trial(problem, k, *without_share(asked[k], shares, problem.total), finished.pop(k))
-                if k >= len(replay):
+                network, images = without_share(untold[k], shares, problem.total)
+                trial = _trial(problem, k, network, images, finished.pop(k))
+                if k >= replayed:
                     journal.append(trial.record)
+                if cache is not None and trial.correct is not None:
+                    cache.put(network, images, trial.correct)
                 done.append(trial)
                 if on_trial is not None:
                     on_trial(trial)
-        if len(done) < len(replay):
+        if len(done) < replayed:
             raise _diverged(journal, len(done), "the journal has further trials where the space is exhausted now")
         return done
 

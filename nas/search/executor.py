@@ -6,6 +6,7 @@ but each submitted trial must come back once, with a count or a failure.
 
 import importlib
 import operator
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -90,3 +91,12 @@ def evaluate_one(evaluate: Evaluate, genotype: Genotype) -> Result:
         return Result(operator.index(count), time.perf_counter() - start)
     except Exception as e:
         return Result(None, time.perf_counter() - start, f"{type(e).__name__}: {e}")
+
+
+def worker_environment(threads: int) -> dict[str, str]:
+    """Variables for a worker process of `threads` cores: libraries start no more threads than that, JAX is on CPU."""
+    flags = os.environ.get("XLA_FLAGS", "")
+    if threads == 1:
+        flags += " --xla_cpu_multi_thread_eigen=false"
+    counts = {f"{name}_NUM_THREADS": str(threads) for name in ("OMP", "OPENBLAS", "MKL")}
+    return {**counts, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags.strip()}

@@ -1,20 +1,19 @@
-"""Trials, and the front of those that no other trial beats in every objective."""
+"""The front of the trials that no other trial beats in every objective."""
 
 import csv
 import html
-import math
 import types
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from nas.errors import JournalError, LimitError, RunError
+from nas.errors import LimitError, RunError
 from nas.latency import LatencyModel
-from nas.search import journal
 from nas.search.pareto import nondominated
+from nas.search.trials import Trial
 from nas.space import Space
 
 if TYPE_CHECKING:
@@ -24,79 +23,6 @@ if TYPE_CHECKING:
     from nas.search.explain import Explanation
 
 _SHOWN = 20  # trials of a front's text form
-
-
-@dataclass(frozen=True)
-class Trial:
-    """One evaluated genotype, or why its evaluation failed. Equal trials differ at most in the time they took."""
-
-    trial: int
-    genotype: tuple[int, ...]
-    correct: int | None  # images classified correctly; None if it failed
-    total: int  # images it was evaluated on
-    cheap: Mapping[str, float] = field(hash=False)  # exact costs, such as latency_ms
-    failure: str | None = None
-    seconds: float = field(default=0.0, compare=False)
-
-    @property
-    def top1(self) -> float:
-        """Share of images classified correctly; NaN if the trial failed."""
-        return float("nan") if self.correct is None else self.correct / self.total
-
-    @property
-    def error(self) -> float:
-        """1 - top1; NaN if the trial failed."""
-        return float("nan") if self.correct is None else (self.total - self.correct) / self.total
-
-    @property
-    def latency_ms(self) -> float:
-        return self.cheap["latency_ms"]
-
-    @classmethod
-    def of(cls, record: Mapping[str, Any]) -> "Trial":
-        """The trial of a journal's record."""
-        cheap = {name: value for name, value in record["costs"].items() if name != "error"}
-        genotype = tuple(record["genotype"])
-        return cls(
-            record["trial"], genotype, record["correct"], record["total"], cheap, record["failure"], record["seconds"]
-        )
-
-    @property
-    def record(self) -> dict[str, Any]:
-        """What a journal keeps of it."""
-        return {
-            "trial": self.trial,
-            "genotype": list(self.genotype),
-            "correct": self.correct,
-            "total": self.total,
-            "costs": {name: None if math.isnan(cost) else cost for name, cost in self.costs.items()},
-            "seconds": self.seconds,
-            "failure": self.failure,
-        }
-
-    @property
-    def costs(self) -> dict[str, float]:
-        """All objectives, minimised, in the order of `Problem.cost_names`."""
-        return {"error": self.error, **self.cheap}
-
-
-class Trials(list[Trial]):
-    """The trials of a search in their order, and why there are no more: `status` is "complete" or "exhausted"."""
-
-    status: str = "complete"
-
-
-def read_trials(path: Path | str) -> Trials:
-    """The committed trials of a search's journal, which may be in use.
-
-    Raises:
-        JournalError: it cannot be read, is damaged before its last line, or was written by another version.
-    """
-    _, records = journal.read(path)
-    try:
-        return Trials(Trial.of(r) for r in records)
-    except (KeyError, TypeError, AttributeError) as e:
-        raise JournalError(f"{path}: a record is not a trial ({e!r}). Was it written by another version?") from e
 
 
 @dataclass(frozen=True, eq=False)

@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg import cho_factor, cho_solve, cholesky, solve_triangular
-from scipy.optimize import minimize
 
 from nas.search.strategy import Genotype, Genotypes
 
@@ -233,6 +232,8 @@ def fit(
         features: [n, features] of the same networks; no columns: none.
         values: what is predicted.
     """
+    from scipy.optimize import minimize  # here, since it takes a third of a second that every worker would wait
+
     genotypes, features = np.asarray(genotypes, np.uint8), np.asarray(features, np.float64)
     values = np.asarray(values, np.float64)
     n, genes = genotypes.shape

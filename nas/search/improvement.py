@@ -18,7 +18,6 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 from scipy.special import ndtr
-from scipy.stats import qmc
 
 from nas.search.pareto import nondominated
 
@@ -77,6 +76,8 @@ def front_of(costs: Floats, reference: Floats) -> Front:
         edges = np.concatenate([[-np.inf], front[:, 1], reference[1:]])
         errors = np.append(reference[0], front[:, 0])
         return Front(errors, edges[:-1, None], edges[1:, None], 1.0, reference, corner)
+    from scipy.stats import qmc  # here, since it takes half a second that every worker would wait
+
     points = corner + (reference[1:] - corner) * qmc.Sobol(cheap, scramble=False).random(_POINTS)
     reached = (front[None, :, 1:] <= points[:, None]).all(axis=2)  # [points, front]
     error = np.where(reached, front[None, :, 0], reference[0]).min(axis=1, initial=reference[0])

@@ -1,7 +1,7 @@
 """What is searched: genotypes, their exact cheap costs, what is feasible, and how a wish becomes a trial."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -69,7 +69,7 @@ def images_of(share: float, total: int) -> int:
     return max(1, round(total * share))
 
 
-def choose(problem: Problem, rng: np.random.Generator, wishes: Genotypes, seen: set[bytes]) -> Genotype | None:
+def choose(problem: Problem, rng: np.random.Generator, wishes: Genotypes, seen: Container[bytes]) -> Genotype | None:
     """The genotype to evaluate next: canonical, feasible and not in `seen`; None if the space is exhausted.
 
     The first of `wishes` [n, g] that will do; else the first on the walks from each of them to the smallest network,

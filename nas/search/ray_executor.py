@@ -26,7 +26,7 @@ import numpy as np
 
 from nas.cluster import connect, node_id, python_path, reachable
 from nas.errors import ExecutorError
-from nas.search.executor import Evaluate, Result, Weights, build, evaluate_one
+from nas.search.executor import Evaluate, Result, Weights, build, evaluate_one, worker_environment
 from nas.search.strategy import Genotype, Genotypes
 
 _ATTEMPTS = 3  # of one candidate before it is quarantined, and of starting a worker before that is hopeless
@@ -198,15 +198,7 @@ class RayExecutor:
         self._ray = connect(self._address, self._cluster, cpus=cpus, shared_bytes=shared_bytes)
         shared = None if self._weights is None else self._ray.put(dict(self._weights))
         self._setup_arguments = (self._threads, *self._recipe, shared)  # at top level Ray makes arrays of the reference
-        environment = {f"{name}_NUM_THREADS": str(self._threads) for name in ("OMP", "OPENBLAS", "MKL")}
-        flags = os.environ.get("XLA_FLAGS", "")
-        if self._threads == 1:
-            flags += " --xla_cpu_multi_thread_eigen=false"
-        environment |= {
-            "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": flags.strip(),
-            "PYTHONPATH": python_path(),
-        }
+        environment = worker_environment(self._threads) | {"PYTHONPATH": python_path()}
         self._actor = self._ray.remote(Worker).options(
             num_cpus=self._threads,
             max_restarts=0,

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from nas.errors import LimitError
-from nas.search.front import Trial
 from nas.search.problem import Problem, with_shares
 from nas.search.strategy import Genotypes, Strategy, check_number
+from nas.search.trials import Trial
 
 
 def feasible_only(strategy: Strategy, problem: Problem, *, factor: int = 64) -> Strategy:

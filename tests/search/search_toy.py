@@ -1,6 +1,9 @@
 """A toy problem, one-max under a latency limit, and evaluators that break on purpose."""
 
 import os
+import resource
+import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -63,6 +66,18 @@ def evaluator(delay_seconds=0.0, log=None, weights=None, shares=(1.0,)):
     return evaluate
 
 
+def choosy_evaluator(weights=None):
+    """As `evaluator`, with whatever share of the images; every seventh genotype is refused."""
+
+    def evaluate(genotypes):
+        (genotype,) = genotypes
+        if genotype[: len(SIZES)].sum() % 7 == 6:
+            raise ValueError(f"no {'-'.join(map(str, genotype.tolist()))}")
+        return [correct(genotype[: len(SIZES)]) // 9]
+
+    return evaluate
+
+
 def bad_evaluator(log, timeout_seconds=60.0):
     """Raises, hangs or kills its process, as the first gene says."""
 
@@ -81,6 +96,42 @@ def bad_evaluator(log, timeout_seconds=60.0):
         return [correct(genotype)]
 
     return evaluate
+
+
+def hungry_evaluator(how):
+    """Runs out of memory where the first gene is 1: as Python says it, or as the system ends it."""
+
+    def evaluate(genotypes):
+        (genotype,) = genotypes
+        if genotype[0] == 1 and how == "python":
+            resource.setrlimit(resource.RLIMIT_AS, (2**31, resource.getrlimit(resource.RLIMIT_AS)[1]))
+            np.ones(2**33, np.uint8)
+        if genotype[0] == 1:
+            os.kill(os.getpid(), signal.SIGKILL)  # as Linux does
+        return [correct(genotype)]
+
+    return evaluate
+
+
+def rude_evaluator():
+    """Prints more than a pipe holds, reads standard input, starts a process that outlives it."""
+
+    def evaluate(genotypes):
+        print("x" * 300_000, flush=True)
+        os.write(2, b"y" * 300_000)
+        assert sys.stdin.read() == ""
+        subprocess.Popen(["sleep", "77.77"])
+        return [correct(g) for g in genotypes]
+
+    return evaluate
+
+
+def unstartable(how):
+    """Dies or hangs in place of being built."""
+    if how == "hangs":
+        time.sleep(60)
+    os.write(2, b"noise\nno such driver\n")
+    os._exit(7)
 
 
 def broken_evaluator():

@@ -1,0 +1,99 @@
+"""The search stage on a trained supernet: the same outcome on every executor, and nothing evaluated twice."""
+
+import hashlib
+import io
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import tiny
+
+import nas
+from nas.console import Console
+from nas.search import EXECUTORS, read_trials
+from nas.search.journal import read
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """A folder with an experiment, and its run folder with table and supernet."""
+    folder = tmp_path_factory.mktemp("engine")
+    tiny.write_experiment(folder)
+    experiment = nas.load_experiment(folder / "tiny_experiment.toml")
+    nas.run_experiment(experiment, folder / "run", stages=["measure", "train"], console=Console(io.StringIO()))
+    return folder
+
+
+def searched(trained: Path, out: Path, *settings: str, redo: str | None = None) -> tuple[Path, str]:
+    """The run folder, a copy of the trained one if it is new, after its search; and what was said."""
+    if not out.exists():
+        shutil.copytree(trained / "run", out)
+    overrides = [f"search.{item}" for item in ("trials=10", "lag=4", "workers=2", *settings)]
+    experiment = nas.load_experiment(trained / "tiny_experiment.toml", overrides=overrides)
+    stream = io.StringIO()
+    nas.run_experiment(experiment, out, stages=["search"], redo=redo, console=Console(stream, plain_seconds=0))
+    return out, stream.getvalue()
+
+
+def digest(run: Path) -> str:
+    """Of all that a journal says, but for seconds."""
+    header, records = read(run / "search" / "journal.jsonl")
+    outcome = [header, *({k: v for k, v in r.items() if k != "seconds"} for r in records)]
+    return hashlib.sha256(json.dumps(outcome, sort_keys=True).encode()).hexdigest()
+
+
+@pytest.fixture(scope="module")
+def inline(trained) -> str:
+    return digest(searched(trained, trained / "inline", 'executor="inline"')[0])
+
+
+def test_worker_processes_count_as_this_process_does(trained, inline, tmp_path):
+    assert digest(searched(trained, tmp_path / "run", 'executor="processes"')[0]) == inline
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("executor", EXECUTORS)
+@pytest.mark.parametrize("workers", [1, 2, 4, 8])
+def test_the_outcome_is_the_same_on_every_executor(executor, workers, trained, inline, tmp_path):
+    found, _ = searched(trained, tmp_path / "run", f'executor="{executor}"', f"workers={workers}")
+    assert digest(found) == inline
+
+
+def test_what_was_counted_once_is_not_evaluated_again_whatever_the_search(trained, inline, tmp_path):
+    run, _ = searched(trained, tmp_path / "run", 'executor="inline"', "trials=5")
+    before = read_trials(run / "search" / "journal.jsonl")
+    assert all(t.seconds > 0 for t in before)
+    searched(trained, run, 'executor="inline"', redo="search")
+    assert digest(run) == inline
+    assert [t.seconds > 0 for t in read_trials(run / "search" / "journal.jsonl")] == [False] * 5 + [True] * 5
+    counts = {t.genotype: t.correct for t in read_trials(run / "search" / "journal.jsonl")}
+    searched(trained, run, 'executor="inline"', 'strategy="random"', "trials=12", redo="search")
+    trials = read_trials(run / "search" / "journal.jsonl")
+    assert any(t.genotype not in counts for t in trials)
+    for trial in trials:
+        assert (trial.seconds == 0) == (trial.genotype in counts)
+        assert counts.get(trial.genotype, trial.correct) == trial.correct
+
+
+def test_a_folder_may_be_shared_between_runs_or_the_cache_be_off(trained, inline, tmp_path):
+    shared = f'cache="{tmp_path / "counts"}"'
+    for name, setting, evaluated in (("a", shared, 10), ("b", shared, 0), ("c", 'cache="off"', 10)):
+        run, _ = searched(trained, tmp_path / name, 'executor="inline"', setting)
+        trials = read_trials(run / "search" / "journal.jsonl")
+        assert sum(t.seconds > 0 for t in trials) == evaluated
+        assert digest(run) == inline
+        assert not (run / "evaluations").exists()
+
+
+def test_the_search_says_how_it_goes_and_writes_events_on_request(trained, tmp_path):
+    pytest.importorskip("tensorboardX")
+    run, said = searched(trained, tmp_path / "run", 'executor="inline"', "tensorboard=true")
+    line = next(line for line in said.splitlines() if line.startswith("  7/10"))
+    for what in ("eta 0:0", "trials/s ", "busy ", "volume 0.", "best top-1 ", "at ms "):
+        assert what in line
+    assert len(line) <= 120
+    events = b"".join(f.read_bytes() for f in (run / "search" / "events").iterdir())
+    assert events.count(b"top1") == events.count(b"latency_ms") == 10
+    longer, _ = searched(trained, run, 'executor="inline"', "tensorboard=true")  # done already: nothing is told again
+    assert len(list((longer / "search" / "events").iterdir())) == 1
