@@ -13,6 +13,7 @@ sums them up, and each figure says of how many seeds it is.
 `ofa_subnets`: hypervolume (error x million MACs) over a regression of measured Once-for-All subnets.
 `predictor_tau`: Kendall tau of the accuracy predictor on NAS-Bench-Macro against ridge regression on the choices.
 `engine`: candidates scored by table and accuracy predictor (a process of 100 networks) in a CPU second.
+`executors`: `search_engine.py`: what the executors and the driver cost; once, after all others, since it is timed.
 """
 
 import argparse
@@ -32,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import search_engine
 import search_peers as peers
 import search_tasks as tasks
 from numpy.typing import NDArray
@@ -235,6 +237,8 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
         out.setdefault("predictor_tau", {})[str(n)] = {name: spread([r[name] for r in found]) for name in found[0]}
     if found := of("engine"):
         out["candidates_per_second"] = spread([r["candidates_per_second"] for r in found])
+    if found := of("executors"):
+        out |= found[-1]
     return out
 
 
@@ -263,7 +267,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--quick", action="store_true", help="3 seeds, up to 250 evaluations")
     parser.add_argument("--seeds", type=int, help="default 20; 0: only sum up the rows")
-    parser.add_argument("--only", choices=RUNS, help="one task")
+    parser.add_argument("--only", choices=(*RUNS, "executors"), help="one task")
     parser.add_argument("--jobs", type=int, default=2, help="processes, of one core each")
     parser.add_argument("--rows", type=Path, help="keep every run here, and repeat none of those that it has")
     parser.add_argument("--json", type=Path, help="write the figures there")
@@ -288,6 +292,11 @@ def main(arguments: list[str] | None = None) -> None:
             if options.rows:
                 with options.rows.open("a") as file:
                     file.write(json.dumps(rows[-1]) + "\n")
+    if options.only in (None, "executors") and seeds and not any(row["task"] == "executors" for row in rows):
+        rows.append({"task": "executors", "quick": options.quick, "result": search_engine.figures(quick=options.quick)})
+        if options.rows:
+            with options.rows.open("a") as file:
+                file.write(json.dumps(rows[-1]) + "\n")
     figures = summary(rows)
     print(json.dumps(figures, indent=1))
     if options.json:

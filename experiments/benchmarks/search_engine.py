@@ -16,6 +16,8 @@ Candidates sleep, so that two workers need no two free cores; others on the mach
 import argparse
 import gc
 import json
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -163,8 +165,12 @@ def driver_figures(strategy: Strategy, levels: Sequence[int]) -> dict[str, Any]:
 def figures(*, quick: bool) -> dict[str, Any]:
     """`ray` and `engine`."""
     levels = (100, 10_000) if quick else (100, 10_000, 100_000)
-    # memory first: what the others leave free would hide its growth
-    driver = {name: driver_figures(made(SIZES, population=32), levels) for name, made in STRATEGIES.items()}
+    # each in a process of its own: what others leave free would hide how memory grows
+    command = [sys.executable, __file__, "--levels", *map(str, levels), "--driver"]
+    driver = {
+        name: json.loads(subprocess.run([*command, name], check=True, capture_output=True, text=True).stdout)
+        for name in STRATEGIES
+    }
     repeats, seconds = (1, 5.0) if quick else (3, 20.0)
     executors = {name: executor_figures(made, repeats=repeats, seconds=seconds) for name, made in EXECUTORS.items()}
     utilisation = simulated_utilisation(rounds=20 if quick else 50)
@@ -176,7 +182,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one short search each, 10,000 trials of the driver")
     parser.add_argument("--json", type=Path, help="write the figures there")
+    parser.add_argument("--driver", choices=STRATEGIES, help="only what the driver costs with this strategy")
+    parser.add_argument("--levels", type=int, nargs="+", default=(100, 10_000), help="trials about which it is told")
     options = parser.parse_args(arguments)
+    if options.driver:
+        print(json.dumps(driver_figures(STRATEGIES[options.driver](SIZES, population=32), options.levels)))
+        return
     found = figures(quick=options.quick)
     print(json.dumps(found, indent=1))
     if options.json:
