@@ -131,10 +131,10 @@ def executor_figures(made: type, *, repeats: int, seconds: float) -> dict[str, f
     return overhead | {"utilisation": busy(10.0, 50.0)}
 
 
-def simulated_utilisation(*, rounds: int) -> dict[str, dict[str, float]]:
+def simulated_utilisation(*, rounds: int, sizes: Sequence[int] = (8, 32, 128)) -> dict[str, dict[str, float]]:
     """By workers and lag / workers: of searches of `rounds` trials a worker whose times vary fivefold."""
     out: dict[str, dict[str, float]] = {}
-    for workers in (8, 32, 128):
+    for workers in sizes:
         for times in (1, 2, 3, 4):
             executor = SimulatedExecutor(instant, workers=workers, seconds=lambda g: _milliseconds(g, 1.0, 5.0))
             _searched(executor, random_search(SIZES), rounds * workers, lag=times * workers)

@@ -102,7 +102,7 @@ def test_the_engine_is_measured_on_real_workers_and_on_simulated_ones():
     measured = engine.executor_figures(engine.ProcessExecutor, repeats=1, seconds=1.0)
     assert set(measured) == {"overhead_100ms", "overhead_10ms", "utilisation"}
     assert -0.2 < measured["overhead_100ms"] < 1  # no more than that: others may be at work beside it
-    assert engine.simulated_utilisation(rounds=20)["32"]["lag_4x"] >= 0.95
+    assert engine.simulated_utilisation(rounds=30, sizes=(8,))["8"]["lag_4x"] >= 0.95
 
 
 def test_what_the_driver_costs_does_not_grow_with_the_trials():
