@@ -56,7 +56,7 @@ class Run:
         limit = self.experiment.limit
         models: dict[str, LatencyModel] = {}
         with contextlib.suppress(NasError):  # the front can be read without it
-            models["latency_ms"] = load_model(self.path / "latency", limit.precision, space)
+            models["latency_ms"] = load_model(self.path / "latency", self.summary["precision"], space)
         limits = {} if limit.at_most is None else {"latency_ms": self.summary["limit_ms"]}
         return Setting(space, Path(self.experiment.device).name, models, limits)
 

@@ -16,6 +16,7 @@ sums them up, and each figure says of how many seeds it is.
 `predictor_tau`: Kendall tau of the accuracy predictor on NAS-Bench-Macro against ridge regression on the choices.
 `candidates_per_second`: priced by table and scored by accuracy predictor (the mean of a process of 100 networks) in a
     CPU second of one core; `candidates_per_second_with_deviation`: with what the process does not know.
+`executors`: `search_engine.py`: what the executors and the driver cost; once, after all others, since it is timed.
 """
 
 import argparse
@@ -35,6 +36,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import search_engine
 import search_peers as peers
 import search_tasks as tasks
 from numpy.typing import NDArray
@@ -274,6 +276,8 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     for name in ("candidates_per_second", "candidates_per_second_with_deviation"):
         if found := of("scoring"):
             out[name] = spread([r[name] for r in found])
+    if found := of("executors"):
+        out |= found[-1]
     return out
 
 
@@ -302,7 +306,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--quick", action="store_true", help="3 seeds, up to 250 evaluations")
     parser.add_argument("--seeds", type=int, help="default 20; 0: only sum up the rows")
-    parser.add_argument("--only", choices=RUNS, help="one task")
+    parser.add_argument("--only", choices=(*RUNS, "executors"), help="one task")
     parser.add_argument("--jobs", type=int, default=2, help="processes, of one core each")
     parser.add_argument("--rows", type=Path, help="keep every run here, and repeat none of those that it has")
     parser.add_argument("--json", type=Path, help="write the figures there")
@@ -327,6 +331,11 @@ def main(arguments: list[str] | None = None) -> None:
             if options.rows:
                 with options.rows.open("a") as file:
                     file.write(json.dumps(rows[-1]) + "\n")
+    if options.only in (None, "executors") and seeds and not any(row["task"] == "executors" for row in rows):
+        rows.append({"task": "executors", "quick": options.quick, "result": search_engine.figures(quick=options.quick)})
+        if options.rows:
+            with options.rows.open("a") as file:
+                file.write(json.dumps(rows[-1]) + "\n")
     figures = summary(rows)
     print(json.dumps(figures, indent=1))
     if options.json:

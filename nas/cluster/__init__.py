@@ -25,7 +25,7 @@ from nas.errors import ExecutorError
 
 _LONGEST_TEMP = 39  # bytes of a path: Ray puts Unix sockets 64 below it, whose paths may have 107, on macOS 103
 _SHORT_TEMP = "/tmp"  # where the system's own folder is too long, as on macOS: /var/folders/...
-_WITHOUT = 'do without Ray (`search.executor = "inline"`, `train.processes = 1`)'
+_WITHOUT = 'do without Ray (`search.executor = "processes"`, `train.processes = 1`)'
 
 
 def preflight(address: str = "local") -> None:

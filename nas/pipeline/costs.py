@@ -37,7 +37,8 @@ class Searched:
 
     @property
     def precision(self) -> str:
-        return self.experiment.limit.precision
+        asked = self.experiment.limit.precision
+        return preferred(self.tables) if asked is None else asked
 
     @functools.cached_property
     def limit(self) -> Limit:

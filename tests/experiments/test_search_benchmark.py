@@ -10,6 +10,7 @@ BENCHMARKS = Path(__file__).resolve().parents[2] / "experiments" / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 import search as benchmark  # noqa: E402
+import search_engine as engine  # noqa: E402
 import search_peers as peers  # noqa: E402
 import search_tasks as tasks  # noqa: E402
 
@@ -90,3 +91,21 @@ def test_every_planned_run_has_a_function(real_data):
     assert {task for task, _ in planned} == set(benchmark.RUNS)
     row = benchmark.run(real_data, "predictor_tau", {"seed": 0, "count": 25})
     assert row["result"]["ours"] > 0.5
+
+
+def test_a_row_of_the_engine_is_told_as_it_is():
+    figures = {"ray": {"overhead_100ms": 0.01}, "engine": {}}
+    assert benchmark.summary([{"task": "executors", "quick": True, "result": figures}]) == figures
+
+
+def test_the_engine_is_measured_on_real_workers_and_on_simulated_ones():
+    measured = engine.executor_figures(engine.ProcessExecutor, repeats=1, seconds=1.0)
+    assert set(measured) == {"overhead_100ms", "overhead_10ms", "utilisation"}
+    assert -0.2 < measured["overhead_100ms"] < 1  # no more than that: others may be at work beside it
+    assert engine.simulated_utilisation(rounds=30, sizes=(8,))["8"]["lag_4x"] >= 0.95
+
+
+def test_what_the_driver_costs_does_not_grow_with_the_trials():
+    figures = engine.driver_figures(engine.random_search(engine.SIZES), (200, 2000))
+    assert figures["milliseconds"]["2000"] < 3 * figures["milliseconds"]["200"]
+    assert figures["growth_mb"] < 5
