@@ -1,6 +1,7 @@
 """Whatever is killed, wherever: nothing is lost, nothing is doubled, and the end is that of a search left alone."""
 
 import contextlib
+import importlib.util
 import json
 import os
 import random
@@ -184,29 +185,41 @@ def test_a_search_completes_whatever_its_candidates_do(tmp_path):
     assert max(alone.values()) <= 4  # three, and one where the blame fell on the answer before
 
 
-class Cluster:
-    """A head without CPUs and nodes of two each, on this machine behind a token: each is a family of processes."""
+# `ray`, for nodes that join each other on loopback, which Ray takes for a mistake.
+RAY = """
+from ray._private import ray_constants, services
+ray_constants.ENABLE_RAY_CLUSTER = True
+services.get_node_ip_address = lambda address=None: "127.0.0.1"
+from ray.scripts.scripts import main
+main()
+"""
 
-    def __init__(self, **environment):
+
+class Cluster:
+    """A head without CPUs and nodes of two each, on loopback behind a token: each is a family of processes."""
+
+    def __init__(self, dashboard_port=None):
         self.folder = Path(tempfile.mkdtemp(prefix="nas-"))
         self.settings = {
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": secrets.token_hex(32),
             "RAY_USAGE_STATS_ENABLED": "0",
-            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1",  # a test before may have said that nodes do not join each other
+            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # despite its name: loopback
         }
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            self.address = f"127.0.0.1:{free.getsockname()[1]}"
         self.nodes = []
-        port = self.address.rpartition(":")[2]
-        self.head = self._start("--head", f"--port={port}", "--num-cpus=0", f"--temp-dir={self.folder}")
+        port = free_port()
+        self.address = f"127.0.0.1:{port}"
+        board = ["--include-dashboard=false"]
+        if dashboard_port is not None:
+            board = ["--include-dashboard=true", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard_port}"]
+        self.head = self._start("--head", f"--port={port}", "--num-cpus=0", f"--temp-dir={self.folder}", *board)
         self.wait(lambda: "Ray runtime started" in (self.folder / "said").read_text())
 
     def _start(self, *arguments):
-        command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--node-ip-address=127.0.0.1"]
+        command = [sys.executable, "-c", RAY, "start", "--block", "--node-ip-address=127.0.0.1"]
         with (self.folder / "said").open("a") as said:
             return subprocess.Popen(
-                [*command, "--include-dashboard=false", f"--object-store-memory={2**27}", *arguments],
+                [*command, f"--object-store-memory={2**27}", *arguments],
                 env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p), **self.settings},
                 stdout=said,
                 stderr=said,
@@ -239,6 +252,11 @@ class Cluster:
             if node.poll() is None:
                 self.kill(node)
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return free.getsockname()[1]
 
 
 @pytest.fixture
@@ -320,6 +338,47 @@ def test_a_dead_head_ends_the_search_within_half_a_minute(tmp_path, whole, clust
     assert done
     assert go(path, trials=TRIALS) == whole
     assert committed(path).startswith(done)
+
+
+def ray(*arguments, **environment):
+    """The command `ray` on the outside of a cluster."""
+    done = subprocess.run(
+        [sys.executable, "-c", RAY, *map(str, arguments)],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+@pytest.mark.skipif(importlib.util.find_spec("aiohttp_cors") is None, reason="jobs need ray[default]")
+@pytest.mark.slow
+def test_as_a_job_of_a_cluster_behind_a_token(tmp_path, whole):
+    """As README has it: the driver runs on the head, joins its cluster, and only who has the token may submit."""
+    port = free_port()
+    cluster = Cluster(dashboard_port=port)
+    try:
+        cluster.add()
+        (tmp_path / "work").mkdir()
+        (tmp_path / "work" / "driver.py").write_text(DRIVER)
+        path = tmp_path / "journal"
+        submit = ("job", "submit", f"--address=http://127.0.0.1:{port}", f"--working-dir={tmp_path / 'work'}", "--")
+        entry = (sys.executable, "driver.py", "ray", path, "auto", 0.02, 2)
+        code, told = ray(*submit, *entry, **cluster.settings | {"RAY_AUTH_TOKEN": "wrong" * 8})
+        assert code != 0
+        assert not path.exists()
+        code, told = ray(*submit, *entry, **cluster.settings)
+        assert code == 0, told
+        assert "succeeded" in told
+        (address,) = {
+            c.laddr.ip for c in psutil.net_connections("tcp") if c.laddr.port == port and c.status == "LISTEN"
+        }
+        assert address == "127.0.0.1"
+    finally:
+        cluster.close()
+    assert len(committed(path).splitlines()) == TRIALS + 1
+    assert go(path, trials=TRIALS) == whole
 
 
 def children(process):
