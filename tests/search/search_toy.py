@@ -92,6 +92,24 @@ def broken_evaluator():
     raise FileNotFoundError("no weights here")
 
 
+def mapped_evaluator(path, weights):
+    """Notes where in which mapping of its process the weights are, and whether they can be changed; for two workers."""
+    address = weights["bonus"].__array_interface__["data"][0]
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        start, end = (int(part, 16) for part in line.split()[0].split("-"))
+        if start <= address < end:
+            place = [*line.split()[2:5], address - start, weights["bonus"].flags.writeable]
+            with open(path, "a") as file:
+                file.write(json.dumps([os.getpid(), place]) + "\n")
+
+    def evaluate(genotypes):
+        while Path(path).read_text().count("\n") < 2:  # until the other worker has them too
+            time.sleep(0.05)
+        return [0]
+
+    return evaluate
+
+
 def facts_evaluator(path):
     """Notes what the worker's process is like."""
     Path(path).write_text(
