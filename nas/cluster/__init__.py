@@ -134,6 +134,17 @@ def reachable(ray: Any, *, within_seconds: float) -> bool:
         return False
 
 
+def waits_for_room(ray: Any, cpus: int) -> bool:
+    """Whether something of `cpus` CPUs waits for room; if not, what has been asked for is placed and starting."""
+    try:
+        from ray.autoscaler.v2.sdk import get_cluster_resource_state
+
+        state = get_cluster_resource_state(ray._private.worker.global_worker.gcs_client)
+    except (ImportError, ray.exceptions.RayError):  # this version cannot tell
+        return True
+    return any(r.request.resources_bundle.get("CPU") == cpus for r in state.pending_resource_requests)
+
+
 def _connected() -> bool:
     """Whether the caller is connected to a cluster already."""
     ray = sys.modules.get("ray")

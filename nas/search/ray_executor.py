@@ -24,7 +24,7 @@ from typing import Any, Literal, Self
 
 import numpy as np
 
-from nas.cluster import connect, node_id, python_path, reachable
+from nas.cluster import connect, node_id, python_path, reachable, waits_for_room
 from nas.errors import ExecutorError
 from nas.search.executor import Evaluate, Result, Weights, build, evaluate_one, worker_environment
 from nas.search.strategy import Genotype, Genotypes
@@ -313,21 +313,23 @@ class RayExecutor:
                 "The Ray cluster is lost: its head does not answer, or has given this machine up. Every trial that was "
                 "finished is in the journal: the same command goes on, with a cluster that runs."
             )
-        placed = sum(seat.node is not None for seat in self._seats)
-        if placed == self._workers:
-            self._told = False
-        waiting_seconds = [now - seat.since for seat in self._seats if seat.node is None]
-        if placed:
+        if not self._silences:
+            self._look_for_room(now)
+
+    def _look_for_room(self, now: float) -> None:
+        """Tells of workers that have waited for long; an error where there is not one that does not."""
+        waiting = [seat for seat in self._seats if seat.node is None]
+        if len(waiting) < self._workers:
             self._placed_at = now
-            if (
-                waiting_seconds
-                and max(waiting_seconds) > self._schedule_seconds
-                and not self._told
-                and not self._silences
-            ):
+        if not waiting:
+            self._told = False
+        elif len(waiting) < self._workers:
+            if not self._told and now - min(seat.since for seat in waiting) > self._schedule_seconds:
                 self._told = True
-                logger.warning("%d of %d workers go on. %s", placed, self._workers, self._room())
-        elif now - self._placed_at > self._schedule_seconds and not self._silences:
+                logger.warning("%d of %d workers go on. %s", self._workers - len(waiting), self._workers, self._room())
+        elif now - self._placed_at > self._schedule_seconds and (
+            waits_for_room(self._ray, self._threads) or now - self._placed_at > self._setup_seconds
+        ):
             raise ExecutorError(
                 f"The cluster placed no worker within {self._schedule_seconds:g} s. {self._room()} Ask for fewer "
                 f"workers or threads, wait until others are done, or use another cluster; the same command goes on."

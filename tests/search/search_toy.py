@@ -1,5 +1,7 @@
 """A toy problem, one-max under a latency limit, and evaluators that break on purpose."""
 
+import ctypes
+import json
 import os
 import resource
 import signal
@@ -9,6 +11,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 
 from nas.search import STRATEGIES, Problem
 from nas.search.problem import without_share
@@ -138,6 +141,24 @@ def broken_evaluator():
     raise FileNotFoundError("no weights here")
 
 
+def mapped_evaluator(path, weights):
+    """Notes where in which mapping of its process the weights are, and whether they can be changed; for two workers."""
+    address = weights["bonus"].__array_interface__["data"][0]
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        start, end = (int(part, 16) for part in line.split()[0].split("-"))
+        if start <= address < end:
+            place = [*line.split()[2:5], address - start, weights["bonus"].flags.writeable]
+            with open(path, "a") as file:
+                file.write(json.dumps([os.getpid(), place]) + "\n")
+
+    def evaluate(genotypes):
+        while Path(path).read_text().count("\n") < 2:  # until the other worker has them too
+            time.sleep(0.05)
+        return [0]
+
+    return evaluate
+
+
 def facts_evaluator(path):
     """Notes what the worker's process is like."""
     Path(path).write_text(
@@ -154,5 +175,37 @@ def sleeper(seconds, spread=1.0):
         (genotype,) = genotypes
         time.sleep(shortest * (1 + (spread - 1) * int(genotype[0]) / 3))
         return [0]
+
+    return evaluate
+
+
+def wild_evaluator(log):
+    """Does the worst that a candidate can, as the first gene says."""
+
+    def evaluate(genotypes):
+        (genotype,) = genotypes
+        with open(log, "a") as file:
+            file.write(json.dumps([os.getpid(), "-".join(map(str, genotype.tolist()))]) + "\n")
+        match genotype[0]:
+            case 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+            case 2:
+                hoard = []
+                limits = resource.getrlimit(resource.RLIMIT_AS)
+                resource.setrlimit(resource.RLIMIT_AS, (psutil.Process().memory_info().vms + 2**28, limits[1]))
+                try:
+                    while True:
+                        hoard.append(bytearray(2**24))
+                finally:
+                    resource.setrlimit(resource.RLIMIT_AS, limits)
+            case 3:
+                return [float("nan")]
+            case 4:
+                time.sleep(3600)
+            case 5:
+                ctypes.string_at(0)
+            case 6:
+                sys.exit("enough")
+        return [correct(genotype)]
 
     return evaluate

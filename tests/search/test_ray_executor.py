@@ -1,6 +1,7 @@
 """The Ray executor against the inline one, and against candidates that misbehave. One cluster serves most tests."""
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -55,6 +56,44 @@ def test_same_trials_as_inline(tmp_path):
 def test_weights_reach_the_factory(tmp_path):
     executor = RayExecutor("search_toy:evaluator", {}, {"bonus": np.full(1000, 2)}, workers=1)
     assert results(executor, [genotype(0)])[0].correct == toy.correct(genotype(0)) + 2000
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="Linux only")
+def test_workers_of_a_node_see_the_same_bytes_of_the_weights(tmp_path):
+    path = tmp_path / "maps"
+    weights = {"bonus": np.ones(2**18)}
+    executor = RayExecutor("search_toy:mapped_evaluator", {"path": str(path)}, weights, workers=2)
+    results(executor, [genotype(0)] * 2)
+    (one, there), (other, here) = (json.loads(line) for line in path.read_text().splitlines())
+    assert one != other
+    assert there == here  # the same file, at the same offset: one copy in the node's memory
+    assert not there[-1]
+
+
+def test_short_evaluations_share_calls_and_long_ones_do_not(monkeypatch):
+    sizes = []
+    call = RayExecutor._call
+
+    def noted(self, seat, what, reference, deadline, *work):
+        sizes.append(len(work))
+        call(self, seat, what, reference, deadline, *work)
+
+    monkeypatch.setattr(RayExecutor, "_call", noted)
+    for seconds, least, most in ((0.001, 8, 256), (0.2, 1, 1)):
+        sizes.clear()
+        executor = RayExecutor("search_toy:sleeper", {"seconds": seconds}, workers=1)
+        found = results(executor, [genotype(0)] * (60 if seconds < 0.1 else 6))
+        assert all(result.correct == 0 for result in found.values())
+        assert least <= max(sizes) <= most
+
+
+def test_a_hanging_candidate_is_told_from_those_that_share_its_call(tmp_path):
+    """The deadline is that of one evaluation also where a call has several."""
+    executor = RayExecutor("search_toy:bad_evaluator", {"log": str(tmp_path / "log")}, workers=1, timeout_seconds=2.0)
+    firsts = [0] * 12 + [2] + [0] * 12
+    found = results(executor, [genotype(first) for first in firsts])
+    assert {trial for trial, result in found.items() if result.failure} == {12}
+    assert found[12].failure == "gave no answer within 2 s 3 times"
 
 
 def test_bad_candidates_fail_alone_and_their_neighbours_do_not(tmp_path, capfd):
