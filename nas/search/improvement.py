@@ -80,9 +80,12 @@ def expected_improvement(front: Front, mean: Floats, deviation: Floats, cheap: F
 
     `mean` and `deviation` [m] are those of the logarithm of the error.
     """
-    shortfall = expected_shortfall(mean[:, None], deviation[:, None], front.error[None])  # [m, steps]
     if cheap.shape[1] == 1:
         share = np.maximum(front.high[:, 0] - np.maximum(front.low[:, 0], cheap), 0.0)
-    else:
-        share = (cheap[:, None] <= front.low[None]).all(axis=2) * front.volume
-    return (shortfall * share).sum(axis=1)
+        return (expected_shortfall(mean[:, None], deviation[:, None], front.error) * share).sum(axis=1)
+    # Many points share an error, and the shortfall is what takes time.
+    error, place = np.unique(front.error, return_inverse=True)
+    inside = np.logical_and.reduce([of[:, None] <= low for of, low in zip(cheap.T, front.low.T, strict=True)])
+    inside = np.broadcast_to(inside, (len(mean), len(place))).astype(np.float32)
+    points = inside @ np.eye(len(error), dtype=np.float32)[place]  # [m, errors], how many
+    return (expected_shortfall(mean[:, None], deviation[:, None], error) * points).sum(axis=1) * front.volume
