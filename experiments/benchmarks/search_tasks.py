@@ -89,7 +89,7 @@ def nb201(folder: Path) -> dict[str, tuple[Task, float]]:
 
 def cell_features(ops: Genotypes, edges: NDArray[np.integer]) -> Floats:
     """What the graph of a cell says [n, 4], each plus 1: how many paths lead from its input to its output, how many
-    convolutions are on them, and the most and the fewest convolutions on one.
+    convolutions are on them, and the most and the fewest convolutions on one (as many as edges where no path leads).
 
     Choices alone tell a predictor nothing of edges: an operation whose output is not used has no effect. (White et al.
     2021, arXiv:1910.11858, encode cells by their paths.)

@@ -90,12 +90,15 @@ def expected_improvement(front: Front, mean: Floats, deviation: Floats, cheap: F
 
     `mean` and `deviation` [m] are those of the logarithm of the error.
     """
-    shortfall = expected_shortfall(mean[:, None], deviation[:, None], front.error[None])  # [m, steps]
     if cheap.shape[1] == 1:
         share = np.maximum(front.high[:, 0] - np.maximum(front.low[:, 0], cheap), 0.0)
-        return (shortfall * share).sum(axis=1)
-    share = (cheap[:, None] <= front.low[None]).all(axis=2) * front.volume
-    within = (shortfall * share).sum(axis=1)
+        return (expected_shortfall(mean[:, None], deviation[:, None], front.error) * share).sum(axis=1)
+    # Many points share an error, and the shortfall is what takes time.
+    error, place = np.unique(front.error, return_inverse=True)
+    under = np.logical_and.reduce([of[:, None] <= low for of, low in zip(cheap.T, front.low.T, strict=True)])
+    under = np.broadcast_to(under, (len(mean), len(place))).astype(np.float32)
+    points = under @ np.eye(len(error), dtype=np.float32)[place]  # [m, errors], how many
+    within = (expected_shortfall(mean[:, None], deviation[:, None], error) * points).sum(axis=1) * front.volume
     worst, high = front.reference[0], front.reference[1:]
     volume, inside = (np.maximum(high - low, 0.0).prod(axis=1) for low in (cheap, np.maximum(cheap, front.corner)))
     return within + expected_shortfall(mean, deviation, worst) * (volume - inside)

@@ -204,6 +204,7 @@ def best_exchanges(
     unit, zero = 2 * reach / _BUCKETS, _BUCKETS // 2
     weight = np.ceil(np.where(np.isfinite(rise), rise, 0.0) / unit - 1e-9).astype(np.int64)
     useful = useful[np.abs(weight[useful]) <= _BUCKETS]
+    useful = useful[np.lexsort((-gain[useful], weight[useful], gene[useful]))]
     moves_of: dict[int, list[tuple[int, int, float]]] = {}
     for move in useful.tolist():
         moves_of.setdefault(int(gene[move]), []).append((move, int(weight[move]), float(gain[move])))
@@ -214,7 +215,7 @@ def best_exchanges(
         before.append((best, of_gene))
         best = best.copy()
         highest = -np.inf
-        for _, w, value in sorted(of_gene, key=lambda move: (move[1], -move[2])):
+        for _, w, value in of_gene:  # the cheapest first
             if value <= highest:
                 continue  # another one gains as much and costs no more
             highest = value

@@ -73,6 +73,27 @@ def test_nas_bench_201_is_whole(real_data):
         assert task.problem.cheap(task.problem.smallest[None])[0, 0] == task.problem.cheap(everything).min()
 
 
+def test_the_graph_of_a_cell_counts_only_what_is_used():
+    edges = np.array([[0, 1], [0, 2], [1, 2], [0, 3], [1, 3], [2, 3]])
+    cells = {
+        (3, 3, 3, 3, 3, 3): (4, 6, 3, 1),  # paths, convolutions, most and fewest on a path
+        (0, 0, 3, 0, 3, 3): (0, 0, 0, 6),  # nothing leaves the input
+        (1, 1, 1, 1, 1, 1): (4, 0, 0, 0),
+        (2, 0, 3, 0, 1, 0): (1, 1, 1, 1),  # the convolution between the inner nodes leads nowhere
+        (4, 0, 2, 1, 0, 3): (2, 2, 2, 0),
+    }
+    found = tasks.cell_features(np.array(list(cells), np.uint8), edges)
+    np.testing.assert_array_equal(found - 1, list(cells.values()))
+
+
+def test_pymoos_search_sees_categories_and_counts_no_network_twice(real_data):
+    pytest.importorskip("pymoo", reason="a peer of the benchmark alone: pip install 'nas[benchmark]'")
+    task, _ = tasks.nb201(real_data)["raspi4"]
+    costs = peers.pymoo_nsga2(task, 60, 0)
+    assert costs.shape == (60, 2)
+    np.testing.assert_array_equal(costs, peers.pymoo_nsga2(task, 60, 0))
+
+
 def test_figures_are_means_over_seeds():
     same = {"task": "nb201", "device": "raspi4", "trials": 50}
     rows = [
@@ -84,6 +105,36 @@ def test_figures_are_means_over_seeds():
     assert figures["50"]["ours"] == {"mean": pytest.approx(0.8), "sd": pytest.approx(0.1), "n": 3}
     assert figures["evaluations_to_98"]["ours"] is None  # most never reach it
     assert set(figures) == {"50", "evaluations_to_98"}
+
+
+def test_a_run_that_was_repeated_for_longer_counts_once():
+    def row(seed, trials, shares):
+        return {"task": "nb201", "device": "raspi4", "who": "ours", "seed": seed, "trials": trials,
+                "result": {"share": shares, "to_98": None}}  # fmt: skip
+
+    short, long = row(0, 50, {"50": 0.9, "125": 0.9}), row(0, 250, {"50": 0.9, "125": 0.95})
+    assert benchmark.longest([long, short]) == benchmark.longest([short, long]) == [long]
+    assert len(benchmark.longest([short, row(1, 50, {"50": 0.8})])) == 2
+
+
+def test_one_seed_has_no_deviation():
+    assert benchmark.spread([0.5]) == {"mean": 0.5, "sd": None, "n": 1}
+
+
+def test_a_search_for_two_devices_stands_beside_one_for_each():
+    one, other = tasks.PAIR
+    shares = {one: {"125": 0.9}, other: {"125": 0.8}}
+    rows = [
+        {"task": "two_devices", "seed": 0, "trials": 250, "result": {"share": shares}},
+        *(
+            {"task": "nb201", "device": device, "who": "ours", "seed": 0, "trials": 250,
+             "result": {"share": {"125": 0.95}, "to_98": None}}
+            for device in tasks.PAIR
+        ),
+    ]  # fmt: skip
+    figures = benchmark.summary(rows)["two_devices"]["250"]
+    assert (figures[one]["joint"]["mean"], figures[other]["joint"]["mean"]) == (0.9, 0.8)
+    assert figures[one]["dedicated"]["mean"] == 0.95
 
 
 def test_every_planned_run_has_a_function(real_data):
