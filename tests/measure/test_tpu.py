@@ -181,7 +181,7 @@ def test_the_devices_that_come_along_name_a_generation_and_its_precisions(name):
     device = load_device(name)
     assert device.hardware.removeprefix("TPU ") in tpu.GENERATIONS
     assert set(device.precision) <= set(tpu.PRECISIONS)
-    with pytest.raises(DeviceError, match="estimate_table"):
+    with pytest.raises(DeviceError, match="which is estimated: `nas measure"):
         runtime_class(device)
 
 
