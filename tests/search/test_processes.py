@@ -39,7 +39,7 @@ def wait_until(condition, seconds=20.0):
 
 
 def children():
-    return [p for p in psutil.Process().children(recursive=True) if "_worker.py" in " ".join(p.cmdline())]
+    return [p for p in psutil.Process().children(recursive=True) if "search/_worker.py" in " ".join(p.cmdline())]
 
 
 def test_weights_reach_the_factory_bit_for_bit_and_read_only(tmp_path):
