@@ -151,6 +151,8 @@ def test_a_mistake_is_told_before_anything_is_evaluated(what, arguments, message
 def test_a_device_without_a_table_says_how_to_make_one(here):
     with pytest.raises(UnmeasuredBlock, match="nas import"):
         nas.search("nas_bench_macro", evaluate=top1, device="phone", quiet=True)
+    with pytest.raises(UnmeasuredBlock, match="--as my_machine"):
+        nas.search("nas_bench_macro", evaluate=top1, device="host_onnxruntime", quiet=True)
 
 
 @pytest.mark.parametrize(("wrong", "message"), [(lambda n: 75.0, "not percent"), (lambda n: n.top1, "AttributeError")])
