@@ -248,7 +248,91 @@ _stage_command(
     "Train the supernet of EXPERIMENT; cut off, it goes on from its newest checkpoint. --set train.tensorboard=true "
     "writes TensorBoard events too, --set train.profile_steps=20 a jax.profiler trace of so many steps.",
 )
-_stage_command("search", "Search EXPERIMENT's space under its limit.")
+
+
+@cli.command()
+@click.argument("what")
+@click.option("--device", metavar="NAME", help="Whose latency is limited; `nas list devices` has the names.")
+@click.option("--data", metavar="PATH", help="Images, where WHAT is a space: its supernet is trained on them first.")
+@click.option(
+    "--evaluate",
+    metavar="MODULE:FUNCTION",
+    help="Or a function from a network to its top-1, 0 to 1: nothing is trained.",
+)
+@click.option("--strategy", metavar="NAME", help="`nas list strategies` has the names; as --set search.strategy=NAME.")
+@click.option(
+    "--trials", metavar="N", type=click.IntRange(min=1), help="Networks to evaluate; as --set search.trials=N."
+)
+@click.option(
+    "--limit",
+    "limits",
+    multiple=True,
+    metavar="[COST=]VALUE",
+    help="Such as 20 or 50% (latency_ms), macs=3e8. Repeatable.",
+)
+@click.option("--out", type=click.Path(path_type=Path), help="Run folder; runs/<name> if not given.")
+@click.option("--smoke", is_flag=True, help="As for `nas run`, where WHAT is an experiment.")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="As for `nas run`.")
+def search(
+    what: str,
+    device: str | None,
+    data: str | None,
+    evaluate: str | None,
+    strategy: str | None,
+    trials: int | None,
+    limits: tuple[str, ...],
+    out: Path | None,
+    smoke: bool,
+    overrides: tuple[str, ...],
+) -> None:
+    """Search for the most accurate networks within limits: of an experiment (WHAT), or of a space by name or file.
+
+    \b
+    Example: nas search experiments/quickstart.toml --strategy predictor --trials 100 --limit 50%
+    A space, trained on images:   nas search mobilenet_v3_32 --device host_onnxruntime --data path/to/my.npz
+    A space, judged by your code: nas search ofa_mobilenet_v3_w12 --device note10 --limit 20 --evaluate mine:top1
+    """
+    from nas import measured
+    from nas.pipeline import commands
+
+    if measured.is_experiment(what):
+        _heed("where WHAT is an experiment: it names its data", *_SEARCH, "smoke", "overrides")
+        short = () if device is None else (f"device={json.dumps(device)}",)
+        short += () if strategy is None else (f"search.strategy={json.dumps(strategy)}",)
+        short += () if trials is None else (f"search.trials={trials}",)
+        experiment, path = _resolved(Path(what), out, smoke, (*short, *overrides))
+        commands.search_experiment(commands.limited(experiment, commands.parsed(limits)), path)
+    elif evaluate is not None:
+        _heed("with --evaluate", *_SEARCH, "evaluate")
+        path = out or Path("runs") / Path(what).stem
+        front = commands.search_by(
+            evaluate, what, path, device=device, strategy=strategy, trials=trials, limits=commands.parsed(limits)
+        )
+        click.echo(front)
+    elif data is None:
+        raise click.UsageError(
+            f"what evaluates the networks of {what}? Give --data PATH (its supernet is trained first), or --evaluate "
+            f"MODULE:FUNCTION; or name an experiment file."
+        )
+    else:
+        _heed("with --data", *_SEARCH, "data", "overrides")
+        experiment = commands.experiment_of(
+            what,
+            data,
+            device=device,
+            strategy=strategy,
+            trials=trials,
+            limits=commands.parsed(limits),
+            overrides=overrides,
+        )
+        commands.search_experiment(
+            experiment, out or Path("runs") / experiment.name, stages=("measure", "train", "search")
+        )
+
+
+_SEARCH = ("what", "device", "strategy", "trials", "limits", "out")
+
+
 _stage_command("finish", "Fine-tune the winners and the baselines of EXPERIMENT, with distillation.")
 _stage_command("verify", "Prove that the exported files of EXPERIMENT do what their networks do.")
 

@@ -3,8 +3,9 @@
     problem = nas.make_problem(space, device="note10", latency_ms=20)
     study = optuna.create_study(directions=["minimize", "minimize"], sampler=sampler(space, problem, strategy))
 
-The objective suggests every choice by `suggest_categorical(choice.name, choice.values)` and gives the error first, then
-the cheap costs of `problem`. Proposals are within the problem's limits, canonical, and never repeated.
+The objective suggests every choice by `suggest_categorical(choice.name, choice.values)`. Its first value is the error,
+or top-1 where that is maximised; cheap costs are those of `problem`, whatever else it gives. Proposals are within the
+limits, canonical, and never repeated.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -48,11 +49,12 @@ def sampler(space: Space, problem: Problem, strategy: Strategy, *, seed: int = 0
             raise ExecutorError(f"The objective suggests {name!r}, which is no choice of space {space.name!r}.")
 
         def after_trial(self, study: Any, trial: Any, state: Any, values: Any) -> None:
-            costs = np.full(len(problem.cost_names), np.nan)
-            if state == optuna.trial.TrialState.COMPLETE:
-                maximised = [d == optuna.study.StudyDirection.MAXIMIZE for d in study.directions]
-                costs = np.where(maximised, -1.0, 1.0) * np.asarray(values)
             if (genotype := self.asked.pop(trial.number, None)) is not None:
+                error = np.nan
+                if state == optuna.trial.TrialState.COMPLETE:
+                    maximised = study.directions[0] == optuna.study.StudyDirection.MAXIMIZE
+                    error = 1 - values[0] if maximised else values[0]
+                costs = np.array([error, *problem.cheap(genotype[None])[0]])
                 self.state = strategy.tell(self.state, genotype, costs)
 
     return Sampler()

@@ -4,8 +4,8 @@
     config = tune.TuneConfig(search_alg=searcher(space, problem, strategy), num_samples=200)
     tune.Tuner(train, tune_config=config).fit()
 
-The trainable gets {choice name: value} and reports every cost of `problem.cost_names` by its name: `error`, and the
-cheap ones. Proposals are within the problem's limits, canonical, and never repeated.
+The trainable gets {choice name: value} and reports `error`; cheap costs are those of `problem`. Proposals are
+within the limits, canonical, and never repeated.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -48,10 +48,9 @@ def searcher(space: Space, problem: Problem, strategy: Strategy, *, seed: int = 
             return {c.name: c.values[gene] for c, gene in zip(space.choices, genotype, strict=True)}
 
         def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
-            costs = np.full(len(problem.cost_names), np.nan)
-            if result is not None and not error:
-                costs = np.array([result.get(name, np.nan) for name in problem.cost_names], np.float64)
             if (genotype := self.asked.pop(trial_id, None)) is not None:
+                value = np.nan if error or result is None else float(result.get("error", np.nan))
+                costs = np.array([value, *problem.cheap(genotype[None])[0]])
                 self.state = strategy.tell(self.state, genotype, costs)
 
     return Proposals()

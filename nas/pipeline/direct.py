@@ -43,7 +43,7 @@ def search(
     decode: bool = True,
     images: int = 10_000,
     device: str | None = None,
-    precision: str = "float32",
+    precision: str | None = None,
     latency_ms: Limit | None = None,
     objectives: Sequence[str] = (),
     limits: Mapping[str, Limit] | None = None,
@@ -89,7 +89,7 @@ def search(
             everywhere. 10,000 keeps four digits.
         device: whose table prices `latency_ms`, which is an objective then; a name of `nas.list_devices()` or a path.
             Of a run folder: that of the run if None.
-        precision: of latencies.
+        precision: of latencies: float32 if None; of a run folder, that of its limit.
         latency_ms: the limit on it, in ms or as "50%" of the reachable range.
         objectives: further costs to minimise: macs, params, latency_ms@DEVICE and what else experiments may name.
             Without any, and without device and costs: macs.
@@ -148,7 +148,7 @@ def search(
             space, evaluate, device=device, precision=precision, images=images, decode=decode,
             input_shape=input_shape, classes=classes, console=console,
         )  # fmt: skip
-        found, names = counted(source.space, source.models, objectives, limits, own, precision)
+        found, names = counted(source.space, source.models, objectives, limits, own, source.precision)
         for cost in found:
             console.say(f"  {cost}")
         meaning = [
@@ -190,7 +190,7 @@ def search(
                 on_trial=_told(console, trials, on_trial),
             )
     finite = {c.name: c.limit for c in found if math.isfinite(c.limit)}
-    models = source.models | _further(source.space, found, precision)
+    models = source.models | _further(source.space, found, source.precision)
     return Front.of(done, ("error", *names), Setting(source.space, source.device, models, finite))
 
 
@@ -205,6 +205,7 @@ class _Source:
     meaning: Any  # what evaluations depend on, for the journal
     images: int
     device: str | None
+    precision: str  # of latencies
     models: dict[str, LatencyModel]  # {"latency_ms": ...}, or none
 
 
@@ -213,7 +214,7 @@ def _source(
     evaluate: Callable[..., float] | str | None,
     *,
     device: str | None,
-    precision: str,
+    precision: str | None,
     images: int,
     decode: bool,
     input_shape: tuple[int, int, int] | None,
@@ -226,6 +227,7 @@ def _source(
                 f"{what} is a run folder, whose supernet evaluates: leave `evaluate` out, or give a space."
             )
         return _of_run(Path(what), device, precision, console)
+    precision = precision or "float32"
     if isinstance(what, Mapping):
         space = Space.of_choices(what)
     elif isinstance(what, Space):
@@ -244,7 +246,15 @@ def _source(
     arguments = {"space": space, "evaluate": evaluate, "decode": decode, "images": images}
     name = None if device is None else _device_name(device)
     return _Source(
-        space, "nas.pipeline.direct:evaluator", arguments, None, [name_of(evaluate), decode], images, name, models
+        space,
+        "nas.pipeline.direct:evaluator",
+        arguments,
+        None,
+        [name_of(evaluate), decode],
+        images,
+        name,
+        precision,
+        models,
     )
 
 
@@ -261,12 +271,12 @@ def _loaded(
     return load_space(name, **(known | given))
 
 
-def _of_run(path: Path, device: str | None, precision: str, console: Console) -> _Source:
+def _of_run(path: Path, device: str | None, precision: str | None, console: Console) -> _Source:
     """The trained supernet of a run folder. Its own journal is not touched."""
     experiment = config.load_experiment(path / "config.toml")
     with RunFolder(path, experiment) as folder:
         job = Job(experiment, folder, console)
-        space = job.space
+        space, precision = job.space, precision or job.precision
         model = job.tables[precision] if device is None else find_model(device, precision, space)[0]
         weights = {name: np.asarray(a) for name, a in job.supernet_params().items()}
         images = len(job.data.val.labels)
@@ -279,6 +289,7 @@ def _of_run(path: Path, device: str | None, precision: str, console: Console) ->
         [job.data.digest, experiment.seed, train],
         images,
         _device_name(device or experiment.device),
+        precision,
         {"latency_ms": model},
     )
 

@@ -9,8 +9,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from nas import config
 from nas.config import Data, Experiment, Objective
-from nas.errors import ConfigError, LimitError
-from nas.latency import LatencyModel, find_model
+from nas.errors import ConfigError, LimitError, UnmeasuredBlock
+from nas.latency import LatencyModel, find_model, load_device
 from nas.pipeline.costs import Cost, Price, Searched, cost_names, exact_costs
 from nas.pipeline.search import problem_of
 from nas.search import Problem
@@ -55,7 +55,15 @@ def latency_on(space: Space, device: str | None, precision: str) -> dict[str, La
         return {}
     if not space.positions:
         raise ConfigError('choices alone have no blocks that a device has times of: give costs={"latency_ms": f}.')
-    return {"latency_ms": find_model(device, precision, space)[0]}
+    try:
+        return {"latency_ms": find_model(device, precision, space)[0]}
+    except UnmeasuredBlock as e:
+        if not load_device(device).at_hand:
+            raise
+        raise UnmeasuredBlock(
+            f"device {device} is this machine, which has no table of all blocks of space {space.name!r} in {precision} "
+            f'yet. Measure one: `nas measure {space.name} --device {device} --as my_machine`; then device="my_machine".'
+        ) from e
 
 
 def counted(
