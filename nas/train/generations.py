@@ -116,7 +116,7 @@ def train_population(
             lineage.finish(winner.member)
             checkpoints.save(step.steps, _alone(run.state_of(winner.generation, winner.member)))
         state = checkpoints.restore(step.steps, _alone(first))
-    run.remove_checkpoints()
+    run.remove_checkpoints(before=len(lineage.members))
     return dict(trained(state))
 
 
@@ -150,7 +150,7 @@ class _Run:
         )
         state = evolution.init(population.generation_rng(self.step.seed, 0))
         while True:
-            self.remove_checkpoints(but=(state.source, state.generation))
+            self.remove_checkpoints(before=state.source)
             found = self._found(state)
             members = found + [self._member(state, m) for m in range(len(found), asked.members)]
             generation = Generation(state.interval, self.intervals, tuple(members))
@@ -188,10 +188,10 @@ class _Run:
         files = [self._folder(m.generation, m.member) / "metrics.jsonl" for m in self.lineage.ancestors(winner)]
         write_bytes(self.folder / "metrics.jsonl", b"".join(f.read_bytes() for f in files if f.exists()))
 
-    def remove_checkpoints(self, *, but: Sequence[int] = ()) -> None:
-        """Removes those of all generations `but` some."""
+    def remove_checkpoints(self, *, before: int) -> None:
+        """Removes those of generations before one; never later ones, which a training that goes on comes to yet."""
         for folder in (self.folder / "population").glob("*/*/checkpoints"):
-            if int(folder.parts[-3]) not in but:
+            if int(folder.parts[-3]) < before:
                 shutil.rmtree(folder, ignore_errors=True)
 
     def _found(self, state: population.State) -> list[Member]:
@@ -251,7 +251,7 @@ class _Run:
         return Member(state.generation, number, state.interval, state.source, state.parents[number], values, correct)
 
     @functools.cached_property
-    def _rate(self) -> Callable[[int, Mapping[str, Array]], Array]:
+    def _rate(self) -> Callable[[int, Mapping[str, Any]], Array]:
         """The learning rate of a step."""
 
         def rate(at: int, values: Mapping[str, Any]) -> Any:
