@@ -34,7 +34,7 @@ from nas.data import Dataset
 from nas.errors import CheckpointError, ConfigError, Diverged
 from nas.files import write_bytes
 from nas.supernet import Supernet
-from nas.train import optimiser, population
+from nas.train import optimiser, population, precision
 from nas.train.checkpoint import Checkpoints, Identity
 from nas.train.lineage import Lineage, Member
 from nas.train.loop import Progress, fit, steps_of
@@ -221,7 +221,7 @@ class _Run:
                 where = {"interval": state.interval + 1, "intervals": self.intervals, "member": number + 1}
                 self.progress(earlier + done - start, self.step.steps * self.asked.members, metrics | where)
 
-        settings = self.settings
+        settings, member = self.settings, described
         try:
             ended = fit(
                 self.step,
@@ -239,8 +239,8 @@ class _Run:
                 progress=progress,
             )
         except Diverged:
-            member = described
-        else:
+            ended = None
+        if ended is not None and precision.all_finite(ended["params"]):  # the last update may have broken them
             correct = tuple(int(count) for count in self.score(trained(ended)))
             member = msgspec.structs.replace(described, correct=correct)
         self.lineage.add(member)

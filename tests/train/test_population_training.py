@@ -1,13 +1,18 @@
 """Training of a population: copies are exact, cut off anywhere it ends the same, nothing is compiled for a member."""
 
 import json
+import os
+import random
 import re
 import shutil
+import time
+from pathlib import Path
 
 import jax
 import msgspec
 import numpy as np
 import pytest
+import test_kill
 import tiny
 
 from nas import config
@@ -41,12 +46,17 @@ def one_step(monkeypatch, steps_made):
     """Equal settings share a compiled step: compiling is most of what these tests do."""
 
     def shared(supernet, data, settings, *, seed):
-        key = msgspec.json.encode(settings), seed
+        key = key_of(settings), seed
         if key not in steps_made:
             steps_made[key] = make_step(supernet, data, settings, seed=seed)
         return steps_made[key]
 
     monkeypatch.setattr(generations, "make_step", shared)
+
+
+def key_of(settings):
+    """What the compiled step depends on."""
+    return msgspec.json.encode(msgspec.structs.replace(settings, population=None))
 
 
 def score(params):
@@ -64,7 +74,7 @@ def train(place, folder, settings=BASE, score=score, seed=0, **more):
 def whole(place, steps_made):
     """A population that was not cut off: its folder and weights."""
     with pytest.MonkeyPatch.context() as patched:
-        one = steps_made.setdefault((msgspec.json.encode(BASE), 0), make_step(place[1], place[0], BASE, seed=0))
+        one = steps_made.setdefault((key_of(BASE), 0), make_step(place[1], place[0], BASE, seed=0))
         patched.setattr(generations, "make_step", lambda *a, **k: one)
         folder = place[2] / "whole"
         return folder, train(place, folder)
@@ -152,7 +162,7 @@ def test_members_that_are_replaced_begin_with_the_very_state_of_their_parent(pla
 
 def test_three_programs_are_compiled_whatever_the_members_and_none_to_score_the_second(place, steps_made, whole):
     data, supernet, _ = place
-    assert steps_made[msgspec.json.encode(BASE), 0].compiled == 3
+    assert steps_made[key_of(BASE), 0].compiled == 3
     space = supernet.space
     genotypes = np.stack([space.smallest(), space.largest()])
     begun = {name: jax.device_put(array, whole[1][name].sharding) for name, array in supernet.init(0).items()}
@@ -191,7 +201,7 @@ def test_traced_hyperparameters_train_as_those_of_the_settings_do(place):
     for name in a["params"]:
         np.testing.assert_allclose(a["params"][name], b["params"][name], rtol=1e-4, atol=1e-5, err_msg=name)
     assert traced.compiled == 3
-    assert not np.allclose(b["params"]["head/logits/kernel"], untouched["params"]["head/logits/kernel"], atol=1e-4)
+    assert any(not np.allclose(b["params"][name], untouched["params"][name], atol=1e-3) for name in b["params"])
 
 
 def everything(vary):
@@ -255,13 +265,28 @@ def test_a_member_that_diverges_is_replaced_and_never_scored(place, tmp_path, mo
 
 
 def test_a_real_divergence_is_told_from_a_good_member(place, tmp_path):
-    vary = config.Vary(optimiser=config.VaryOptimiser(learning_rate=(0.1, 1e30)))
-    asked = config.Population(vary=vary, members=4, interval=0.5)
-    settings = msgspec.structs.replace(BASE, optimiser=config.Optimiser(clip_norm=None), population=asked)
+    vary = config.Vary(label_smoothing=(0.0, 0.2), optimiser=config.VaryOptimiser(learning_rate=(0.1, 1e38)))
+    settings = config.with_values(BASE, {"population": config.Population(vary=vary, members=4, interval=1.5)})
     weights = train(place, tmp_path / "run", settings)
     assert all(np.isfinite(a).all() for a in weights.values())
+    lost = [m for m in Lineage.read(tmp_path / "run" / "population.json").members if m.correct is None]
+    assert lost
+    assert all(m.values[RATE] > 1 for m in lost)
+
+
+def test_weights_that_the_last_update_of_an_interval_broke_are_not_scored(place, tmp_path, monkeypatch):
+    fit = generations.fit
+
+    def breaking(step, state, *arguments, **keywords):
+        out = fit(step, state, *arguments, **keywords)
+        if keywords["folder"].parts[-2:] == ("000", "02"):
+            out["params"] = {name: a.at[(0,) * a.ndim].set(np.inf) for name, a in out["params"].items()}
+        return out
+
+    monkeypatch.setattr(generations, "fit", breaking)
+    train(place, tmp_path / "run")
     members = Lineage.read(tmp_path / "run" / "population.json").members
-    assert {m.member for m in members if m.generation == 0 and m.correct is None} == {1, 2, 3}
+    assert [(m.generation, m.member) for m in members if m.correct is None] == [(0, 2)]
 
 
 def test_a_population_that_diverges_as_a_whole_tries_three_times_from_where_it_was_and_then_says_so(
@@ -354,3 +379,51 @@ def test_what_a_population_does_not_go_with_is_refused(tmp_path, other):
     text = other + "\n[train.population]\nvary.distillation.temperature = [0.5, 2.0]"
     with pytest.raises(ConfigError, match="population"):
         experiment(tmp_path, text)
+
+
+CHILD = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from pathlib import Path
+import msgspec, numpy as np
+import test_population_training as here
+from nas import config
+from nas.data import load_data
+from nas.space import load_space
+from nas.supernet import Supernet
+from nas.train import train_population
+
+place, run = Path(sys.argv[2]), Path(sys.argv[3])
+data = load_data(config.Data(source=str(place / "bars.npz")))
+space = load_space(str(place / "tiny.toml"), input_shape=data.image_shape, classes=data.classes)
+params = train_population(Supernet(space), data, here.BASE, seed=0, folder=run, score=here.score, images=1000)
+np.savez(run / "params.npz", **params)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_killed_at_12_random_moments_it_ends_with_the_same_lineage_and_weights_bit_for_bit(tmp_path, monkeypatch):
+    tiny.write_space(tmp_path)
+    tiny.write_data(tmp_path)
+    folders = os.pathsep.join(map(str, (Path(__file__).parent, Path(__file__).parents[1])))
+    monkeypatch.setenv("PYTHONPATH", folders + os.pathsep + os.environ.get("PYTHONPATH", ""))
+    monkeypatch.setattr(test_kill, "CHILD", CHILD)
+    whole, run, rng, kills = tmp_path / "whole", tmp_path / "run", random.Random(0), 0
+    with test_kill.Life(tmp_path, whole) as life:
+        assert life.ended() == 0
+    while kills < 12:
+        seen = len(list((run / "population").glob("*/*/metrics.jsonl")))
+        with test_kill.Life(tmp_path, run) as life:
+            while life.process.poll() is None and len(list((run / "population").glob("*/*/metrics.jsonl"))) <= seen:
+                time.sleep(0.002)
+            time.sleep(rng.uniform(0.0, 0.3))
+            kills += life.killed()
+        if life.process.returncode == 0:
+            break
+    with test_kill.Life(tmp_path, run) as life:
+        assert life.ended() == 0
+    print(f"{kills} kills")
+    assert kills >= 6
+    assert files(run) == files(whole)
+    require_equal(np.load(run / "params.npz"), np.load(whole / "params.npz"))
