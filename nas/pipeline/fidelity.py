@@ -68,7 +68,7 @@ def fidelity(job: Job) -> Fidelity:
     """Writes fidelity/ (recipe.json, supernet.json, <network>/seed_<seed>/, fidelity.json), and says the result."""
     job.folder.require("train")
     job.tables  # noqa: B018  data and space must be those of the supernet
-    settings, train = job.experiment.fidelity, job.experiment.train
+    settings, train = job.experiment.fidelity, job.trained_as
     recipe = Recipe(job.experiment.seed, job.space.digest, job.data.digest, as_alone(train, settings.epochs))
     folder = job.path / "fidelity"
     claim(folder, recipe)

@@ -9,7 +9,7 @@ import msgspec
 import numpy as np
 
 from nas import cost
-from nas.config import Device, Experiment
+from nas.config import Device, Experiment, Train, with_values
 from nas.console import Console
 from nas.data import Dataset, load_data
 from nas.errors import LimitError, RunError
@@ -153,6 +153,21 @@ class Job:
         limit = self.limit
         reachable = f"{limit.fastest_ms:.4g} to {limit.slowest_ms:.4g} ms"
         self.console.say(f"limit: {limit.ms:.4g} ms (reachable: {reachable}{_also(limit.caveat)})")
+
+    @property
+    def trained_as(self) -> Train:
+        """The settings that the supernet was trained with; of a population, those that its best member ended with.
+
+        Raises:
+            RunError: supernet/population.json is damaged.
+        """
+        train = self.experiment.train
+        if train.population is None:
+            return train
+        from nas.train.lineage import Lineage
+
+        line = Lineage.read(self.path / "supernet" / "population.json").winning_line()
+        return with_values(train, {**line[-1].values, "population": None})
 
     def supernet_params(self) -> dict[str, Any]:
         """The trained weights of the supernet.

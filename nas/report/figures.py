@@ -8,7 +8,7 @@ from typing import Any
 from nas import words
 from nas.fidelity import Fidelity
 from nas.latency import Proof, Tried
-from nas.report.folder import Agreement, Member, Metrics, Run
+from nas.report.folder import Agreement, Member, Metrics, Population, Run, Trained
 from nas.search import Front, Trial
 
 Figure = dict[str, Any]
@@ -181,6 +181,47 @@ def supernet(metrics: Metrics, quantity: str) -> Figure:
     """`quantity` ("loss" or "top1") of the supernet's largest, random and smallest networks against steps."""
     curves = [_curve(metrics, f"{quantity}_{size}", name, colour) for size, (name, colour) in SIZES.items()]
     return _curves(curves, quantity)
+
+
+def population(found: Population, key: str) -> Figure:
+    """The values of a hyper-parameter in each interval: of all members, and of the line that led to the winner."""
+    line = {(m.generation, m.member) for m in found.line}
+    of = {(m.generation, m.member): m for m in found.members}
+    xs: list[float | None] = []
+    ys: list[float | None] = []
+    for m in found.members:  # from each parent to what it was gone on with as; a gap between two
+        parent = of.get((m.source, m.parent))
+        if parent is not None:
+            xs += [parent.interval + 1, m.interval + 1, None]
+            ys += [parent.values[key], m.values[key], None]
+    grey = {"color": COLOURS["trial"], "width": 1}
+    lines = {"x": xs, "y": ys, "name": "gone on with", "mode": "lines", "line": grey, "hoverinfo": "skip"}
+
+    def dots(members: Sequence[Trained], **style: Any) -> Figure:
+        texts = [_of_member(found, m) for m in members]
+        return _dots([m.interval + 1 for m in members], [m.values[key] for m in members], texts, **style)
+
+    others = [m for m in found.members if (m.generation, m.member) not in line]
+    orange = {"color": COLOURS["winner"], "width": 2.5}
+    traces = [
+        lines,
+        dots(others, name="members", marker={"color": COLOURS["trial"], "size": 6}),
+        dots(found.line, name="the winner's line", mode="lines+markers", line=orange, marker=_marker("winner")),
+    ]
+    figure = _figure(traces, "interval", key)
+    values = [m.values[key] for m in found.members]
+    if min(values) > 0:
+        figure["layout"]["yaxis"] |= _logarithmic(values)
+        figure["layout"]["yaxis"]["title"]["text"] += " (logarithmic)"
+    figure["layout"]["xaxis"] |= {"tickformat": "d"}
+    return figure
+
+
+def _of_member(found: Population, m: Trained) -> str:
+    top1 = found.top1(m)
+    did = "diverged" if top1 is None else f"top-1 {words.percent(top1)}"
+    values = "<br>".join(f"{escape(key)} {value:.4g}" for key, value in m.values.items())
+    return f"<b>member {m.member + 1}, interval {m.interval + 1}</b>: {did}<br>{values}"
 
 
 def fine_tuning(members: Sequence[Member], winner: Member, quantity: str) -> Figure:

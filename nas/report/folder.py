@@ -222,6 +222,39 @@ class BlockTime(msgspec.Struct, frozen=True):
     latency_ms: float
 
 
+class Trained(msgspec.Struct, frozen=True):
+    """One member of one generation of a population (nas.train.lineage.Member)."""
+
+    generation: int
+    member: int
+    interval: int
+    source: int
+    parent: int
+    values: dict[str, float]
+    correct: tuple[int, ...] | None
+
+
+class Population(msgspec.Struct, frozen=True):
+    """supernet/population.json: supernets trained beside each other, in the order of their generations."""
+
+    images: int
+    winner: int
+    members: tuple[Trained, ...]
+
+    @property
+    def line(self) -> tuple[Trained, ...]:
+        """The winner and those whose weights it has, the first generation first."""
+        of = {(m.generation, m.member): m for m in self.members}
+        line = [of[self.members[-1].generation, self.winner]]
+        while line[0].source >= 0:
+            line.insert(0, of[line[0].source, line[0].parent])
+        return tuple(line)
+
+    def top1(self, member: Trained) -> float | None:
+        """Of all compared subnets together; None if the member diverged."""
+        return None if member.correct is None else sum(member.correct) / (len(member.correct) * self.images)
+
+
 @dataclasses.dataclass(frozen=True)
 class Member:
     """A winner or baseline with the files of its folder."""
@@ -249,6 +282,7 @@ class Run:
     baselines: tuple[Member, ...]
     space: Space | None  # None: it has changed since, or is elsewhere
     fidelity: Fidelity | None = None  # None: `nas fidelity` was not run
+    population: Population | None = None  # None: one supernet was trained
 
     @property
     def limit_ms(self) -> float | None:
@@ -291,6 +325,7 @@ def read_run(folder: Path) -> Run:
     raw, text = load_toml(config, what="resolved experiment")
     experiment = convert(raw, Experiment, path=config, text=text)
     order = folder / "fidelity" / "fidelity.json"
+    population = folder / "supernet" / "population.json"
     return Run(
         folder=folder,
         experiment=experiment,
@@ -303,6 +338,7 @@ def read_run(folder: Path) -> Run:
         baselines=tuple(_member(folder, c, summary) for c in summary.baselines),
         space=_space(folder, experiment, environment),
         fidelity=read_fidelity(order) if order.exists() else None,
+        population=_load(population, Population) if population.exists() else None,
     )
 
 
@@ -351,6 +387,7 @@ def _space(folder: Path, experiment: Experiment, environment: Environment) -> Sp
 # Which stage makes a file, for the advice to make it again.
 _MADE_BY = {
     "environment.json": "measure",
+    "population.json": "train",
     "proof.json": "measure",
     "architecture.json": "finish",
     "blocks.json": "export",

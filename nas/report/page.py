@@ -79,6 +79,10 @@ def _context(run: Run) -> dict[str, Any]:
             plots[f"fine-{quantity}"] = figures.fine_tuning(trained, winner, quantity)
     if run.fidelity:
         plots |= {f"order-{against}": figures.fidelity(run.fidelity, against) for against in ("supernet", "macs")}
+    if run.population:
+        plots |= {
+            f"population-{key}": figures.population(run.population, key) for key in run.population.line[-1].values
+        }
     limit = run.limit_ms
     return {
         "run": run,

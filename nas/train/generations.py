@@ -34,7 +34,7 @@ from nas.data import Dataset
 from nas.errors import CheckpointError, ConfigError, Diverged
 from nas.files import write_bytes
 from nas.supernet import Supernet
-from nas.train import optimiser, population
+from nas.train import optimiser, population, precision
 from nas.train.checkpoint import Checkpoints, Identity
 from nas.train.lineage import Lineage, Member
 from nas.train.loop import Progress, fit, steps_of
@@ -116,7 +116,7 @@ def train_population(
             lineage.finish(winner.member)
             checkpoints.save(step.steps, _alone(run.state_of(winner.generation, winner.member)))
         state = checkpoints.restore(step.steps, _alone(first))
-    run.remove_checkpoints()
+    run.remove_checkpoints(before=len(lineage.members))
     return dict(trained(state))
 
 
@@ -150,7 +150,7 @@ class _Run:
         )
         state = evolution.init(population.generation_rng(self.step.seed, 0))
         while True:
-            self.remove_checkpoints(but=(state.source, state.generation))
+            self.remove_checkpoints(before=state.source)
             found = self._found(state)
             members = found + [self._member(state, m) for m in range(len(found), asked.members)]
             generation = Generation(state.interval, self.intervals, tuple(members))
@@ -188,10 +188,10 @@ class _Run:
         files = [self._folder(m.generation, m.member) / "metrics.jsonl" for m in self.lineage.ancestors(winner)]
         write_bytes(self.folder / "metrics.jsonl", b"".join(f.read_bytes() for f in files if f.exists()))
 
-    def remove_checkpoints(self, *, but: Sequence[int] = ()) -> None:
-        """Removes those of all generations `but` some."""
+    def remove_checkpoints(self, *, before: int) -> None:
+        """Removes those of generations before one; never later ones, which a training that goes on comes to yet."""
         for folder in (self.folder / "population").glob("*/*/checkpoints"):
-            if int(folder.parts[-3]) not in but:
+            if int(folder.parts[-3]) < before:
                 shutil.rmtree(folder, ignore_errors=True)
 
     def _found(self, state: population.State) -> list[Member]:
@@ -221,7 +221,7 @@ class _Run:
                 where = {"interval": state.interval + 1, "intervals": self.intervals, "member": number + 1}
                 self.progress(earlier + done - start, self.step.steps * self.asked.members, metrics | where)
 
-        settings = self.settings
+        settings, member = self.settings, described
         try:
             ended = fit(
                 self.step,
@@ -239,8 +239,8 @@ class _Run:
                 progress=progress,
             )
         except Diverged:
-            member = described
-        else:
+            ended = None
+        if ended is not None and precision.all_finite(ended["params"]):  # the last update may have broken them
             correct = tuple(int(count) for count in self.score(trained(ended)))
             member = msgspec.structs.replace(described, correct=correct)
         self.lineage.add(member)
@@ -251,7 +251,7 @@ class _Run:
         return Member(state.generation, number, state.interval, state.source, state.parents[number], values, correct)
 
     @functools.cached_property
-    def _rate(self) -> Callable[[int, Mapping[str, Array]], Array]:
+    def _rate(self) -> Callable[[int, Mapping[str, Any]], Array]:
         """The learning rate of a step."""
 
         def rate(at: int, values: Mapping[str, Any]) -> Any:

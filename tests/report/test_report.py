@@ -22,6 +22,9 @@ from nas.report import write_report
 from nas.report.folder import read_run
 from nas.search import Front, journal
 from nas.space import load_space
+from nas.train.lineage import Lineage
+from nas.train.lineage import Member as Trained
+from nas.train.population import best, generation_rng, truncation
 
 VOID = {"meta", "link", "br", "hr", "img", "input", "area", "base", "col", "embed", "source", "track", "wbr"}
 
@@ -342,3 +345,55 @@ def test_a_faster_network_is_asked_for_with_all_other_objectives_and_from_where_
             assert float(now.at_most.rstrip("%")) == pytest.approx(50 * share, rel=0.01)
         else:
             assert now == then
+def populated(folder, intervals=4):
+    """A run of a population of six, whose scores follow its learning rates; population.json as training writes it."""
+    build_run(folder)
+    config = (folder / "config.toml").read_text()
+    vary = "[train.population]\nmembers = 6\n[train.population.vary]\noptimiser.learning_rate = [0.01, 1.0]\n"
+    (folder / "config.toml").write_text(config + "\n" + vary + "label_smoothing = [0.0, 0.2]\n")
+    keys, ranges = ("optimiser.learning_rate", "label_smoothing"), [(0.01, 1.0), (0.0, 0.2)]
+    evolution = truncation(ranges, [0.02, 0.0], members=6, replaced=0.34, resampled=0.2)
+    state = evolution.init(generation_rng(0, 0))
+    lineage = Lineage(folder / "supernet" / "population.json", {"seed": 0}, images=288)
+    for generation in range(1, intervals + 1):
+        scores = 200 - np.abs(np.log(state.values[:, 0] / 0.3)) * 30
+        scores[3] = np.nan if generation == 1 else scores[3]
+        for number in range(6):
+            correct = None if np.isnan(scores[number]) else (int(scores[number]), 288)
+            values = dict(zip(keys, state.values[number].tolist(), strict=True))
+            parent = state.parents[number]
+            lineage.add(Trained(state.generation, number, state.interval, state.source, parent, values, correct))
+        winner = best(scores)
+        state = evolution.tell(generation_rng(0, generation), state, scores)
+    lineage.finish(winner)
+    return lineage
+
+
+def test_a_population_is_told_with_what_won_and_the_line_that_led_there(tmp_path, text):
+    assert "Population" not in plain(text)
+    lineage = populated(tmp_path / "run")
+    line = lineage.winning_line()
+    text = page(tmp_path / "run")
+    said = plain(text)
+    assert "6 supernets were trained beside each other, and compared after each of 4 intervals by 2 subnets" in said
+    won = ", ".join(f"{key} {value:.4g}" for key, value in line[-1].values.items())
+    assert f"What won: {won}." in said
+    figure = plots(text)["population-optimiser.learning_rate"]
+    winner = next(trace for trace in figure["data"] if trace["name"] == "the winner's line")
+    assert winner["x"] == [1, 2, 3, 4]
+    assert winner["y"] == [m.values["optimiser.learning_rate"] for m in line]
+    assert figure["layout"]["yaxis"]["type"] == "log"
+    assert "type" not in plots(text)["population-label_smoothing"]["layout"]["yaxis"]  # it may be 0
+    dots = sum(len(t["x"]) for t in figure["data"] if t["name"] in ("members", "the winner's line"))
+    assert dots == len(lineage.members)
+    assert [(m.generation, m.member) for m in read_run(tmp_path / "run").population.line] == [
+        (m.generation, m.member) for m in line
+    ]
+
+
+def test_a_population_that_is_not_finished_is_no_finished_run(tmp_path):
+    lineage = populated(tmp_path / "run")
+    lineage.winner = None
+    lineage.add(lineage.members[-1])
+    with pytest.raises(RunError, match=r"population.json: missing or damaged.*--redo train"):
+        write_report(tmp_path / "run")
