@@ -345,6 +345,8 @@ def test_a_faster_network_is_asked_for_with_all_other_objectives_and_from_where_
             assert float(now.at_most.rstrip("%")) == pytest.approx(50 * share, rel=0.01)
         else:
             assert now == then
+
+
 def populated(folder, intervals=4):
     """A run of a population of six, whose scores follow its learning rates; population.json as training writes it."""
     build_run(folder)
