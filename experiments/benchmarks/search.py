@@ -9,7 +9,8 @@ sums them up, and each figure says of how many seeds it is.
 `ofa_note10`: the best predicted top-1 within a latency, for the inner search alone, Once-for-All's own evolution and
     ageing, on Once-for-All's accuracy predictor and the table of the Note10. Seconds are CPU seconds of one core.
 `nb201`: share of the true hypervolume of NAS-Bench-201 (error below 20 % x latency) on five devices by evaluations, and
-    how many evaluations reach .98 of it (in `evaluations_to_98`: the median; null where most runs never do).
+    how many evaluations reach .98 of it (in `evaluations_to_98`: the median; null where most runs never do). Ours
+    is told what is known of a cell without training it, its size and its graph; others have no use for that.
 `two_devices`: error x latency on two devices of opposite character in one search: what its evaluations reach on each
     device alone (`joint`), beside a search for that device with half of them (`dedicated`, from the rows of `nb201`).
 `ofa_subnets`: hypervolume (error x million MACs) over a regression of measured Once-for-All subnets.
