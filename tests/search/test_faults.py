@@ -164,7 +164,7 @@ def test_a_search_completes_whatever_its_candidates_do(tmp_path):
     """They crash, hang, run out of memory politely or not, and count in NaN."""
     log = tmp_path / "log"
     executor = RayExecutor("search_toy:wild_evaluator", {"log": str(log)}, workers=2, timeout_seconds=4.0)
-    first = [np.array([gene, *[1] * 9], np.uint8) for gene in range(7)]
+    first = [np.array([gene, *[0] * 9], np.uint8) for gene in range(7)]
     problem = toy.problem((7,) * 10)
     trials = go(tmp_path / "wild", executor=executor, trials=10, strategy="random", problem=problem, initial=first)
     assert len(trials) == 10

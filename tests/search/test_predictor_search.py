@@ -74,7 +74,7 @@ def test_proposals_are_new_feasible_and_different(known):
 def test_what_is_remembered_is_bounded_and_keeps_the_front():
     rng = np.random.default_rng(0)
     costs = rng.random((_REMEMBERED + 300, 2))
-    strategy = predictor_search((4,) * 10, population=10**6)
+    strategy = predictor_search((4,) * 10, population=100_000)
     state = strategy.init()
     for row in costs:
         state = strategy.tell(state, rng.integers(0, 4, 10).astype(np.uint8), row)
