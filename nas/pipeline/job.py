@@ -140,20 +140,23 @@ class Job:
             limit_ms = fastest_ms + float(asked.rstrip("% ")) / 100 * (slowest_ms - fastest_ms)
         else:
             limit_ms = float(asked)
-        if limit_ms < fastest_ms:
+        tolerated_ms = tolerated(limit_ms, self.experiment.limit.tolerance)
+        if tolerated_ms < fastest_ms:
             raise LimitError(
                 f"the limit is {limit_ms:g} ms, but the fastest network of space {self.space.name!r} takes "
                 f"{fastest_ms:.4g} ms on {self.experiment.device} in {self.precision} (the slowest {slowest_ms:.4g} "
                 f"ms{_also(model.caveat)}). Set `at_most` of objective latency_ms between these, or choose another "
                 f"space or smaller images."
             )
-        return Limit(limit_ms, "none" if asked is None else str(asked), fastest_ms, slowest_ms, model.caveat)
+        told = "none" if asked is None else str(asked)
+        return Limit(limit_ms, told, fastest_ms, slowest_ms, model.caveat, tolerated_ms)
 
     def say_limit(self) -> None:
         """Tells the limit, or that it is impossible."""
         limit = self.limit
         reachable = f"{limit.fastest_ms:.4g} to {limit.slowest_ms:.4g} ms"
-        self.console.say(f"limit: {limit.ms:.4g} ms (reachable: {reachable}{_also(limit.caveat)})")
+        beyond = f", up to {limit.tolerated_ms:.4g} ms tolerated" if limit.tolerated_ms > limit.ms else ""
+        self.console.say(f"limit: {limit.ms:.4g} ms{beyond} (reachable: {reachable}{_also(limit.caveat)})")
 
     def supernet_params(self) -> dict[str, Any]:
         """The trained weights of the supernet.
@@ -223,6 +226,14 @@ class Limit:
     fastest_ms: float
     slowest_ms: float
     caveat: str = ""  # what these are, where they are not latencies and exact
+    tolerated_ms: float = 0.0  # what still counts as within the limit, not below it
+
+
+def tolerated(limit: float, tolerance: float | str | None) -> float:
+    """What still counts as within `limit`: `tolerance` is in its unit, or "5%" of it."""
+    if isinstance(tolerance, str):
+        return limit * (1 + float(tolerance.rstrip("% ")) / 100)
+    return limit + (tolerance or 0.0)
 
 
 def _also(caveat: str) -> str:

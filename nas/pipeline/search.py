@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from nas import config, cost
 from nas.data import load_data
 from nas.evaluate import SubnetEvaluator
-from nas.pipeline.costs import cost_names, exact_costs, within
+from nas.pipeline.costs import beyond, cost_names, exact_costs, within
 from nas.pipeline.job import Job
-from nas.search import EXECUTORS, STRATEGIES, Front, Problem, Trial, Trials, feasible_only, make_strategy
+from nas.search import EXECUTORS, STRATEGIES, Front, Problem, Strategy, Trial, Trials, feasible_only, make_strategy
 from nas.search import search as run_search
 from nas.search.executor import Evaluate
 from nas.search.problem import images_of
@@ -43,23 +43,20 @@ def search(job: Job) -> None:
     names = cost_names(job.experiment)
     for name in names if len(names) > 1 else ():
         Front.of(trials, ("error", name)).write_csv(job.path / "search" / f"front.{name.replace('/', '_')}.csv")
-    winner = front.best(latency_ms=job.limit.ms)
+    winner = front.best(latency_ms=job.limit.tolerated_ms)
     job.console.say(
         f"  {len(trials)} trials, {len(front)} on the front; best within {job.limit.ms:.4g} ms: top-1 "
         f"{winner.top1:.1%} (validation, inherited weights) at {winner.latency_ms:.4g} ms"
     )
+    for exceeded in beyond(exact_costs(job), np.array(winner.genotype, np.uint8)):
+        job.console.say(f"  its {exceeded}")
 
 
 def run(job: Job, on_trial: Callable[[Trial], None] | None = None) -> Trials:
     """The trials of the search: made now, or read back from the journal where they are all there."""
     settings = job.experiment.search
     problem = make_problem(job)
-    factory = STRATEGIES[settings.strategy]
-    strategy = make_strategy(
-        factory, problem, population=settings.population, features=_features(job), settings=settings.settings
-    )
-    if settings.feasible_only:
-        strategy = feasible_only(strategy, problem)
+    strategy = strategy_of(job, problem)
     executor = EXECUTORS[settings.executor](
         "nas.pipeline.search:evaluator",
         {"experiment": msgspec.to_builtins(job.experiment), "shares": strategy.shares},
@@ -83,6 +80,23 @@ def run(job: Job, on_trial: Callable[[Trial], None] | None = None) -> Trials:
     )
 
 
+def strategy_of(job: Job, problem: Problem) -> Strategy:
+    """As the experiment has it.
+
+    Raises:
+        ConfigError: its settings do not go together, or not with the problem.
+    """
+    settings = job.experiment.search
+    strategy = make_strategy(
+        STRATEGIES[settings.strategy],
+        problem,
+        population=settings.population,
+        features=_features(job),
+        settings=settings.settings,
+    )
+    return feasible_only(strategy, problem) if settings.feasible_only else strategy
+
+
 def _features(job: Job) -> Callable[[NDArray[np.uint8]], NDArray[np.float64]]:
     """MACs and parameters [n, 2] of genotypes."""
     space = job.space
@@ -97,7 +111,7 @@ def make_problem(job: Job) -> Problem:
     meaning = [
         space.digest,
         job.data.digest,
-        [[c.name, c.digest, c.limit if np.isfinite(c.limit) else None] for c in costs],
+        [[c.name, c.digest, c.tolerated if np.isfinite(c.tolerated) else None] for c in costs],
         experiment.seed,
         {k: v for k, v in msgspec.to_builtins(experiment.train).items() if k not in config.NEUTRAL},
         experiment.search.strategy,
@@ -111,7 +125,7 @@ def make_problem(job: Job) -> Problem:
     def feasible(genotypes: Genotypes) -> NDArray[np.bool_]:
         out = np.ones(len(genotypes), bool)
         for c in costs:  # without a limit: every device can run it
-            out &= c.bound(genotypes) <= min(c.limit, np.finfo(float).max)
+            out &= c.bound(genotypes) <= min(c.tolerated, np.finfo(float).max)
         return out
 
     return Problem(

@@ -44,6 +44,7 @@ def summary(job: Job) -> dict[str, Any]:
         "question": job.experiment.question,
         "precision": job.precision,
         "limit_ms": job.limit.ms,
+        "tolerated_ms": job.limit.tolerated_ms,
         "limit": job.limit.asked,
         "reachable_ms": [job.limit.fastest_ms, job.limit.slowest_ms],
         "reachable_caveat": job.limit.caveat,
@@ -55,6 +56,7 @@ def summary(job: Job) -> dict[str, Any]:
             winner,
             hand,
             limit_ms=job.limit.ms,
+            tolerated_ms=job.limit.tolerated_ms,
             test_images=len(job.data.test.labels),
             trials=job.experiment.search.trials,
         ),
@@ -64,13 +66,22 @@ def summary(job: Job) -> dict[str, Any]:
     }
 
 
-def verdict_of(winner: dict[str, Any], hand: dict[str, Any], *, limit_ms: float, test_images: int, trials: int) -> str:
+def verdict_of(
+    winner: dict[str, Any],
+    hand: dict[str, Any],
+    *,
+    limit_ms: float,
+    tolerated_ms: float = 0.0,
+    test_images: int,
+    trials: int,
+) -> str:
     """The answer in words, whatever it is.
 
     Args:
         winner, hand: entries of summary.json: the answer, and the hand-made network. Where their `comparable_ms` is
             None nothing was measured, and predictions are told as such.
         limit_ms: that was asked for.
+        tolerated_ms: what its tolerance lets pass, if it has one.
         test_images: how many each accuracy was counted over.
         trials: of the search.
     """
@@ -86,7 +97,7 @@ def verdict_of(winner: dict[str, Any], hand: dict[str, Any], *, limit_ms: float,
         f"{ms:.4g} ms {how}, {winner['size_bytes']:,} bytes."
     )
     over = ms / limit_ms - 1
-    late = f" That is {over:.1%} over the limit." if over > 0 else ""
+    late = f" That is {over:.1%} over the limit{', within its tolerance' * (ms <= tolerated_ms)}." if over > 0 else ""
     if not measured:
         late += " The device is not at hand: its latency was NOT measured, and all milliseconds are predictions."
     level = winner["machine_level"] - 1 if measured else 0.0

@@ -182,6 +182,7 @@ class Summary(msgspec.Struct, frozen=True):
     trials: int
     seconds: dict[str, float]  # of each stage
     reachable_caveat: str = ""  # what `reachable_ms` is, where it is not exact
+    tolerated_ms: float = 0.0  # what still counts as within the limit
 
 
 class Spread(msgspec.Struct, frozen=True):
