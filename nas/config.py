@@ -142,6 +142,7 @@ class Search(Strict, frozen=True):
     trials: int = 200
     population: int = 32
     settings: dict[str, float | int] = {}  # of the strategy's own, by name: keyword arguments of its function
+    proxy: str = "none"  # a name in nas.pipeline.search.PROXIES: what `predictor` learns from before any evaluation
     feasible_only: bool = False  # ask for more until enough is within the limits, not walk from what is not
     lag: int = 8  # trial k is proposed from the results of trials 0..k-lag
     executor: str = "ray"  # a name in nas.search.EXECUTORS

@@ -19,7 +19,7 @@ from nas.pipeline.fidelity import fidelity
 from nas.pipeline.finish import finish
 from nas.pipeline.job import Job
 from nas.pipeline.measure import measure
-from nas.pipeline.search import make_problem, search, strategy_of
+from nas.pipeline.search import PROXIES, make_problem, search, strategy_of
 from nas.pipeline.summary import report
 from nas.pipeline.train import train
 from nas.pipeline.verify import verify
@@ -49,6 +49,7 @@ KNOWN: dict[str, Collection[str]] = {
     "data.storage": STORAGE,
     "search.strategy": STRATEGIES,
     "search.executor": EXECUTORS,
+    "search.proxy": PROXIES,
     "train.sampler": SAMPLERS,
     "train.distillation.divergence": DIVERGENCES,
     "train.augment.policy": POLICIES,

@@ -1,6 +1,7 @@
 """Stage 3: the search."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -13,6 +14,8 @@ from numpy.typing import NDArray
 from nas import config, cost
 from nas.data import load_data
 from nas.evaluate import SubnetEvaluator
+from nas.evaluate.proxies import additive, naswot
+from nas.files import read_as, write_json
 from nas.pipeline.costs import beyond, cost_names, exact_costs, within
 from nas.pipeline.job import Job
 from nas.search import EXECUTORS, STRATEGIES, Front, Problem, Strategy, Trial, Trials, feasible_only, make_strategy
@@ -22,6 +25,10 @@ from nas.search.problem import images_of
 from nas.space import load_space
 from nas.space.space import Genotypes
 from nas.supernet import Supernet
+
+PROXIES = ("none", "naswot")
+
+_PROXIED, _PROXY_IMAGES = 64, 32  # random networks that the proxy is computed of, and images of each
 
 
 def search(job: Job) -> None:
@@ -97,11 +104,50 @@ def strategy_of(job: Job, problem: Problem) -> Strategy:
     return feasible_only(strategy, problem) if settings.feasible_only else strategy
 
 
-def _features(job: Job) -> Callable[[NDArray[np.uint8]], NDArray[np.float64]]:
-    """MACs and parameters [n, 2] of genotypes."""
+def _features(job: Job) -> Callable[[Genotypes], NDArray[np.float64]]:
+    """MACs, parameters and, where one was asked for, the proxy [n, 2 or 3] of genotypes; positive."""
     space = job.space
     costs = [space.costs(cost.macs), space.costs(cost.parameters)]
-    return lambda genotypes: np.stack([space.price(genotypes, each) for each in costs], axis=1)
+
+    @functools.cache
+    def proxy() -> Callable[[Genotypes], NDArray[np.float64]]:
+        return additive(space, *_proxied(job))  # when it is first asked for: it takes seconds
+
+    def features(genotypes: Genotypes) -> NDArray[np.float64]:
+        known = [space.price(genotypes, each) for each in costs]
+        if job.experiment.search.proxy != "none":
+            known.append(np.exp(proxy()(genotypes)))  # features are taken logarithms of
+        return np.stack(known, axis=1)
+
+    return features
+
+
+def _proxied(job: Job) -> tuple[Genotypes, NDArray[np.float64]]:
+    """Random genotypes [n, genes] and their scores [n], computed once: search/proxy.json.
+
+    Kept, since the last bits of a score may differ where a search is continued on another machine.
+    """
+    path = job.path / "search" / "proxy.json"
+    if not path.exists():
+        genotypes = job.space.sample(np.random.default_rng([job.experiment.seed, 3]), _PROXIED)
+        params = job.supernet.init(job.experiment.seed)
+        rows = np.random.default_rng([job.experiment.seed, 4]).permutation(len(job.data.train))[:_PROXY_IMAGES]
+        scores, sides = np.zeros(len(genotypes)), job.space.resolution_of(genotypes)
+        for side in np.unique(sides).tolist():
+            height, width, _ = job.space.at(side).input
+            images = job.data.normalise(job.data.train.images[rows], (height, width))
+            scores[sides == side] = naswot(job.supernet, params, images)(genotypes[sides == side])
+        path.parent.mkdir(exist_ok=True)
+        write_json(path, {"genotypes": genotypes.tolist(), "scores": scores.tolist()})
+    known = read_as(path, _Proxied, stage="search")
+    return np.array(known.genotypes, np.uint8), np.array(known.scores)
+
+
+class _Proxied(msgspec.Struct):
+    """proxy.json."""
+
+    genotypes: list[list[int]]
+    scores: list[float]
 
 
 def make_problem(job: Job) -> Problem:
@@ -116,6 +162,7 @@ def make_problem(job: Job) -> Problem:
         {k: v for k, v in msgspec.to_builtins(experiment.train).items() if k not in config.NEUTRAL},
         experiment.search.strategy,
         experiment.search.population,
+        *([experiment.search.proxy] if experiment.search.proxy != "none" else []),
     ]
     objectives = costs[: len(names)]
 
