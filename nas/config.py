@@ -202,6 +202,7 @@ class Search(Strict, frozen=True):
     trials: int = 200
     population: int = 32
     settings: dict[str, float | int] = {}  # of the strategy's own, by name: keyword arguments of its function
+    proxy: str = "none"  # a name in nas.pipeline.search.PROXIES: what `predictor` learns from before any evaluation
     feasible_only: bool = False  # ask for more until enough is within the limits, not walk from what is not
     lag: int = 8  # trial k is proposed from the results of trials 0..k-lag
     executor: str = "ray"  # a name in nas.search.EXECUTORS
@@ -214,16 +215,37 @@ class Search(Strict, frozen=True):
 
 
 # Exact costs that may be objectives or have limits. `latency_ms@DEVICE` is the latency on a further device, by the
-# table in its folder; `latency_ms` alone is that on the experiment's own.
-COSTS = ("latency_ms", "macs", "params", "latency_ms@DEVICE")
+# table in its folder; `latency_ms` alone is that on the experiment's own. `memory_bytes` is the peak of activations,
+# `size_bytes` the ONNX file's.
+COSTS = ("latency_ms", "macs", "memory_bytes", "params", "size_bytes", "latency_ms@DEVICE")
+
+# What others call them, or have beside them.
+_CALLED_HERE = {
+    "flops": "`macs`, multiply-accumulates, are half of the FLOPs",
+    "mult_adds": "they are `macs` here",
+    "parameters": "they are `params` here",
+    "latency": "it is `latency_ms` here, in milliseconds",
+    "size": "`size_bytes` is that of the ONNX file",
+    "memory": "`memory_bytes` is the peak of activations",
+    "accuracy": "it is `top1` here",
+    "energy_mj": "energy is measured on files (`nas footprint`), and not searched for",
+}
 
 
-class Objective(Strict, frozen=True):
-    """What is optimised. `at_most` is a limit in the objective's unit, or "50%" of the space's reachable range."""
+class Limit(Strict, frozen=True):
+    """What a cost may be. `at_most` is in the cost's unit, or "50%" of the space's reachable range."""
+
+    at_most: float | str | None = None
+    tolerance: float | str | None = None  # beyond `at_most`: in the cost's unit, or "5%" of `at_most`; reported as such
+    precision: str | None = None
+    """Of latencies: which of the device's tables; float32 if it has that, else its first. Of `size_bytes` and
+    `memory_bytes`: float32 or int8; that of `latency_ms` if it is one of them, else float32."""
+
+
+class Objective(Limit, frozen=True, kw_only=True):
+    """What is optimised."""
 
     name: str  # "top1", or what `COSTS` says
-    precision: str | None = None  # of latencies: which of the device's tables; float32 if it has that, else its first
-    at_most: float | str | None = None
 
 
 class Finish(Strict, frozen=True):
@@ -264,7 +286,7 @@ class Experiment(Strict, frozen=True, kw_only=True):
     device: str = "host_onnxruntime"  # a name in latency_models/, or a path to a folder with device.toml
     data: Data
     objectives: tuple[Objective, ...]
-    limits: dict[str, float | int | str] = {}  # of costs (`COSTS`) that are no objectives, as `at_most`
+    limits: dict[str, float | int | str | Limit] = {}  # of costs (`COSTS`) that are no objectives: `at_most`, or all
     latency: Latency = Latency()
     train: Train = Train()
     search: Search = Search()
@@ -276,6 +298,12 @@ class Experiment(Strict, frozen=True, kw_only=True):
     def limit(self) -> Objective:
         """The latency objective."""
         return next(o for o in self.objectives if o.name == "latency_ms")
+
+    @property
+    def asked(self) -> dict[str, Limit]:
+        """What is asked of each cost: of the objectives but top1, then of what only has a limit."""
+        limits = {n: limit if isinstance(limit, Limit) else Limit(limit) for n, limit in self.limits.items()}
+        return {o.name: o for o in self.objectives if o.name != "top1"} | limits
 
 
 class Device(Strict, frozen=True):
@@ -677,10 +705,11 @@ def _check_objectives(objectives: typing.Sequence[Objective], path: Path | str, 
     for index, objective in enumerate(objectives):
         if objective.name != "top1" and (wrong := _wrong_cost(objective.name, kind="objective")):
             fail(index, "name", wrong)
-        if objective.at_most is not None and (wrong := _wrong_limit(objective.name, objective.at_most)):
-            fail(index, "at_most", f"at_most is {wrong}")
-        if objective.name == "top1" and objective.at_most is not None:
-            fail(index, "at_most", "top1 has an at_most: a limit belongs to latency_ms.")
+        if objective.name == "top1" and (objective.at_most, objective.tolerance) != (None, None):
+            key = "at_most" if objective.at_most is not None else "tolerance"
+            fail(index, key, f"top1 has an {key}, but {_NO_LIMIT}")
+        if wrong := _wrong_limit(objective.name, objective):
+            fail(index, wrong[0], wrong[1])
     names = [o.name for o in objectives]
     if len(set(names)) < len(names) or not {"latency_ms", "top1"}.issubset(names):
         raise ConfigError(
@@ -692,13 +721,17 @@ def _check_objectives(objectives: typing.Sequence[Objective], path: Path | str, 
 def _check_limits(experiment: Experiment, path: Path | str, text: str) -> None:
     objectives = {o.name for o in experiment.objectives}
     for name, limit in experiment.limits.items():
-        wrong = _wrong_cost(name, kind="cost")
-        if name in objectives:
+        asked, key = limit if isinstance(limit, Limit) else Limit(limit), ""
+        wrong = f"top1 has a limit, but {_NO_LIMIT}" if name == "top1" else _wrong_cost(name, kind="cost")
+        if name in objectives and name != "top1":
             wrong = f"`{name}` is an objective: give it `at_most` there."
-        elif not wrong and (wrong := _wrong_limit(name, limit)):
-            wrong = f"`limits.{name}` is {wrong}"
+        elif asked.at_most is None:
+            wrong = wrong or f"`limits.{name}` has no at_most: give it one, or make it an objective."
+        elif not wrong and (found := _wrong_limit(name, asked)):
+            key, wrong = found[0] if isinstance(limit, Limit) else "", f"`limits.{name}`: {found[1]}"
         if wrong:
-            raise ConfigError(f"{path}, line {line_of(text, ['limits', name])}: {wrong}")
+            keys = ["limits", name, key] if key else ["limits", name]
+            raise ConfigError(f"{path}, line {line_of(text, keys)}: {wrong}")
 
 
 def check_costs(limits: typing.Mapping[str, float | int | str | None]) -> None:
@@ -710,25 +743,42 @@ def check_costs(limits: typing.Mapping[str, float | int | str | None]) -> None:
     for name, limit in limits.items():
         if wrong := _wrong_cost(name, kind="cost"):
             raise ConfigError(wrong)
-        if limit is not None and (wrong := _wrong_limit(name, limit)):
-            raise ConfigError(f"the limit of {name} is {wrong}")
+        if limit is not None and (found := _wrong_limit(name, Limit(limit))):
+            raise ConfigError(f"limit of {name}: {found[1]}")
 
 
 def _wrong_cost(name: str, *, kind: str) -> str:
     """What is wrong with the name of a cost; empty if nothing is."""
     if name in COSTS[:-1] or (name.startswith("latency_ms@") and len(name) > len("latency_ms@")):
         return ""
-    return f"unknown {kind} `{name}`.{nearest(name, ('top1', *COSTS), kind='objective')}"
+    known = COSTS if kind == "cost" else ("top1", *COSTS)
+    close = difflib.get_close_matches(name.lower(), _CALLED_HERE, n=1, cutoff=0.7)
+    if close and not difflib.get_close_matches(name, known, n=1, cutoff=0.8):
+        return f"unknown {kind} `{name}`: {_CALLED_HERE[close[0]]}. Valid {kind}s: {', '.join(known)}."
+    return f"unknown {kind} `{name}`.{nearest(name, known, kind=kind)}"
 
 
-def _wrong_limit(name: str, limit: float | int | str) -> str:
-    """What a limit of the cost `name` is, and should be; empty if it is right."""
+_NO_LIMIT = (
+    f"accuracy is what is made as high as it can be, and needs an evaluation; limits are for costs that are known "
+    f"without: {', '.join(COSTS)}."
+)
+
+
+def _wrong_limit(name: str, asked: Limit) -> tuple[str, str] | None:
+    """Which key of what is asked of the cost `name` is wrong, and what is needed; None if none is."""
     what = "milliseconds" if name.startswith("latency_ms") else name
-    if isinstance(limit, str):
-        good = re.fullmatch(r"\d+(\.\d+)?\s*%", limit)
-        unit = "ms" if what == "milliseconds" else what
-        return "" if good else f'{limit!r}: a number ({unit}) or a share like "50%" is needed.'
-    return "" if 0 < limit < math.inf else f"{limit}: a positive number of {what} is needed."
+    unit = "ms" if what == "milliseconds" else what
+    for key, value, share in (("at_most", asked.at_most, "50%"), ("tolerance", asked.tolerance, "5%")):
+        if isinstance(value, str):
+            if not re.fullmatch(r"\d+(\.\d+)?\s*%", value):
+                return key, f'{key} is {value!r}: a number ({unit}) or a share like "{share}" is needed.'
+        elif value is not None and not (0 < value < math.inf or (key == "tolerance" and value == 0)):
+            return key, f"{key} is {value}: a positive number of {what} is needed."
+    if asked.tolerance is not None and asked.at_most is None:
+        return "tolerance", "tolerance is that of a limit: give it an at_most."
+    if asked.precision not in (None, "float32", "int8") and not name.startswith("latency_ms"):
+        return "precision", f"precision is {asked.precision!r}: of {name} there is float32 and int8."
+    return None
 
 
 def _leaves(value: Any, key: str = "") -> typing.Iterator[tuple[str, Any]]:

@@ -33,6 +33,19 @@ def parameters(graph: Graph) -> int:
 
 
 @functools.lru_cache(maxsize=65536)
+def working_bytes(graph: Graph, *, count_input: bool, bytes_per_element: int = 4) -> int:
+    """Largest sum of live values while the ops of a block run, as `peak_activation_bytes` has them.
+
+    The largest of all blocks of a chain, and the chain's input beside it, is that of the whole network, wherever no
+    block begins with what its predecessor's last op does at once (a norm, or a ReLU, that alone reads the input).
+
+    Args:
+        count_input: the block's input, while it is still read. Of the first block it is the chain's input.
+    """
+    return max(_live(graph, count_input=count_input), default=0) * bytes_per_element
+
+
+@functools.lru_cache(maxsize=65536)
 def peak_activation_bytes(graph: Graph, *, bytes_per_element: int = 4) -> int:
     """Largest sum of live values while the ops run in order, for one image, as a runtime plans memory for inference.
 
@@ -40,6 +53,12 @@ def peak_activation_bytes(graph: Graph, *, bytes_per_element: int = 4) -> int:
     alone reads a layer or a sum, have no value of their own; nothing else is done in place. What kernels need for
     themselves (im2col of large dense convolutions) is not counted.
     """
+    beside = max(_live(graph, count_input=False), default=0)
+    return (math.prod(graph.input) + beside) * bytes_per_element
+
+
+def _live(graph: Graph, *, count_input: bool) -> list[int]:
+    """Elements that live while each op runs."""
     readers = graph.consumers()
     holder = list(range(len(graph.ops) + 1))  # the value in whose memory each value lies
     for index, op in enumerate(graph.ops):
@@ -55,8 +74,5 @@ def peak_activation_bytes(graph: Graph, *, bytes_per_element: int = 4) -> int:
     for value, users in enumerate(readers):
         last_use[holder[value]] = max(last_use[holder[value]], *users, len(graph.ops) if not users else 0)
     sizes = [math.prod(graph.shape_of(v)) for v in range(len(holder))]
-    peak = sizes[0]
-    for index in range(len(graph.ops)):
-        live = {v for v in holder[1 : index + 2] if v and last_use[v] >= index}
-        peak = max(peak, sizes[0] + sum(sizes[v] for v in live))
-    return peak * bytes_per_element
+    live = [{v for v in holder[: index + 2] if last_use[v] >= index} for index in range(len(graph.ops))]
+    return [sum(sizes[v] for v in values if v or count_input) for values in live]

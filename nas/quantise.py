@@ -101,9 +101,17 @@ def sources(graph: Graph) -> list[int | None]:
     return out
 
 
-def placeholder(graph: Graph) -> Quantisation:
-    """Plausible scales without any data, for measuring latency: activations within [-4, 4], after ReLU [0, 4]."""
-    return _quantisation(graph, lambda v: (0.0 if _rectifies(graph.ops[v - 1] if v else None) else -4.0, 4.0))
+def placeholder(graph: Graph, *, distinct: bool = False) -> Quantisation:
+    """Plausible scales without any data, for measuring latency: activations within [-4, 4], after ReLU [0, 4].
+
+    With `distinct` each value's scale is its own, as calibration makes them: a file then has as many constants.
+    """
+
+    def range_of(v: int) -> tuple[float, float]:
+        end = 4.0 + v / 1024 * distinct
+        return (0.0 if _rectifies(graph.ops[v - 1] if v else None) else -end, end)
+
+    return _quantisation(graph, range_of)
 
 
 def check(graph: Graph, quantisation: Quantisation) -> None:

@@ -19,7 +19,7 @@ from nas.pipeline.fidelity import fidelity
 from nas.pipeline.finish import finish
 from nas.pipeline.job import Job
 from nas.pipeline.measure import measure
-from nas.pipeline.search import followers, search
+from nas.pipeline.search import PROXIES, followers, make_problem, search, strategy_of
 from nas.pipeline.summary import report
 from nas.pipeline.train import train
 from nas.pipeline.verify import verify
@@ -50,6 +50,7 @@ KNOWN: dict[str, Collection[str]] = {
     "search.strategy": STRATEGIES,
     "search.executor": EXECUTORS,
     "search.tracker": CALLBACKS.keys() - {"tensorboard"},
+    "search.proxy": PROXIES,
     "train.sampler": SAMPLERS,
     "train.distillation.divergence": DIVERGENCES,
     "train.augment.policy": POLICIES,
@@ -120,6 +121,7 @@ def run_experiment(
             if stage == "measure":  # after the stage: an impossible limit must not cost the table
                 job.say_limit()
                 say_costs(job)
+                strategy_of(job, make_problem(job))  # settings that the problem refuses are told before training too
         if not todo:
             console.say(f"{path}: {', '.join(stages)} {'are' if len(stages) > 1 else 'is'} done already.")
     return path

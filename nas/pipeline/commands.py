@@ -40,7 +40,12 @@ def limited(experiment: Experiment, limits: Mapping[str, Limit]) -> Experiment:
     """The experiment with these limits in place of its own on the same costs."""
     objectives = tuple(msgspec.structs.replace(o, at_most=limits.get(o.name, o.at_most)) for o in experiment.objectives)
     names = {o.name for o in objectives}
-    others = experiment.limits | {name: limit for name, limit in limits.items() if name not in names}
+    changed = {
+        name: msgspec.structs.replace(experiment.asked.get(name, config.Limit()), at_most=limit)
+        for name, limit in limits.items()
+        if name not in names
+    }
+    others = experiment.limits | changed
     return msgspec.structs.replace(experiment, objectives=objectives, limits=others)
 
 

@@ -1,7 +1,8 @@
-"""What needs no evaluation: latencies, MACs and parameters as objectives and limits, and what the space can reach.
+"""What needs no evaluation: latencies, MACs, parameters, bytes, as objectives and limits, and what the space can reach.
 
-All of these but learned latencies are sums over blocks, whose smallest and largest values over the whole space are
-found exactly. With several limits at once, a network that meets them all is looked for, or a proof that there is none.
+All of these but learned latencies and peak memory are sums over blocks; peak memory is the largest over blocks. Their
+smallest and largest values over the whole space are found exactly. With several limits at once, a network that meets
+them all is looked for, or a proof that there is none.
 """
 
 import dataclasses
@@ -13,12 +14,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nas import cost
-from nas.config import Experiment
+from nas.config import Experiment, Limit
 from nas.errors import LimitError
+from nas.export.size import onnx_bytes
 from nas.latency import LatencyModel, Table, find_model, find_models, preferred
-from nas.pipeline.job import Job, Limit, limit_on
+from nas.pipeline.job import Job, LatencyLimit, limit_on, tolerated
 from nas.search.strategy import children
 from nas.space import Space
+from nas.space.memory import activation_bytes
 from nas.space.space import Genotypes
 
 _ENUMERATE = 2**16  # spaces up to this size are gone through wholly
@@ -41,7 +44,7 @@ class Searched:
         return preferred(self.tables) if asked is None else asked
 
     @functools.cached_property
-    def limit(self) -> Limit:
+    def limit(self) -> LatencyLimit:
         """The latency limit; raises LimitError if no network can meet it."""
         return limit_on(self.tables[self.precision], self.space, self.experiment)
 
@@ -61,10 +64,12 @@ class Cost:
     cheapest: Genotypes  # [genes], of the least
     digest: str  # of what the prices depend on besides the space
     parts: Sequence[NDArray[np.float64]] | None  # [branches] at each position, where their sum is the bound
-    limit: float = float("inf")
+    limit: float = float("inf")  # as it was asked for
+    tolerated: float = float("inf")  # what still counts as within the limit
 
     def __str__(self) -> str:
         limit = f" at most {self.limit:.6g}," if self.limit < float("inf") else ""
+        limit += f" up to {self.tolerated:.6g} tolerated," if self.tolerated > self.limit else ""
         return f"{self.name}:{limit} reachable {self.least:.6g} to {self.most:.6g}"
 
 
@@ -76,15 +81,13 @@ def exact_costs(job: Job | Searched) -> tuple[Cost, ...]:
         DeviceError, UnmeasuredBlock, LatencyError: a further device has no table for this space.
     """
     names = cost_names(job.experiment)
-    precisions = {o.name: o.precision for o in job.experiment.objectives}
-    asked = {o.name: o.at_most for o in job.experiment.objectives} | job.experiment.limits
+    asked = job.experiment.asked
     found = []
     for name in (*names, *job.experiment.limits):
         if name == "latency_ms":
             found.append(_latency(job))
-            continue
-        made = _named(job, name, precisions.get(name))
-        found.append(dataclasses.replace(made, limit=_resolved(made, asked.get(name))))
+        else:
+            found.append(_limited(_named(job, name, asked[name].precision), asked[name]))
     return tuple(found)
 
 
@@ -113,7 +116,7 @@ def within(space: Space, costs: Sequence[Cost]) -> Genotypes:
     Raises:
         LimitError: that no network meets all limits is proven; or, in a large space, none was found.
     """
-    limited = [c for c in costs if np.isfinite(c.limit)]
+    limited = [c for c in costs if np.isfinite(c.tolerated)]
 
     def excess(genotypes: Genotypes) -> NDArray[np.float64]:
         """[n, genes] -> [n]: the worst cost over its limit; infinite where a device cannot run it."""
@@ -140,14 +143,14 @@ def within(space: Space, costs: Sequence[Cost]) -> Genotypes:
 
 def _ratio(made: Cost, genotypes: Genotypes) -> NDArray[np.float64]:
     """A cost over its limit, [n]; without a limit 0, but infinite where the device cannot run the network."""
-    if np.isfinite(made.limit):
-        return made.bound(genotypes) / made.limit
+    if np.isfinite(made.tolerated):
+        return made.bound(genotypes) / made.tolerated
     return np.where(np.isfinite(made.price(genotypes)), 0.0, np.inf)
 
 
 def _weighed(space: Space, limited: Sequence[Cost], excess: Price) -> tuple[Genotypes, bool]:
     """The network that came nearest to all limits under any weights, and whether it is proven that none meets them."""
-    summed = [(c.limit, c.parts) for c in limited if c.parts is not None]
+    summed = [(c.tolerated, c.parts) for c in limited if c.parts is not None]
     limits = np.array([limit for limit, _ in summed])
     weights, nearest, least = np.full(len(summed), 1 / max(1, len(summed))), limited[0].cheapest, np.inf
     for _ in range(_ROUNDS if summed else 0):
@@ -184,7 +187,7 @@ def _latency(job: Job | Searched) -> Cost:
     _, fastest, _, _ = model.reachable(space)
     price, bound = functools.partial(model.price, space), functools.partial(model.bound, space)
     least, most, parts = limit.fastest_ms, limit.slowest_ms, _parts(model, space)
-    return Cost("latency_ms", price, bound, least, most, fastest, model.digest, parts, limit.ms)
+    return Cost("latency_ms", price, bound, least, most, fastest, model.digest, parts, limit.ms, limit.tolerated_ms)
 
 
 def _parts(model: LatencyModel, space: Space) -> Sequence[NDArray[np.float64]] | None:
@@ -201,28 +204,73 @@ def _named(job: Job | Searched, name: str, precision: str | None) -> Cost:
         least, cheapest, most, _ = model.reachable(space)
         price, bound = functools.partial(model.price, space), functools.partial(model.bound, space)
         return Cost(name, price, bound, least, most, cheapest, model.digest, _parts(model, space))
-    unsupported = job.tables[job.precision].unsupported if job.tables else {}
-    of = {"macs": cost.macs, "params": cost.parameters}[name]
-    costs = space.costs(of)
-    parts = space.costs(lambda graph: float("inf") if graph.key in unsupported else of(graph))
+    precision = _of_bytes(job, precision)
+    if name == "memory_bytes":
+        return _memory(job, precision)
+    runs = _runs(job)
+    if name == "size_bytes":
+        costs, digest = onnx_bytes(space, precision), f"{name}, {precision}"
+    else:
+        costs, digest = space.costs({"macs": cost.macs, "params": cost.parameters}[name]), name
+    parts = [np.where(of, c, np.inf) for c, of in zip(costs, runs, strict=True)]
     cheapest, least = space.extreme(parts, largest=False)
     _, most = space.extreme(parts, largest=True)
 
     def price(genotypes: Genotypes) -> NDArray[np.float64]:
         return space.price(genotypes, costs)
 
-    return Cost(name, price, price, least, most, cheapest, name, parts)
+    return Cost(name, price, price, least, most, cheapest, digest, parts)
 
 
-def _resolved(made: Cost, asked: float | int | str | None) -> float:
-    """A limit in the cost's unit."""
-    if asked is None:
-        return float("inf")
-    share = float(asked.rstrip("% ")) / 100 if isinstance(asked, str) else None
-    limit = float(asked) if share is None else made.least + share * (made.most - made.least)
-    if limit < made.least:
+def _of_bytes(job: Job | Searched, precision: str | None) -> str:
+    """Whether bytes are those of float32 or int8, where `precision` is what was asked for."""
+    asked = job.precision if precision is None and job.tables else precision
+    return "int8" if asked == "int8" else "float32"
+
+
+def _memory(job: Job | Searched, precision: str) -> Cost:
+    """Without a limit yet."""
+    space = job.space
+    costs, images = activation_bytes(space, precision)
+    possible = [np.where(runs, c, np.inf) for c, runs in zip(costs, _runs(job), strict=True)]
+    cheapest, least = space.extreme_highest(possible, images, largest=False)
+    _, most = space.extreme_highest(possible, images, largest=True)
+
+    def price(genotypes: Genotypes) -> NDArray[np.float64]:
+        return space.highest(genotypes, costs, images)
+
+    return Cost("memory_bytes", price, price, least, most, cheapest, f"memory_bytes, {precision}", None)
+
+
+def _runs(job: Job | Searched) -> list[NDArray[np.bool_]]:
+    """For each position [branches], whether the device can run the branch."""
+    unsupported = job.tables[job.precision].unsupported if job.tables else {}
+    return [np.array([b is None or b.graph.key not in unsupported for b in p.branches]) for p in job.space.positions]
+
+
+def _limited(made: Cost, asked: Limit) -> Cost:
+    """The cost with its limit in its unit."""
+    if asked.at_most is None:
+        return made
+    share = float(asked.at_most.rstrip("% ")) / 100 if isinstance(asked.at_most, str) else None
+    limit = float(asked.at_most) if share is None else made.least + share * (made.most - made.least)
+    most = tolerated(limit, asked.tolerance)
+    if most < made.least:
+        beyond = f" ({most:.6g} with its tolerance)" if most > limit else ""
         raise LimitError(
-            f"the limit of {made.name} is {limit:.6g}, but no network of the space has less than {made.least:.6g} (the "
-            f"most is {made.most:.6g}). Set it between these, or choose another space or smaller images."
+            f"the limit of {made.name} is {limit:.6g}{beyond}, but no network of the space has less than "
+            f"{made.least:.6g} (the most is {made.most:.6g}). Set it between these, or choose another space or smaller "
+            f"images."
         )
-    return limit
+    return dataclasses.replace(made, limit=limit, tolerated=most)
+
+
+def beyond(costs: Sequence[Cost], genotype: Genotypes) -> list[str]:
+    """A sentence for each limit that a network [genes] exceeds, within its tolerance."""
+    values = [(c, float(c.bound(genotype[None])[0])) for c in costs]
+    return [
+        f"{c.name} is {value:.6g}: {value / c.limit - 1:.1%} over its limit of {c.limit:.6g}, within its tolerance "
+        f"({c.tolerated:.6g})"
+        for c, value in values
+        if value > c.limit
+    ]

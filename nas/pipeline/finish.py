@@ -83,7 +83,7 @@ def choose(job: Job) -> list[Candidate]:
     the front that is faster than it.
     """
     front = Front.of(run_search(job), ("error", "latency_ms"))
-    best = front.best(latency_ms=job.limit.ms)
+    best = front.best(latency_ms=job.limit.tolerated_ms)
     faster: list[Trial] = [t for t in front if t.latency_ms < best.latency_ms]
     picked = [best]
     if others := min(job.experiment.finish.winners - 1, len(faster)):

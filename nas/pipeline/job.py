@@ -140,7 +140,7 @@ class Job:
         return preferred(self.tables) if asked is None else asked
 
     @functools.cached_property
-    def limit(self) -> "Limit":
+    def limit(self) -> "LatencyLimit":
         """The latency limit in milliseconds.
 
         Raises:
@@ -152,7 +152,8 @@ class Job:
         """Tells the limit, or that it is impossible."""
         limit = self.limit
         reachable = f"{limit.fastest_ms:.4g} to {limit.slowest_ms:.4g} ms"
-        self.console.say(f"limit: {limit.ms:.4g} ms (reachable: {reachable}{_also(limit.caveat)})")
+        beyond = f", up to {limit.tolerated_ms:.4g} ms tolerated" if limit.tolerated_ms > limit.ms else ""
+        self.console.say(f"limit: {limit.ms:.4g} ms{beyond} (reachable: {reachable}{_also(limit.caveat)})")
 
     @property
     def trained_as(self) -> Train:
@@ -230,7 +231,7 @@ def together(tables: dict[str, LatencyModel]) -> dict[str, LatencyModel]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Limit:
+class LatencyLimit:
     """The latency limit, and what the space can reach, in milliseconds."""
 
     ms: float
@@ -238,9 +239,17 @@ class Limit:
     fastest_ms: float
     slowest_ms: float
     caveat: str = ""  # what these are, where they are not latencies and exact
+    tolerated_ms: float = 0.0  # what still counts as within the limit, not below it
 
 
-def limit_on(model: LatencyModel, space: Space, experiment: Experiment) -> Limit:
+def tolerated(limit: float, tolerance: float | str | None) -> float:
+    """What still counts as within `limit`: `tolerance` is in its unit, or "5%" of it."""
+    if isinstance(tolerance, str):
+        return limit * (1 + float(tolerance.rstrip("% ")) / 100)
+    return limit + (tolerance or 0.0)
+
+
+def limit_on(model: LatencyModel, space: Space, experiment: Experiment) -> LatencyLimit:
     """The latency limit of an experiment in milliseconds, by what predicts its device.
 
     Raises:
@@ -254,14 +263,16 @@ def limit_on(model: LatencyModel, space: Space, experiment: Experiment) -> Limit
         limit_ms = fastest_ms + float(asked.rstrip("% ")) / 100 * (slowest_ms - fastest_ms)
     else:
         limit_ms = float(asked)
-    if limit_ms < fastest_ms:
+    tolerated_ms = tolerated(limit_ms, experiment.limit.tolerance)
+    if tolerated_ms < fastest_ms:
         raise LimitError(
             f"the limit is {limit_ms:g} ms, but the fastest network of space {space.name!r} takes "
             f"{fastest_ms:.4g} ms on {experiment.device} in {experiment.limit.precision} (the slowest {slowest_ms:.4g} "
             f"ms{_also(model.caveat)}). Set `at_most` of objective latency_ms between these, or choose another "
             f"space or smaller images."
         )
-    return Limit(limit_ms, "none" if asked is None else str(asked), fastest_ms, slowest_ms, model.caveat)
+    told = "none" if asked is None else str(asked)
+    return LatencyLimit(limit_ms, told, fastest_ms, slowest_ms, model.caveat, tolerated_ms)
 
 
 def _also(caveat: str) -> str:

@@ -96,10 +96,10 @@ def counted(
         device=models["latency_ms"].device if has_latency else "",
         data=Data(source=""),
         objectives=(
-            Objective("top1"),
-            *(Objective(n, precision=precision, at_most=limits.get(n)) for n in sorted(wanted)),
+            Objective(name="top1"),
+            *(Objective(name=n, precision=precision, at_most=limits.get(n)) for n in sorted(wanted)),
         ),
-        limits={n: v for n, v in limits.items() if n not in wanted and n not in own},
+        limits={n: config.Limit(v, precision=precision) for n, v in limits.items() if n not in wanted and n not in own},
     )
     tables = {precision: models["latency_ms"]} if has_latency else {}
     made = exact_costs(Searched(experiment, space, tables))
@@ -137,7 +137,7 @@ def _own(space: Space, name: str, price: Callable[[Genotypes], ArrayLike], asked
                 f"the limit of {name} is {limit:.6g}, but no network of the space has less than {least:.6g} (the most "
                 f"is {most:.6g}). Set it between these."
             )
-    return Cost(name, priced, priced, least, most, cheapest, name_of(price), None, limit)
+    return Cost(name, priced, priced, least, most, cheapest, name_of(price), None, limit, limit)
 
 
 def _extreme(space: Space, price: Price) -> tuple[Genotypes, float]:

@@ -1,6 +1,7 @@
 """Stage 3: the search."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +14,9 @@ from numpy.typing import NDArray
 from nas import config, cost
 from nas.data import load_data
 from nas.evaluate import SubnetEvaluator
-from nas.pipeline.costs import Cost, cost_names, exact_costs, within
+from nas.evaluate.proxies import additive, naswot
+from nas.files import read_as, write_json
+from nas.pipeline.costs import Cost, beyond, cost_names, exact_costs, within
 from nas.pipeline.job import Job
 from nas.search import (
     EXECUTORS,
@@ -22,6 +25,7 @@ from nas.search import (
     Front,
     Problem,
     Progress,
+    Strategy,
     Trial,
     Trials,
     feasible_only,
@@ -34,6 +38,10 @@ from nas.search.problem import images_of
 from nas.space import Space, load_space
 from nas.space.space import Genotypes
 from nas.supernet import Supernet
+
+PROXIES = ("none", "naswot")
+
+_PROXIED, _PROXY_IMAGES = 64, 32  # random networks that the proxy is computed of, and images of each
 
 
 def search(job: Job) -> None:
@@ -60,11 +68,13 @@ def search(job: Job) -> None:
     names = cost_names(job.experiment)
     for name in names if len(names) > 1 else ():
         Front.of(trials, ("error", name)).write_csv(job.path / "search" / f"front.{name.replace('/', '_')}.csv")
-    winner = front.best(latency_ms=job.limit.ms)
+    winner = front.best(latency_ms=job.limit.tolerated_ms)
     job.console.say(
         f"  {len(trials)} trials, {len(front)} on the front; best within {job.limit.ms:.4g} ms: top-1 "
         f"{winner.top1:.1%} (validation, inherited weights) at {winner.latency_ms:.4g} ms"
     )
+    for exceeded in beyond(exact_costs(job), np.array(winner.genotype, np.uint8)):
+        job.console.say(f"  its {exceeded}")
 
 
 def followers(settings: config.Search) -> list[str]:
@@ -81,7 +91,7 @@ def _journalled(job: Job) -> int:
 def _reference(job: Job) -> list[float]:
     """The worst value of each objective, the error first: the limit, or the most that any network of the space has."""
     names = cost_names(job.experiment)
-    worst = {c.name: c.limit if np.isfinite(c.limit) else c.most for c in exact_costs(job)}
+    worst = {c.name: c.tolerated if np.isfinite(c.tolerated) else c.most for c in exact_costs(job)}
     return [1.0, *(worst[name] for name in names)]
 
 
@@ -89,12 +99,7 @@ def run(job: Job, on_trial: Callable[[Trial], None] | None = None) -> Trials:
     """The trials of the search: made now, or read back from the journal where they are all there."""
     settings = job.experiment.search
     problem = make_problem(job)
-    factory = STRATEGIES[settings.strategy]
-    strategy = make_strategy(
-        factory, problem, population=settings.population, features=sizes_of(job.space), settings=settings.settings
-    )
-    if settings.feasible_only:
-        strategy = feasible_only(strategy, problem)
+    strategy = strategy_of(job, problem)
     weights = {name: np.asarray(a) for name, a in job.supernet_params().items()}
     executor = EXECUTORS[settings.executor](
         "nas.pipeline.search:evaluator",
@@ -136,10 +141,69 @@ def _cache(job: Job, weights: Mapping[str, NDArray[Any]]) -> Cache | None:
     return Cache(folder, json.dumps([*meaning, jax.__version__]))
 
 
-def sizes_of(space: Space) -> Callable[[NDArray[np.uint8]], NDArray[np.float64]]:
+def strategy_of(job: Job, problem: Problem) -> Strategy:
+    """As the experiment has it.
+
+    Raises:
+        ConfigError: its settings do not go together, or not with the problem.
+    """
+    settings = job.experiment.search
+    strategy = make_strategy(
+        STRATEGIES[settings.strategy],
+        problem,
+        population=settings.population,
+        features=_features(job),
+        settings=settings.settings,
+    )
+    return feasible_only(strategy, problem) if settings.feasible_only else strategy
+
+
+def sizes_of(space: Space) -> Callable[[Genotypes], NDArray[np.float64]]:
     """MACs and parameters [n, 2] of genotypes."""
     costs = [space.costs(cost.macs), space.costs(cost.parameters)]
     return lambda genotypes: np.stack([space.price(genotypes, each) for each in costs], axis=1)
+
+
+def _features(job: Job) -> Callable[[Genotypes], NDArray[np.float64]]:
+    """MACs, parameters and, where one was asked for, the proxy [n, 2 or 3] of genotypes; positive."""
+    sizes = sizes_of(job.space)
+    if job.experiment.search.proxy == "none":
+        return sizes
+
+    @functools.cache
+    def proxy() -> Callable[[Genotypes], NDArray[np.float64]]:
+        return additive(job.space, *_proxied(job))  # when it is first asked for: it takes seconds
+
+    # features are taken logarithms of
+    return lambda genotypes: np.column_stack([sizes(genotypes), np.exp(proxy()(genotypes))])
+
+
+def _proxied(job: Job) -> tuple[Genotypes, NDArray[np.float64]]:
+    """Random genotypes [n, genes] and their scores [n], computed once: search/proxy.json.
+
+    Kept, since the last bits of a score may differ where a search is continued on another machine.
+    """
+    path = job.path / "search" / "proxy.json"
+    if not path.exists():
+        genotypes = job.space.sample(np.random.default_rng([job.experiment.seed, 3]), _PROXIED)
+        params = job.supernet.init(job.experiment.seed)
+        rows = np.random.default_rng([job.experiment.seed, 4]).permutation(len(job.data.train))[:_PROXY_IMAGES]
+        scores, sides = np.zeros(len(genotypes)), job.space.resolution_of(genotypes)
+        for side in np.unique(sides).tolist():
+            height, width, _ = job.space.at(side).input
+            images = job.data.normalise(job.data.train.images[rows], (height, width))
+            scores[sides == side] = naswot(job.supernet, params, images)(genotypes[sides == side])
+        path.parent.mkdir(exist_ok=True)
+        write_json(path, {"genotypes": genotypes.tolist(), "scores": scores.tolist()})
+    known = read_as(path, _Proxied, stage="search")
+    return np.array(known.genotypes, np.uint8), np.array(known.scores)
+
+
+class _Proxied(msgspec.Struct):
+    """proxy.json."""
+
+    genotypes: list[list[int]]
+    scores: list[float]
 
 
 def make_problem(job: Job) -> Problem:
@@ -151,11 +215,12 @@ def make_problem(job: Job) -> Problem:
     meaning = [
         space.digest,
         job.data.digest,
-        [[c.name, c.digest, c.limit if np.isfinite(c.limit) else None] for c in costs],
+        [[c.name, c.digest, c.tolerated if np.isfinite(c.tolerated) else None] for c in costs],
         experiment.seed,
         {k: v for k, v in msgspec.to_builtins(experiment.train).items() if k not in without},
         experiment.search.strategy,
         experiment.search.population,
+        *([experiment.search.proxy] if experiment.search.proxy != "none" else []),
     ]
     digest = hashlib.sha256(json.dumps(meaning).encode()).hexdigest()[:16]
     return problem_of(space, costs, names, digest=digest, total=len(job.data.val.labels))
@@ -171,7 +236,7 @@ def problem_of(space: Space, costs: Sequence[Cost], names: tuple[str, ...], *, d
     def feasible(genotypes: Genotypes) -> NDArray[np.bool_]:
         out = np.ones(len(genotypes), bool)
         for c in costs:  # without a limit: every device can run it
-            out &= c.bound(genotypes) <= min(c.limit, np.finfo(float).max)
+            out &= c.bound(genotypes) <= min(c.tolerated, np.finfo(float).max)
         return out
 
     return Problem(

@@ -45,6 +45,7 @@ def summary(job: Job) -> dict[str, Any]:
         "precision": job.precision,
         "file_precision": job.file,
         "limit_ms": job.limit.ms,
+        "tolerated_ms": job.limit.tolerated_ms,
         "limit": job.limit.asked,
         "reachable_ms": [job.limit.fastest_ms, job.limit.slowest_ms],
         "reachable_caveat": job.limit.caveat,
@@ -56,6 +57,7 @@ def summary(job: Job) -> dict[str, Any]:
             winner,
             hand,
             limit_ms=job.limit.ms,
+            tolerated_ms=job.limit.tolerated_ms,
             test_images=len(job.data.test.labels),
             trials=job.experiment.search.trials,
             precisions=(job.precision, job.file),
@@ -71,6 +73,7 @@ def verdict_of(
     hand: dict[str, Any],
     *,
     limit_ms: float,
+    tolerated_ms: float = 0.0,
     test_images: int,
     trials: int,
     precisions: tuple[str, str] = ("", ""),
@@ -81,6 +84,7 @@ def verdict_of(
         winner, hand: entries of summary.json: the answer, and the hand-made network. Where their `comparable_ms` is
             None nothing was measured, and predictions are told as such.
         limit_ms: that was asked for.
+        tolerated_ms: what its tolerance lets pass, if it has one.
         test_images: how many each accuracy was counted over.
         trials: of the search.
         precisions: of the latencies, and of the file, which differ where no runtime at hand has the former.
@@ -97,7 +101,7 @@ def verdict_of(
         f"{ms:.4g} ms {how}, {winner['size_bytes']:,} bytes."
     )
     over = ms / limit_ms - 1
-    late = f" That is {over:.1%} over the limit." if over > 0 else ""
+    late = f" That is {over:.1%} over the limit{', within its tolerance' * (ms <= tolerated_ms)}." if over > 0 else ""
     if not measured:
         late += " The device is not at hand: its latency was NOT measured, and all milliseconds are predictions."
     if precisions[0] != precisions[1]:

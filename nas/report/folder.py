@@ -183,6 +183,7 @@ class Summary(msgspec.Struct, frozen=True):
     seconds: dict[str, float]  # of each stage
     reachable_caveat: str = ""  # what `reachable_ms` is, where it is not exact
     file_precision: str = ""  # of the answer's file, where no runtime at hand has `precision`
+    tolerated_ms: float = 0.0  # what still counts as within the limit
 
     @property
     def file(self) -> str:

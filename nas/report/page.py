@@ -96,6 +96,7 @@ def _context(run: Run) -> dict[str, Any]:
         "other_check": winner.checks.get(other, Check(passed=False)),
         "alternative": winner.files.get(other),
         "within": None if limit is None else answer.told_ms <= limit,
+        "tolerated": limit is not None and limit < answer.told_ms <= summary.tolerated_ms,
         "interval": words.wilson(answer.accuracy, run.environment.data.test),
         "handmade": handmade,
         "by_chance": handmade is not None and _by_chance(answer.accuracy, handmade.accuracy, run.environment.data.test),

@@ -5,6 +5,11 @@ more are known (a deterministic lag: workers stay busy without generations). Res
 trial, those from a cache too. And a search that goes on after a crash asks for every journalled trial again and
 compares.
 
+It can hold no further than the strategy's own arithmetic does. `predictor` and `bananas` solve linear systems, and the
+last bits of that differ between BLAS libraries and kinds of CPU; where two proposals are nearly as good, another
+machine may take the other one. A journal then says where it diverged, and is not continued there. All others give the
+same trials everywhere.
+
 What holds for every strategy is done here, and needs no wrapper: a genotype is evaluated once, only where it is within
 the limits, `initial` ones come first, and `trials` is the budget.
 """

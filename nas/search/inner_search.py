@@ -199,6 +199,7 @@ def best_exchanges(
     useful = np.flatnonzero(np.isfinite(gain) & np.isfinite(rise) & ((gain > 0) | (rise < 0)))
     if not len(useful):
         return []
+    slack = min(slack, float(np.abs(rise[useful]).sum()))  # more room than all moves take is no limit
     # What is given back and what is gained pass through costs on either side of the present one, but not far.
     reach = max(1.25 * abs(slack), 3 * float(np.sqrt((rise[useful] ** 2).mean()))) or 1.0
     unit, zero = 2 * reach / _BUCKETS, _BUCKETS // 2

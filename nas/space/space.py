@@ -23,6 +23,8 @@ from nas.ops import Block, Graph, Network, Shape
 
 Genotypes = NDArray[np.uint8]
 
+Factor = tuple[tuple[int, ...], NDArray[np.float64]]  # genes, and a table with one axis each
+
 _PART = 8192  # genotypes at a time: what is made of them at one position stays in cache
 
 
@@ -426,9 +428,42 @@ class Space:
         else:
             sizes = (*sizes, *[between.ways] * (len(self.positions) + 1))
             factors = [self._factor(number, c, between, sign) for number, c in enumerate(finite)]
+        genotype = self._eliminated(factors, sizes, np.add)
+        return genotype, float(self.price(genotype, costs, between))
+
+    def highest(
+        self, genotypes: Any, costs: Sequence[NDArray[np.float64]], beside: NDArray[np.float64]
+    ) -> NDArray[np.float64]:
+        """The largest of `costs` over positions, [..., genes] -> [...], and of `beside` [resolutions] what is theirs.
+
+        Raises:
+            SpaceError: the genotypes are of another space.
+        """
+        taken = self.branches(genotypes)
+        each = np.stack([c[taken[..., i]] for i, c in enumerate(costs)])
+        sides = np.searchsorted(self.resolutions, self.resolution_of(self.check(genotypes)))
+        return each.max(axis=0) + beside[sides]
+
+    def extreme_highest(
+        self, costs: Sequence[NDArray[np.float64]], beside: NDArray[np.float64], *, largest: bool
+    ) -> tuple[Genotypes, float]:
+        """The genotype of the smallest or largest finite `highest`, exactly, and its value.
+
+        As `extreme`, since the largest of several distributes over the smallest of several as sums do.
+        """
+        alone = len(self.resolutions) == 1
+        factors = []
+        for p, c in zip(self.positions, costs, strict=True):  # the resolution is the first gene of every position
+            table = c[p.branch_of]
+            table = table + (beside[0] if alone else beside.reshape(-1, *[1] * (table.ndim - 1)))
+            factors.append((p.genes, np.where(np.isinf(table), np.inf, -table) if largest else table))
+        genotype = self._eliminated(factors, self.sizes, _least_of_finite if largest else np.maximum)
+        return genotype, float(self.highest(genotype, costs, beside))
+
+    def _eliminated(self, factors: list[Factor], sizes: tuple[int, ...], joined: Callable[..., Any]) -> Genotypes:
+        """The canonical genotype whose entries of all `factors`, `joined`, are least."""
         readers = [sum(g in genes for genes, _ in factors) for g in range(len(sizes))]
         decisions: list[tuple[int, tuple[int, ...], NDArray[np.intp]]] = []
-        constant = sum(float(table) for genes, table in factors if not genes)
         factors = [f for f in factors if f[0]]
         for gene in sorted(range(len(sizes)), key=lambda g: readers[g]):
             mine = [f for f in factors if gene in f[0]]
@@ -436,19 +471,15 @@ class Space:
                 decisions.append((gene, (), np.zeros((), np.intp)))
                 continue
             scope = tuple(sorted({g for genes, _ in mine for g in genes} - {gene}))
-            joint = sum(_aligned(table, genes, (*scope, gene), sizes) for genes, table in mine)
-            decisions.append((gene, scope, np.asarray(joint).argmin(-1)))
+            joint = functools.reduce(joined, [_aligned(table, genes, (*scope, gene), sizes) for genes, table in mine])
+            decisions.append((gene, scope, joint.argmin(-1)))
             factors = [f for f in factors if gene not in f[0]]
-            reduced = np.asarray(joint).min(-1)
             if scope:
-                factors.append((scope, reduced))
-            else:
-                constant += float(reduced)
+                factors.append((scope, joint.min(-1)))
         values = np.zeros(len(sizes), np.uint8)
         for gene, scope, best in reversed(decisions):
             values[gene] = best[tuple(values[list(scope)])] if scope else best
-        genotype = self.canonical(values[: len(self.sizes)])
-        return genotype, float(self.price(genotype, costs, between))
+        return self.canonical(values[: len(self.sizes)])
 
     def _factor(
         self, number: int, cost_of: NDArray[np.float64], between: Between, sign: float
@@ -496,6 +527,11 @@ class Space:
             return total
 
         return ways(0, ())
+
+
+def _least_of_finite(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The smaller of two; infinite where one of them is."""
+    return np.where(np.isinf(a) | np.isinf(b), np.inf, np.minimum(a, b))
 
 
 def _aligned(

@@ -16,7 +16,7 @@ from nas.console import Console
 from nas.errors import ConfigError, LimitError, UnmeasuredBlock
 from nas.latency import import_table
 from nas.pipeline import load_experiment, run_experiment
-from nas.pipeline.costs import exact_costs, within
+from nas.pipeline.costs import beyond, exact_costs, within
 from nas.pipeline.job import Job
 from nas.pipeline.search import make_problem
 from nas.runfolder import RunFolder
@@ -67,19 +67,24 @@ def everything(job: Job) -> np.ndarray:
 
 def test_every_range_is_the_least_and_the_most_of_all_networks(here, tmp_path):
     objectives = f'objectives=[{TOP1},{LATENCY},{{name="macs"}},{{name="latency_ms@odd"}}]'
-    job = job_of(tmp_path / "run", objectives, 'limits.params="60%"')
+    limits = 'limits={params="60%", memory_bytes="60%", size_bytes={at_most="60%", precision="int8"}}'
+    job = job_of(tmp_path / "run", objectives, limits)
     networks = everything(job)
     flat = [job.space.decode(g).flat() for g in networks]
-    by_hand = {"macs": [cost.macs(g) for g in flat], "params": [cost.parameters(g) for g in flat]}
+    by_hand = {
+        "macs": [cost.macs(g) for g in flat],
+        "params": [cost.parameters(g) for g in flat],
+        "memory_bytes": [cost.peak_activation_bytes(g) for g in flat],
+    }
     costs = exact_costs(job)
-    assert [c.name for c in costs] == ["latency_ms", "latency_ms@odd", "macs", "params"]
+    assert [c.name for c in costs] == ["latency_ms", "latency_ms@odd", "macs", "params", "memory_bytes", "size_bytes"]
     for made in costs:
         prices = made.price(networks)
         assert (made.least, made.most) == (prices.min(), prices.max())
         assert made.price(made.cheapest[None]) == made.least
         if made.name in by_hand:
             assert prices.tolist() == by_hand[made.name]
-    params = costs[-1]
+    params = costs[3]
     assert params.limit == pytest.approx(params.least + 0.6 * (params.most - params.least))
 
 
@@ -107,12 +112,12 @@ def test_limits_that_exclude_each_other_are_refused_and_others_are_met(here, tmp
     met, refused, proven = 0, 0, 0
     for shares in np.ndindex(6, 6):
         limited = [
-            dataclasses.replace(c, limit=c.least + share / 8 * (c.most - c.least))
+            dataclasses.replace(c, tolerated=c.least + share / 8 * (c.most - c.least))
             for c, share in zip(costs, shares, strict=True)
         ]
-        if np.all([c.price(networks) <= c.limit for c in limited], axis=0).any():
+        if np.all([c.price(networks) <= c.tolerated for c in limited], axis=0).any():
             found = within(job.space, limited)
-            assert all(c.price(found[None])[0] <= c.limit for c in limited)
+            assert all(c.price(found[None])[0] <= c.tolerated for c in limited)
             met += 1
         else:
             with pytest.raises(LimitError, match="within all limits at once") as e:
@@ -122,6 +127,50 @@ def test_limits_that_exclude_each_other_are_refused_and_others_are_met(here, tmp
     assert met
     assert refused
     assert proven == refused if enumerated else proven > refused / 2
+
+
+def test_what_is_within_the_tolerance_of_a_limit_is_feasible_and_said_to_exceed_it(here, tmp_path):
+    """Of latency, of an objective and of a limit; a share of the limit, or absolute."""
+    latency = '{name="latency_ms",at_most="40%",tolerance="5%"}'
+    objectives = f'objectives=[{TOP1},{latency},{{name="macs",at_most="30%",tolerance="10%"}}]'
+    job = job_of(tmp_path / "run", objectives, 'limits={params={at_most="30%",tolerance=300}}')
+    latency, macs, params = costs = exact_costs(job)
+    assert latency.tolerated == pytest.approx(1.05 * latency.limit)
+    assert macs.tolerated == pytest.approx(1.1 * macs.limit)
+    assert params.tolerated == pytest.approx(params.limit + 300)
+    assert job.limit.tolerated_ms == latency.tolerated
+    networks = everything(job)
+    feasible = make_problem(job).feasible(networks)
+    np.testing.assert_array_equal(feasible, np.all([c.price(networks) <= c.tolerated for c in costs], axis=0))
+    strictly = np.all([c.price(networks) <= c.limit for c in costs], axis=0)
+    assert feasible.sum() > strictly.sum() > 0
+    for genotype, over in zip(networks[feasible], ~strictly[feasible], strict=True):
+        told = beyond(costs, genotype)
+        assert bool(told) == over
+        assert all("over its limit of" in line and "within its tolerance" in line for line in told)
+
+
+def test_without_a_tolerance_what_a_search_is_of_stays_the_same(here, tmp_path):
+    """Its digest, so that journals of before are continued."""
+    plain = job_of(tmp_path / "one", 'limits.params="40%"')
+    none = job_of(tmp_path / "two", 'limits.params={at_most="40%",tolerance=0}')
+    assert make_problem(plain).digest == make_problem(none).digest
+    some = job_of(tmp_path / "three", 'limits.params={at_most="40%",tolerance="1%"}')
+    assert make_problem(plain).digest != make_problem(some).digest
+
+
+def test_an_impossible_limit_becomes_possible_by_its_tolerance_alone(here, tmp_path):
+    params = exact_costs(job_of(tmp_path / "run", 'limits.params="40%"'))[-1]
+    below = 0.96 * params.least
+    with pytest.raises(LimitError, match=r"\([\d.]+ with its tolerance\)"):
+        job_of(tmp_path / "short", f'limits.params={{at_most={below},tolerance="1%"}}')
+    job_of(tmp_path / "enough", f'limits.params={{at_most={below},tolerance="5%"}}')
+
+
+def test_settings_that_need_more_images_than_there_are_are_told_after_measuring(here, tmp_path):
+    search = 'search={strategy="successive_halving",settings={eta=4,rungs=4}}'
+    with pytest.raises(ConfigError, match="the first rung would have 1/64 of 36 images"):
+        job_of(tmp_path / "run", search)
 
 
 def test_a_limit_below_the_range_is_told_after_measuring_with_the_range(here, tmp_path):
@@ -149,9 +198,33 @@ def test_a_further_device_without_a_table_is_told(here, tmp_path):
         (f'objectives=[{TOP1},{LATENCY},{{name="macs"}},{{name="macs"}}]', "of others each at most once"),
         (f'objectives=[{TOP1},{LATENCY},{{name="macs",at_most=0}}]', "a positive number of macs is needed"),
         ("limits={parms=5}", "unknown cost `parms`. Did you mean `params`"),
-        ("limits={params=-5}", "`limits.params` is -5: a positive number of params is needed"),
+        ("limits={params=-5}", "`limits.params`: at_most is -5: a positive number of params is needed"),
         ('limits={params="half"}', "a share like"),
         ("limits={latency_ms=5}", "`latency_ms` is an objective: give it `at_most` there"),
+        (
+            f'objectives=[{TOP1},{LATENCY},{{name="flops"}}]',
+            "unknown objective `flops`: `macs`, multiply-accumulates, are",
+        ),
+        ("limits={parameters=5}", "unknown cost `parameters`: they are `params` here. Valid costs: latency_ms, macs"),
+        ("limits={top1=0.9}", "top1 has a limit, but accuracy is what is made as high as it can be"),
+        (
+            f'objectives=[{{name="top1",at_most=0.9}},{LATENCY}]',
+            "limits are for costs that are known without: latency_ms",
+        ),
+        (
+            f'objectives=[{TOP1},{{name="latency_ms",tolerance="5%"}}]',
+            "tolerance is that of a limit: give it an at_most",
+        ),
+        ("limits={params={at_most=5,tolerance=-1}}", "`limits.params`: tolerance is -1.0: a positive number of params"),
+        (
+            'limits={params={at_most=5,tolerance="some"}}',
+            "tolerance is 'some': a number (params) or a share like \"5%\"",
+        ),
+        ('limits={params={tolerance="5%"}}', "`limits.params` has no at_most"),
+        (
+            'limits={size_bytes={at_most=5,precision="int4"}}',
+            "precision is 'int4': of size_bytes there is float32 and int8",
+        ),
         ("search.settings={tournment=3}", "strategy nsga2 has no such setting. It has none"),
         ("search.strategy='nsga4'", "Did you mean `nsga"),
     ],

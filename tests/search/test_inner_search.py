@@ -109,3 +109,17 @@ def test_the_same_generator_the_same_answer():
     score, cost = rugged((4,) * 12, 0)
     runs = [search_within((4,) * 12, score, cost, 5.0, rng=np.random.default_rng(3), evaluations=600) for _ in range(2)]
     np.testing.assert_array_equal(runs[0].genotype, runs[1].genotype)
+
+
+def test_without_a_limit_the_best_of_all_is_found():
+    """An infinite limit is no number of buckets, and must not become one."""
+    weight = np.array([3.0, 1.0, 2.0, 5.0])
+    found = search_within(
+        (4,) * 4,
+        lambda genotypes: genotypes @ weight,
+        lambda genotypes: genotypes.sum(axis=1).astype(float),
+        np.inf,
+        rng=np.random.default_rng(0),
+        evaluations=500,
+    )
+    assert found.genotype.tolist() == [3, 3, 3, 3]
