@@ -29,7 +29,7 @@ from nas.errors import ExecutorError
 from nas.search.executor import Evaluate, Result, Weights, build, evaluate_one, worker_environment
 from nas.search.strategy import Genotype, Genotypes
 
-_ATTEMPTS = 3  # of one candidate before it is quarantined, and of starting a worker before that is hopeless
+_ATTEMPTS = 3  # of one candidate before it is quarantined, and of starting each worker before that is hopeless
 _NODES = 10  # that may die under one candidate before it is quarantined too
 _QUEUED = 2  # calls at each worker: the next one is there when one ends
 _CALL_SECONDS = 0.1  # that a call is to last: evaluations shorter than half of it share one
@@ -279,7 +279,7 @@ class RayExecutor:
         again = [work for call in others for work in call.work]
         if first.what != "evaluate":
             self._failed_starts += not node_died
-            if self._failed_starts >= _ATTEMPTS:
+            if self._failed_starts >= _ATTEMPTS * self._workers:
                 raise ExecutorError(
                     f"Workers keep dying before they evaluate anything: {what} ({detail}). "
                     f"Look for too little memory, and try the inline executor."
