@@ -195,6 +195,13 @@ class Train(Strict, frozen=True):
 NEUTRAL = ("processes", "process_gpus", "address", "tensorboard", "profile_steps")
 
 
+def deciding(train: Train) -> dict[str, Any]:
+    """What decides the outcome of a training, by key, for digests. A population that is not asked for is no part of
+    it: what was made before there were populations still matches."""
+    without = {*NEUTRAL, *(["population"] if train.population is None else [])}
+    return {key: value for key, value in msgspec.to_builtins(train).items() if key not in without}
+
+
 class Search(Strict, frozen=True):
     """The search proper. The outcome depends on these values and the seed alone, not on timing or worker count."""
 

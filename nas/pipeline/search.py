@@ -210,14 +210,12 @@ def make_problem(job: Job) -> Problem:
     """The space under the limits, as the search sees it."""
     space, costs, names = job.space, exact_costs(job), cost_names(job.experiment)
     experiment = job.experiment
-    # a population that is not asked for has no part in it: older journals did not know of any
-    without = {*config.NEUTRAL, *(["population"] if experiment.train.population is None else [])}
     meaning = [
         space.digest,
         job.data.digest,
         [[c.name, c.digest, c.tolerated if np.isfinite(c.tolerated) else None] for c in costs],
         experiment.seed,
-        {k: v for k, v in msgspec.to_builtins(experiment.train).items() if k not in without},
+        config.deciding(experiment.train),
         experiment.search.strategy,
         experiment.search.population,
         *([experiment.search.proxy] if experiment.search.proxy != "none" else []),

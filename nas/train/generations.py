@@ -94,12 +94,12 @@ def train_population(
     written = {key: config.value_of(settings, key) for key in settings.population.ranges}
     first = step.init(supernet.init(seed), written)
     first = jax.tree.map(lambda a: jax.device_put(a, a.sharding), first)  # placed, as restored ones are: compiled once
-    described = {key: v for key, v in msgspec.to_builtins(settings).items() if key not in config.NEUTRAL}
+    described = json.dumps(config.deciding(settings), sort_keys=True)
     of = {
         **identity(supernet, settings),
         "data": data.digest,
         "seed": seed,
-        "settings": hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16],
+        "settings": hashlib.sha256(described.encode()).hexdigest()[:16],
     }
     lineage = Lineage(folder / "population.json", of, images=images)
     run = _Run(step, settings, settings.population, folder, of, lineage, score, first, progress)
