@@ -48,6 +48,7 @@ def search(
     objectives: Sequence[str] = (),
     limits: Mapping[str, Limit] | None = None,
     costs: Mapping[str, Callable[[Genotypes], ArrayLike]] | None = None,
+    features: Callable[[Genotypes], ArrayLike] | None = None,
     strategy: str = "predictor",
     trials: int = 200,
     seed: int = 0,
@@ -95,6 +96,8 @@ def search(
             Without any, and without device and costs: macs.
         limits: of objectives, of other costs, and of those in `costs`.
         costs: of one's own, each an objective: [n, genes] genotypes to [n] values, exact and quick.
+        features: what else is known of networks without evaluating them, [n, genes] to [n, k], above 0: strategy
+            "predictor" learns from their logarithms too. MACs and parameters if None, where networks are built.
         strategy: a name of `nas list strategies`.
         trials: how many networks to evaluate.
         seed: of all randomness.
@@ -160,9 +163,11 @@ def search(
         ]
         digest = hashlib.sha256(json.dumps(meaning).encode()).hexdigest()[:16]
         problem = problem_of(source.space, found, names, digest=digest, total=source.images)
-        features = sizes_of(source.space) if source.space.positions else None
+        known = None if features is None else lambda genotypes: np.asarray(features(genotypes), np.float64)
+        if known is None and source.space.positions:
+            known = sizes_of(source.space)
         proposed = make_strategy(
-            STRATEGIES[strategy], problem, population=population, features=features, settings=settings or {}
+            STRATEGIES[strategy], problem, population=population, features=known, settings=settings or {}
         )
         if only_feasible:
             proposed = feasible_only(proposed, problem)

@@ -61,7 +61,10 @@ def _panel(front: Front, cost: str, against: Mapping[str, Front], width: float) 
         x_low, x_high = min(x_low, limit), max(x_high, limit)
     # a few hopeless networks must not flatten the rest
     y_low, y_high = _span([100 * t.top1 for t in on_fronts])
-    y_low = min(y_low, float(np.percentile([100 * t.top1 for t in tried or on_fronts], 10)))
+    spread = [100 * t.top1 for t in tried or on_fronts]
+    y_low = min(y_low, float(np.percentile(spread, 10)))
+    if (half := y_high - float(np.median(spread))) > 0:
+        y_low = max(y_low, y_high - 4 * half)
     x_low, x_high = x_low - 0.03 * (x_high - x_low), x_high + 0.03 * (x_high - x_low)
     y_low, y_high = y_low - 0.04 * (y_high - y_low), y_high + 0.04 * (y_high - y_low)
     right, bottom = width - _RIGHT, _HEIGHT - _BOTTOM
@@ -69,7 +72,7 @@ def _panel(front: Front, cost: str, against: Mapping[str, Front], width: float) 
     def at(t: Trial) -> Point:
         return (
             _LEFT + (t.costs[cost] - x_low) / (x_high - x_low) * (right - _LEFT),
-            bottom - (100 * t.top1 - y_low) / (y_high - y_low) * (bottom - _TOP),
+            min(bottom, bottom - (100 * t.top1 - y_low) / (y_high - y_low) * (bottom - _TOP)),  # hopeless ones: below
         )
 
     parts = [_axes(cost, (x_low, x_high), (y_low, y_high), right=right, bottom=bottom)]
@@ -90,13 +93,12 @@ def _panel(front: Front, cost: str, against: Mapping[str, Front], width: float) 
     knee = pair.knee() if len(pair) > 2 else None
     for t in pair:
         x, y = at(t)
-        shape = f"M{x:.1f},{y - 6:.1f} l6,6 l-6,6 l-6,-6 Z" if t is knee else ""
-        mark = (
-            f'<path d="{shape}" fill="{_KNEE}">'
-            if shape
-            else f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" fill="{_FRONT}">'
-        )
-        parts.append(f"{mark}<title>{escape(_told(t))}</title>{'</path>' if shape else '</circle>'}")
+        told = f"<title>{escape(_told(t))}</title>"
+        if t is knee:
+            parts.append(f'<path d="M{x:.1f},{y - 6:.1f} l6,6 l-6,6 l-6,-6 Z" fill="{_KNEE}">{told}</path>')
+        else:
+            fill = "none" if 100 * t.top1 < y_low else _FRONT  # hollow: it lies below
+            parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" fill="{fill}" stroke="{_FRONT}">{told}</circle>')
     return "".join(parts)
 
 

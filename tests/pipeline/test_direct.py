@@ -79,6 +79,19 @@ def test_the_same_seed_gives_the_same_front_and_a_journal_goes_on(here, tmp_path
         quiet(here, evaluate=counted, device="board", journal=tmp_path / "j")
 
 
+def test_the_predictor_is_given_what_else_is_known():
+    asked = []
+
+    def features(genotypes):
+        asked.append(len(genotypes))
+        return 1.0 + genotypes[:, :1]
+
+    more = {"evaluate": of_choices, "costs": {"latency_ms": price}, "trials": 30}
+    informed = quiet(CHOICES, strategy="predictor", features=features, **more)
+    assert asked
+    assert informed.evaluated != quiet(CHOICES, strategy="predictor", **more).evaluated
+
+
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_every_strategy_searches_choices_that_build_no_network(strategy):
     def evaluate(values, share=1.0):
