@@ -18,7 +18,7 @@ from nas.config import Experiment, Limit
 from nas.errors import LimitError
 from nas.export.size import onnx_bytes
 from nas.latency import LatencyModel, Table, find_model, find_models, preferred
-from nas.pipeline.job import Job, LatencyLimit, limit_on, tolerated
+from nas.pipeline.job import Job, LatencyLimit, in_unit, limit_on, tolerated
 from nas.search.strategy import children
 from nas.space import Space
 from nas.space.memory import activation_bytes
@@ -66,6 +66,7 @@ class Cost:
     parts: Sequence[NDArray[np.float64]] | None  # [branches] at each position, where their sum is the bound
     limit: float = float("inf")  # as it was asked for
     tolerated: float = float("inf")  # what still counts as within the limit
+    model: LatencyModel | None = None  # of a latency: what predicts it
 
     def __str__(self) -> str:
         limit = f" at most {self.limit:.6g}," if self.limit < float("inf") else ""
@@ -187,7 +188,9 @@ def _latency(job: Job | Searched) -> Cost:
     _, fastest, _, _ = model.reachable(space)
     price, bound = functools.partial(model.price, space), functools.partial(model.bound, space)
     least, most, parts = limit.fastest_ms, limit.slowest_ms, _parts(model, space)
-    return Cost("latency_ms", price, bound, least, most, fastest, model.digest, parts, limit.ms, limit.tolerated_ms)
+    return Cost(
+        "latency_ms", price, bound, least, most, fastest, model.digest, parts, limit.ms, limit.tolerated_ms, model
+    )
 
 
 def _parts(model: LatencyModel, space: Space) -> Sequence[NDArray[np.float64]] | None:
@@ -203,7 +206,7 @@ def _named(job: Job | Searched, name: str, precision: str | None) -> Cost:
         model, _ = find_model(device, precision, space)
         least, cheapest, most, _ = model.reachable(space)
         price, bound = functools.partial(model.price, space), functools.partial(model.bound, space)
-        return Cost(name, price, bound, least, most, cheapest, model.digest, _parts(model, space))
+        return Cost(name, price, bound, least, most, cheapest, model.digest, _parts(model, space), model=model)
     precision = _of_bytes(job, precision)
     if name == "memory_bytes":
         return _memory(job, precision)
@@ -252,8 +255,7 @@ def _limited(made: Cost, asked: Limit) -> Cost:
     """The cost with its limit in its unit."""
     if asked.at_most is None:
         return made
-    share = float(asked.at_most.rstrip("% ")) / 100 if isinstance(asked.at_most, str) else None
-    limit = float(asked.at_most) if share is None else made.least + share * (made.most - made.least)
+    limit = in_unit(asked.at_most, made.least, made.most)
     most = tolerated(limit, asked.tolerance)
     if most < made.least:
         beyond = f" ({most:.6g} with its tolerance)" if most > limit else ""

@@ -242,6 +242,13 @@ class LatencyLimit:
     tolerated_ms: float = 0.0  # what still counts as within the limit, not below it
 
 
+def in_unit(asked: float | int | str, least: float, most: float) -> float:
+    """A limit in its cost's unit: as it is, or "50%" of the way from the least to the most that can be reached."""
+    if isinstance(asked, str):
+        return least + float(asked.rstrip("% ")) / 100 * (most - least)
+    return float(asked)
+
+
 def tolerated(limit: float, tolerance: float | str | None) -> float:
     """What still counts as within `limit`: `tolerance` is in its unit, or "5%" of it."""
     if isinstance(tolerance, str):
@@ -257,17 +264,13 @@ def limit_on(model: LatencyModel, space: Space, experiment: Experiment) -> Laten
     """
     fastest_ms, _, slowest_ms, _ = model.reachable(space)
     asked = experiment.limit.at_most
-    if asked is None:
-        limit_ms = slowest_ms
-    elif isinstance(asked, str):
-        limit_ms = fastest_ms + float(asked.rstrip("% ")) / 100 * (slowest_ms - fastest_ms)
-    else:
-        limit_ms = float(asked)
+    limit_ms = slowest_ms if asked is None else in_unit(asked, fastest_ms, slowest_ms)
     tolerated_ms = tolerated(limit_ms, experiment.limit.tolerance)
     if tolerated_ms < fastest_ms:
+        beyond = f" ({tolerated_ms:g} ms with its tolerance)" if tolerated_ms > limit_ms else ""
         raise LimitError(
-            f"the limit is {limit_ms:g} ms, but the fastest network of space {space.name!r} takes "
-            f"{fastest_ms:.4g} ms on {experiment.device} in {experiment.limit.precision} (the slowest {slowest_ms:.4g} "
+            f"the limit is {limit_ms:g} ms{beyond}, but the fastest network of space {space.name!r} takes "
+            f"{fastest_ms:.4g} ms on {experiment.device} in {model.precision} (the slowest {slowest_ms:.4g} "
             f"ms{_also(model.caveat)}). Set `at_most` of objective latency_ms between these, or choose another "
             f"space or smaller images."
         )
