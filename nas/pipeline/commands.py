@@ -75,9 +75,11 @@ def experiment_of(
         return limited(load_experiment(path, overrides=overrides), limits)
 
 
-def search_experiment(experiment: Experiment, out: Path, *, stages: Sequence[str] = ("search",)) -> None:
+def search_experiment(
+    experiment: Experiment, out: Path, *, stages: Sequence[str] = ("search",), redo: str | None = None
+) -> None:
     """The search of an experiment, and with more `stages` what comes before it."""
-    run_experiment(experiment, out, stages=stages)
+    run_experiment(experiment, out, stages=stages, redo=redo)
 
 
 def search_by(

@@ -94,6 +94,13 @@ def test_a_function_that_is_not_there_is_named(here):
         )
 
 
+def test_a_search_is_done_anew_on_request(here, monkeypatch):
+    asked = []
+    monkeypatch.setattr(commands, "run_experiment", lambda experiment, out, **more: asked.append((str(out), more)))
+    assert call("tiny_experiment.toml", "--redo", "search", "--strategy", "random").exit_code == 0
+    assert asked == [("runs/tiny", {"stages": ("search",), "redo": "search"})]
+
+
 def test_help_has_an_example():
     done = call("--help")
     assert "nas search experiments/quickstart.toml" in done.output
