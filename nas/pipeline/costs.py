@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -267,6 +268,28 @@ def _limited(made: Cost, asked: Limit) -> Cost:
     return dataclasses.replace(made, limit=limit, tolerated=most)
 
 
+def handmade(job: Job) -> Genotypes:
+    """The hand-made network's genotype [genes]: uniform choices, nearest to the limit on latency from below.
+
+    Every layer is the space's MBConv (its first block where there is none), every other option takes its smallest,
+    middle or largest value in all layers alike; of these networks the slowest within all limits is taken, or the
+    fastest where none is.
+    """
+    names = sorted({c.name.rpartition("/")[2] for c in job.space.choices})
+    rows = []
+    for levels in np.ndindex(*(3,) * len(names)):
+        picks = {n: functools.partial(_pick, name=n, level=k) for n, k in zip(names, levels, strict=True)}
+        rows.append(job.space.uniform(**picks))
+    candidates = np.unique(np.stack(rows), axis=0)
+    costs = exact_costs(job)
+    latency_ms = costs[0].bound(candidates)
+    if not np.isfinite(latency_ms).any():  # each has a block that the device cannot run
+        return job.ends()[0]
+    met = np.all([c.bound(candidates) <= min(c.limit, np.finfo(float).max) for c in costs], axis=0)
+    order = np.lexsort((np.where(met, -latency_ms, latency_ms), ~met))
+    return candidates[order[0]]
+
+
 def beyond(costs: Sequence[Cost], genotype: Genotypes) -> list[str]:
     """A sentence for each limit that a network [genes] exceeds, within its tolerance."""
     values = [(c, float(c.bound(genotype[None])[0])) for c in costs]
@@ -276,3 +299,11 @@ def beyond(costs: Sequence[Cost], genotype: Genotypes) -> list[str]:
         for c, value in values
         if value > c.limit
     ]
+
+
+def _pick(values: tuple[Any, ...], *, name: str, level: int) -> Any:
+    """The smallest (0), middle (1) or largest (2) of an option's values; of blocks always the same one."""
+    if name == "block":
+        return "mbconv" if "mbconv" in values else values[0]
+    ordered = values if isinstance(values[0], str) else sorted(values)
+    return ordered[(len(ordered) - 1) * level // 2]

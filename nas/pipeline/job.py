@@ -193,26 +193,6 @@ class Job:
         costs = self.space.costs(lambda g: float("inf") if g.key in unsupported else cost.macs(g))
         return self.space.extreme(costs, largest=False)[0], self.space.extreme(costs, largest=True)[0]
 
-    def handmade(self) -> np.ndarray:
-        """The genotype of the hand-made network: uniform choices, nearest to the limit from below.
-
-        Every layer is the space's MBConv (its first block where there is none), every other option takes its smallest,
-        middle or largest value in all layers alike; of these networks the slowest within the limit is taken, or the
-        fastest where none is within it.
-        """
-        names = sorted({c.name.rpartition("/")[2] for c in self.space.choices})
-        rows = []
-        for levels in np.ndindex(*(3,) * len(names)):
-            picks = {n: functools.partial(_pick, name=n, level=k) for n, k in zip(names, levels, strict=True)}
-            rows.append(self.space.uniform(**picks))
-        candidates = np.unique(np.stack(rows), axis=0)
-        latency_ms = self.tables[self.precision].bound(self.space, candidates)
-        if not np.isfinite(latency_ms).any():  # each has a block that the device cannot run
-            return self.ends()[0]
-        within = latency_ms <= self.limit.ms
-        order = np.lexsort((np.where(within, -latency_ms, latency_ms), ~within))
-        return candidates[order[0]]
-
 
 def _written_for(device: Device) -> Device:
     """What files are written for: a device whose runtime nobody can run here is searched for, and not run."""
@@ -280,11 +260,3 @@ def limit_on(model: LatencyModel, space: Space, experiment: Experiment) -> Laten
 
 def _also(caveat: str) -> str:
     return f"; {caveat}" if caveat else ""
-
-
-def _pick(values: tuple[Any, ...], *, name: str, level: int) -> Any:
-    """The smallest (0), middle (1) or largest (2) of an option's values; of blocks always the same one."""
-    if name == "block":
-        return "mbconv" if "mbconv" in values else values[0]
-    ordered = values if isinstance(values[0], str) else sorted(values)
-    return ordered[(len(ordered) - 1) * level // 2]

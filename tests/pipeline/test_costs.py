@@ -17,7 +17,7 @@ from nas.console import Console
 from nas.errors import ConfigError, LimitError, UnmeasuredBlock
 from nas.latency import Table, import_table
 from nas.pipeline import load_experiment, run_experiment
-from nas.pipeline.costs import beyond, exact_costs, within
+from nas.pipeline.costs import beyond, exact_costs, handmade, within
 from nas.pipeline.job import Job
 from nas.pipeline.search import make_problem
 from nas.runfolder import RunFolder
@@ -149,6 +149,13 @@ def test_what_is_within_the_tolerance_of_a_limit_is_feasible_and_said_to_exceed_
         told = beyond(costs, genotype)
         assert bool(told) == over
         assert all("over its limit of" in line and "within its tolerance" in line for line in told)
+
+
+def test_what_is_made_by_hand_is_within_all_limits_where_it_can_be(here, tmp_path):
+    free = handmade(job_of(tmp_path / "free"))
+    _, params = exact_costs(job_of(tmp_path / "one", 'limits={params="99%"}'))
+    fewer = params.price(free[None])[0] - 1
+    assert params.price(handmade(job_of(tmp_path / "two", f"limits={{params={fewer}}}"))[None])[0] <= fewer
 
 
 def test_without_a_tolerance_what_a_search_is_of_stays_the_same(here, tmp_path):
