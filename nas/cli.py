@@ -271,6 +271,7 @@ _stage_command(
     help="Such as 20 or 50% (latency_ms), macs=3e8. Repeatable.",
 )
 @click.option("--out", type=click.Path(path_type=Path), help="Run folder; runs/<name> if not given.")
+@click.option("--redo", type=click.Choice(["search"]), help="Anew, with another strategy or other limits.")
 @click.option("--smoke", is_flag=True, help="As for `nas run`, where WHAT is an experiment.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="As for `nas run`.")
 def search(
@@ -282,6 +283,7 @@ def search(
     trials: int | None,
     limits: tuple[str, ...],
     out: Path | None,
+    redo: str | None,
     smoke: bool,
     overrides: tuple[str, ...],
 ) -> None:
@@ -296,12 +298,12 @@ def search(
     from nas.pipeline import commands
 
     if measured.is_experiment(what):
-        _heed("where WHAT is an experiment: it names its data", *_SEARCH, "smoke", "overrides")
+        _heed("where WHAT is an experiment: it names its data", *_SEARCH, "redo", "smoke", "overrides")
         short = () if device is None else (f"device={json.dumps(device)}",)
         short += () if strategy is None else (f"search.strategy={json.dumps(strategy)}",)
         short += () if trials is None else (f"search.trials={trials}",)
         experiment, path = _resolved(Path(what), out, smoke, (*short, *overrides))
-        commands.search_experiment(commands.limited(experiment, commands.parsed(limits)), path)
+        commands.search_experiment(commands.limited(experiment, commands.parsed(limits)), path, redo=redo)
     elif evaluate is not None:
         _heed("with --evaluate", *_SEARCH, "evaluate")
         path = out or Path("runs") / Path(what).stem
@@ -315,7 +317,7 @@ def search(
             f"MODULE:FUNCTION; or name an experiment file."
         )
     else:
-        _heed("with --data", *_SEARCH, "data", "overrides")
+        _heed("with --data", *_SEARCH, "data", "redo", "overrides")
         experiment = commands.experiment_of(
             what,
             data,
@@ -325,9 +327,8 @@ def search(
             limits=commands.parsed(limits),
             overrides=overrides,
         )
-        commands.search_experiment(
-            experiment, out or Path("runs") / experiment.name, stages=("measure", "train", "search")
-        )
+        path = out or Path("runs") / experiment.name
+        commands.search_experiment(experiment, path, stages=("measure", "train", "search"), redo=redo)
 
 
 _SEARCH = ("what", "device", "strategy", "trials", "limits", "out")

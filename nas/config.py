@@ -6,6 +6,7 @@ The classes below *are* the schema: `load_experiment` refuses what they do not h
 import difflib
 import functools
 import math
+import numbers
 import os
 import re
 import tomllib
@@ -750,8 +751,18 @@ def check_costs(limits: typing.Mapping[str, float | int | str | None]) -> None:
     for name, limit in limits.items():
         if wrong := _wrong_cost(name, kind="cost"):
             raise ConfigError(wrong)
-        if limit is not None and (found := _wrong_limit(name, Limit(limit))):
-            raise ConfigError(f"limit of {name}: {found[1]}")
+        if limit is not None:
+            check_limit(name, limit)
+
+
+def check_limit(name: str, limit: float | int | str, *, positive: bool = True) -> None:
+    """Nothing, if a limit of the cost `name` has the right form.
+
+    Raises:
+        ConfigError: it has not.
+    """
+    if found := _wrong_limit(name, Limit(limit), positive=positive):
+        raise ConfigError(f"limit of {name}: {found[1]}")
 
 
 def _wrong_cost(name: str, *, kind: str) -> str:
@@ -771,7 +782,7 @@ _NO_LIMIT = (
 )
 
 
-def _wrong_limit(name: str, asked: Limit) -> tuple[str, str] | None:
+def _wrong_limit(name: str, asked: Limit, *, positive: bool = True) -> tuple[str, str] | None:
     """Which key of what is asked of the cost `name` is wrong, and what is needed; None if none is."""
     what = "milliseconds" if name.startswith("latency_ms") else name
     unit = "ms" if what == "milliseconds" else what
@@ -779,8 +790,10 @@ def _wrong_limit(name: str, asked: Limit) -> tuple[str, str] | None:
         if isinstance(value, str):
             if not re.fullmatch(r"\d+(\.\d+)?\s*%", value):
                 return key, f'{key} is {value!r}: a number ({unit}) or a share like "{share}" is needed.'
-        elif value is not None and not (0 < value < math.inf or (key == "tolerance" and value == 0)):
-            return key, f"{key} is {value}: a positive number of {what} is needed."
+        elif value is not None:
+            number = math.isfinite(value) if isinstance(value, numbers.Real) else False
+            if not number or (positive and (value < 0 or (value == 0 and key == "at_most"))):
+                return key, f"{key} is {value}: a {'positive' if positive else 'finite'} number of {what} is needed."
     if asked.tolerance is not None and asked.at_most is None:
         return "tolerance", "tolerance is that of a limit: give it an at_most."
     if asked.precision not in (None, "float32", "int8") and not name.startswith("latency_ms"):

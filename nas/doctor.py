@@ -62,14 +62,17 @@ def diagnosis() -> Iterator[str]:
 
 
 def salvage(path: Path, out: Path | None = None) -> Iterator[str]:
-    """Lines about a damaged journal, whose intact records are in a new file afterwards; `path` may be a run folder.
+    """Lines about a damaged journal, whose intact records are in a new file afterwards; `path` may be its folder.
 
     Raises:
         JournalError: nothing of it can be salvaged, or the new file cannot be written.
     """
     from nas.search import journal
 
-    source = path / "search" / "journal.jsonl" if path.is_dir() else path
+    source = path
+    if path.is_dir():  # of a run, or of a search by a function
+        alone = path / "journal.jsonl"
+        source = alone if alone.exists() else path / "search" / "journal.jsonl"
     found = journal.salvage(source, out)
     yield f"{found.records} records, bytes 0 to {found.size_bytes}, are intact and in {found.path}."
     if not found.lost_bytes:

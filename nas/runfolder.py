@@ -106,7 +106,8 @@ class RunFolder:
                 raise RunError(f"{path}: damaged: {e}. Write it anew, or use another folder with --out.") from e
             wanted = _flat(tomllib.loads(mine))
             wanted, theirs = _plain(wanted), _plain(theirs)
-            decided = tuple(k for stage in self._kept if self._begun(stage) for k in _DECIDES.get(stage, ()))
+            begun = {stage: _DECIDES[stage] for stage in self._kept if stage in _DECIDES and self._begun(stage)}
+            decided = tuple(k for keys in begun.values() for k in keys)
             keys = [k for k in {**wanted, **theirs} if k.startswith(decided) and k not in _FREE]
             keys = [k for k in keys if wanted.get(k) != theirs.get(k)]
             # An older version of nas did not know some keys: they had their defaults.
@@ -115,9 +116,11 @@ class RunFolder:
             keys = [k for k in keys if k in wanted or theirs[k] != _WRITTEN_OUT.get(k)]
             changed = [f"`{k}` is {wanted.get(k)!r}, was {theirs.get(k)!r}" for k in keys]
             if changed:
+                first = next(stage for stage, decide in begun.items() if any(k.startswith(decide) for k in keys))
                 raise RunError(
                     f"{self.path}: this folder belongs to another configuration. What differs now: "
-                    f"{'; '.join(changed[:5])}. Use --out for a new folder, or move this one away."
+                    f"{'; '.join(changed[:5])}. Use --out for a new folder; or give `--redo {first}`, which does that "
+                    f"stage and all after it anew here."
                 )
         if not path.exists() or path.read_bytes() != mine.encode():
             write_text(path, mine)

@@ -40,12 +40,11 @@ def limited(experiment: Experiment, limits: Mapping[str, Limit]) -> Experiment:
     """The experiment with these limits in place of its own on the same costs."""
     objectives = tuple(msgspec.structs.replace(o, at_most=limits.get(o.name, o.at_most)) for o in experiment.objectives)
     names = {o.name for o in objectives}
-    changed = {
-        name: msgspec.structs.replace(experiment.asked.get(name, config.Limit()), at_most=limit)
-        for name, limit in limits.items()
-        if name not in names
-    }
-    others = experiment.limits | changed
+    others = dict(experiment.limits)
+    for name, limit in limits.items():
+        if name not in names:
+            was = others.get(name)
+            others[name] = msgspec.structs.replace(was, at_most=limit) if isinstance(was, config.Limit) else limit
     return msgspec.structs.replace(experiment, objectives=objectives, limits=others)
 
 
@@ -76,9 +75,11 @@ def experiment_of(
         return limited(load_experiment(path, overrides=overrides), limits)
 
 
-def search_experiment(experiment: Experiment, out: Path, *, stages: Sequence[str] = ("search",)) -> None:
+def search_experiment(
+    experiment: Experiment, out: Path, *, stages: Sequence[str] = ("search",), redo: str | None = None
+) -> None:
     """The search of an experiment, and with more `stages` what comes before it."""
-    run_experiment(experiment, out, stages=stages)
+    run_experiment(experiment, out, stages=stages, redo=redo)
 
 
 def search_by(

@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +19,7 @@ from nas.config import Experiment, Limit
 from nas.errors import LimitError
 from nas.export.size import onnx_bytes
 from nas.latency import LatencyModel, Table, find_model, find_models, preferred
-from nas.pipeline.job import Job, LatencyLimit, limit_on, tolerated
+from nas.pipeline.job import Job, LatencyLimit, in_unit, limit_on, tolerated
 from nas.search.strategy import children
 from nas.space import Space
 from nas.space.memory import activation_bytes
@@ -66,6 +67,7 @@ class Cost:
     parts: Sequence[NDArray[np.float64]] | None  # [branches] at each position, where their sum is the bound
     limit: float = float("inf")  # as it was asked for
     tolerated: float = float("inf")  # what still counts as within the limit
+    model: LatencyModel | None = None  # of a latency: what predicts it
 
     def __str__(self) -> str:
         limit = f" at most {self.limit:.6g}," if self.limit < float("inf") else ""
@@ -187,7 +189,9 @@ def _latency(job: Job | Searched) -> Cost:
     _, fastest, _, _ = model.reachable(space)
     price, bound = functools.partial(model.price, space), functools.partial(model.bound, space)
     least, most, parts = limit.fastest_ms, limit.slowest_ms, _parts(model, space)
-    return Cost("latency_ms", price, bound, least, most, fastest, model.digest, parts, limit.ms, limit.tolerated_ms)
+    return Cost(
+        "latency_ms", price, bound, least, most, fastest, model.digest, parts, limit.ms, limit.tolerated_ms, model
+    )
 
 
 def _parts(model: LatencyModel, space: Space) -> Sequence[NDArray[np.float64]] | None:
@@ -203,7 +207,7 @@ def _named(job: Job | Searched, name: str, precision: str | None) -> Cost:
         model, _ = find_model(device, precision, space)
         least, cheapest, most, _ = model.reachable(space)
         price, bound = functools.partial(model.price, space), functools.partial(model.bound, space)
-        return Cost(name, price, bound, least, most, cheapest, model.digest, _parts(model, space))
+        return Cost(name, price, bound, least, most, cheapest, model.digest, _parts(model, space), model=model)
     precision = _of_bytes(job, precision)
     if name == "memory_bytes":
         return _memory(job, precision)
@@ -252,8 +256,7 @@ def _limited(made: Cost, asked: Limit) -> Cost:
     """The cost with its limit in its unit."""
     if asked.at_most is None:
         return made
-    share = float(asked.at_most.rstrip("% ")) / 100 if isinstance(asked.at_most, str) else None
-    limit = float(asked.at_most) if share is None else made.least + share * (made.most - made.least)
+    limit = in_unit(asked.at_most, made.least, made.most)
     most = tolerated(limit, asked.tolerance)
     if most < made.least:
         beyond = f" ({most:.6g} with its tolerance)" if most > limit else ""
@@ -265,6 +268,28 @@ def _limited(made: Cost, asked: Limit) -> Cost:
     return dataclasses.replace(made, limit=limit, tolerated=most)
 
 
+def handmade(job: Job) -> Genotypes:
+    """The hand-made network's genotype [genes]: uniform choices, nearest to the limit on latency from below.
+
+    Every layer is the space's MBConv (its first block where there is none), every other option takes its smallest,
+    middle or largest value in all layers alike; of these networks the slowest within all limits is taken, or the
+    fastest where none is.
+    """
+    names = sorted({c.name.rpartition("/")[2] for c in job.space.choices})
+    rows = []
+    for levels in np.ndindex(*(3,) * len(names)):
+        picks = {n: functools.partial(_pick, name=n, level=k) for n, k in zip(names, levels, strict=True)}
+        rows.append(job.space.uniform(**picks))
+    candidates = np.unique(np.stack(rows), axis=0)
+    costs = exact_costs(job)
+    latency_ms = costs[0].bound(candidates)
+    if not np.isfinite(latency_ms).any():  # each has a block that the device cannot run
+        return job.ends()[0]
+    met = np.all([c.bound(candidates) <= min(c.limit, np.finfo(float).max) for c in costs], axis=0)
+    order = np.lexsort((np.where(met, -latency_ms, latency_ms), ~met))
+    return candidates[order[0]]
+
+
 def beyond(costs: Sequence[Cost], genotype: Genotypes) -> list[str]:
     """A sentence for each limit that a network [genes] exceeds, within its tolerance."""
     values = [(c, float(c.bound(genotype[None])[0])) for c in costs]
@@ -274,3 +299,11 @@ def beyond(costs: Sequence[Cost], genotype: Genotypes) -> list[str]:
         for c, value in values
         if value > c.limit
     ]
+
+
+def _pick(values: tuple[Any, ...], *, name: str, level: int) -> Any:
+    """The smallest (0), middle (1) or largest (2) of an option's values; of blocks always the same one."""
+    if name == "block":
+        return "mbconv" if "mbconv" in values else values[0]
+    ordered = values if isinstance(values[0], str) else sorted(values)
+    return ordered[(len(ordered) - 1) * level // 2]

@@ -23,7 +23,7 @@ from nas.errors import ConfigError, ExecutorError, NasError
 from nas.latency import LatencyModel, Table, device_folder, find_model
 from nas.pipeline.costs import Cost, cost_names, exact_costs
 from nas.pipeline.job import Job
-from nas.pipeline.problem import Limit, counted, latency_on, name_of
+from nas.pipeline.problem import Limit, counted, features_of, latency_on, name_of
 from nas.pipeline.search import problem_of, sizes_of
 from nas.runfolder import RunFolder
 from nas.search import EXECUTORS, STRATEGIES, Front, Setting, Trial, feasible_only, make_strategy, read_trials
@@ -83,8 +83,8 @@ def search(
             evaluates; a mapping of choices to their values, where no network needs to be built; or an experiment,
             which says all the rest but `out`, the run folder.
         evaluate: gives the top-1 accuracy, 0 to 1, of one network (`nas.Network`; of a mapping: of {choice: value}).
-            Or "package.module:function". An exception is that trial's failure. A strategy that evaluates on shares of
-            the images passes `share=` too.
+            Or "package.module:function"; executor "processes" needs one that can be imported under such a name. An
+            exception is that trial's failure. A strategy that evaluates on shares of the images passes `share=` too.
         decode: with False, `evaluate` is given the genotype, uint8 [genes].
         images: that accuracies are counted over: they are kept as numbers of correct images, so that results are equal
             everywhere. 10,000 keeps four digits.
@@ -136,10 +136,11 @@ def search(
         raise ConfigError(f"unknown strategy {strategy!r}.{nearest(strategy, STRATEGIES, kind='name')}")
     if executor not in EXECUTORS:
         raise ConfigError(f"unknown executor {executor!r}.{nearest(executor, EXECUTORS, kind='name')}")
-    if trials < 1 or lag < 1 or seed < 0 or images < 1:
-        raise ConfigError(
-            f"trials {trials}, lag {lag}, images {images}, seed {seed}: at least 1, 1, 1 and 0 are needed."
-        )
+    for name, number, least in (
+        ("trials", trials, 1), ("lag", lag, 1), ("images", images, 1), ("workers", workers, 1), ("seed", seed, 0),
+    ):  # fmt: skip
+        if not isinstance(number, int | np.integer) or number < least:
+            raise ConfigError(f"{name} {number!r}: a whole number from {least} on is needed.")
 
     own, limits = dict(costs or {}), dict(limits or {})
     if latency_ms is not None:
@@ -163,7 +164,7 @@ def search(
         ]
         digest = hashlib.sha256(json.dumps(meaning).encode()).hexdigest()[:16]
         problem = problem_of(source.space, found, names, digest=digest, total=source.images)
-        known = None if features is None else lambda genotypes: np.asarray(features(genotypes), np.float64)
+        known = None if features is None else features_of(source.space, features)
         if known is None and source.space.positions:
             known = sizes_of(source.space)
         proposed = make_strategy(
@@ -174,9 +175,10 @@ def search(
         if initial is None:
             initial = [problem.smallest, *(c.cheapest for c in found)]
             initial += [source.space.largest()] if source.space.positions else []
+        arguments = _portable(source.arguments, source.told) if executor == "processes" else source.arguments
         with EXECUTORS[executor](
             source.factory,
-            {**source.arguments, "shares": proposed.shares},
+            {**arguments, "shares": proposed.shares},
             source.weights,
             workers=workers,
             address=address,
@@ -195,8 +197,7 @@ def search(
                 on_trial=_told(console, trials, on_trial),
             )
     finite = {c.name: c.limit for c in found if math.isfinite(c.limit)}
-    models = source.models | _further(source.space, found, source.precision)
-    return Front.of(done, ("error", *names), Setting(source.space, source.device, models, finite))
+    return Front.of(done, ("error", *names), Setting(source.space, source.device, _models(found), finite))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,6 +213,7 @@ class _Source:
     device: str | None
     precision: str  # of latencies
     models: dict[str, LatencyModel]  # {"latency_ms": ...}, or none
+    told: Any = None  # the space in JSON, as `_made` makes it again
 
 
 def _source(
@@ -234,6 +236,11 @@ def _source(
         return _of_run(Path(what), device, precision, console)
     precision = precision or "float32"
     if isinstance(what, Mapping):
+        if not what:
+            raise ConfigError('the space has no choices: give {"name": [value, value], ...}.')
+        for choice, values in what.items():
+            if not isinstance(values, Sequence | np.ndarray):
+                raise ConfigError(f"choice {choice!r} is {values!r}: a list of values is needed, even of a single one.")
         space = Space.of_choices(what)
     elif isinstance(what, Space):
         space = what
@@ -244,11 +251,19 @@ def _source(
             f"what evaluates the networks of {space.name!r}? Give `evaluate=`, a function from a network to its top-1 "
             f"(0 to 1); or, as `space`, the run folder of an experiment whose supernet is trained, or the experiment."
         )
+    if isinstance(evaluate, str):
+        _imported(evaluate)  # a mistake in the name is told before anything is written
+    elif not callable(evaluate):
+        raise ConfigError(f"evaluate is {evaluate!r}: a function, or 'package.module:function', is needed.")
     console.say(
         f"space: {space}" if space.positions else f"space: {len(space.choices)} choices, {space.count():,} ways"
     )
     models = latency_on(space, device, precision)
     arguments = {"space": space, "evaluate": evaluate, "decode": decode, "images": images}
+    told: dict[str, Any] = {"choices": {c.name: c.values for c in space.choices}}
+    if space.positions:
+        known_as = what.name if isinstance(what, Space) else str(what)
+        told = {"name": known_as, "input_shape": space.input, "classes": space.classes}
     name = None if device is None else _device_name(device)
     return _Source(
         space,
@@ -260,6 +275,7 @@ def _source(
         name,
         precision,
         models,
+        told,
     )
 
 
@@ -299,9 +315,50 @@ def _of_run(path: Path, device: str | None, precision: str | None, console: Cons
     )
 
 
+def _portable(arguments: Mapping[str, Any], told: Any) -> dict[str, Any]:
+    """The arguments of an evaluator as JSON has them, for workers that are programs of their own; `told` is the space.
+
+    Raises:
+        ConfigError: the function, or the space, is nothing that another process can find.
+    """
+    if "space" not in arguments:
+        return dict(arguments)
+    space, evaluate = arguments["space"], arguments["evaluate"]
+    if not isinstance(evaluate, str):
+        name = f"{getattr(evaluate, '__module__', '')}:{name_of(evaluate)}"
+        with contextlib.suppress(ConfigError):
+            evaluate = name if name.partition(":")[0] != "__main__" and _imported(name) is evaluate else evaluate
+        if not isinstance(evaluate, str):
+            raise ConfigError(
+                f'executor "processes" evaluates in programs of their own, which cannot import {name!r}. Put the '
+                f"function in a module file, outside of other functions, and give evaluate='module:function'; or take "
+                f'executor "ray", to which functions are sent, or "inline".'
+            )
+    try:
+        told = json.loads(json.dumps(told))
+        made = _made(told)
+        same = made.choices == space.choices and made.digest == space.digest
+    except (TypeError, NasError):
+        same = False
+    if not same:
+        what = "by its name or path" if space.positions else "with numbers, text or lists of them as values"
+        raise ConfigError(
+            f'executor "processes" evaluates in programs of their own, which cannot make space {space.name!r} anew. '
+            f'Give it {what}; or take executor "ray" or "inline".'
+        )
+    return {**arguments, "space": told, "evaluate": evaluate}
+
+
+def _made(told: Mapping[str, Any]) -> Space:
+    """A space from how workers are told of it."""
+    if "choices" in told:
+        return Space.of_choices(told["choices"])
+    return load_space(told["name"], input_shape=tuple(told["input_shape"]), classes=told["classes"])
+
+
 def evaluator(
     *,
-    space: Space,
+    space: Space | Mapping[str, Any],
     evaluate: Callable[..., float] | str,
     decode: bool,
     images: int,
@@ -309,6 +366,7 @@ def evaluator(
 ) -> Evaluate:
     """Counts as the engine wants them, of a function that gives shares; built inside a worker."""
     function = _imported(evaluate) if isinstance(evaluate, str) else evaluate
+    space = space if isinstance(space, Space) else _made(space)
 
     def count(genotypes: Genotypes) -> list[int]:
         out = []
@@ -331,7 +389,7 @@ def _imported(name: str) -> Callable[..., float]:
     try:
         return getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError, ValueError) as e:
-        raise ExecutorError(f"No function {name!r}: {e}. Expected 'package.module:function'.") from e
+        raise ConfigError(f"No function {name!r}: {e}. Expected 'package.module:function'.") from e
 
 
 def _told(console: Console, total: int, further: Callable[[Trial], None] | None) -> Callable[[Trial], None]:
@@ -366,15 +424,13 @@ def _of_experiment(experiment: Experiment, out: str | Path | None, console: Cons
         job = Job(experiment, folder, Console(io.StringIO()))
         found = exact_costs(job)
         finite = {c.name: c.limit for c in found if math.isfinite(c.limit)}
-        models = {"latency_ms": job.tables[job.precision]} | _further(job.space, found, job.precision)
-        setting = Setting(job.space, _device_name(experiment.device), models, finite)
+        setting = Setting(job.space, _device_name(experiment.device), _models(found), finite)
     return Front.of(trials, ("error", *cost_names(experiment)), setting)
 
 
-def _further(space: Space, found: Sequence[Cost], precision: str) -> dict[str, LatencyModel]:
-    """What predicts the latencies on further devices."""
-    named = [c.name for c in found if c.name.startswith("latency_ms@")]
-    return {name: find_model(name.partition("@")[2], precision, space)[0] for name in named}
+def _models(found: Sequence[Cost]) -> dict[str, LatencyModel]:
+    """What predicts each latency."""
+    return {c.name: c.model for c in found if c.model is not None}
 
 
 def _device_name(device: str) -> str:

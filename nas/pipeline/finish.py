@@ -12,6 +12,7 @@ from nas.compress import finetune
 from nas.errors import NasError
 from nas.evaluate import Standalone, SubnetEvaluator
 from nas.files import damaged, read_as, write_json
+from nas.pipeline.costs import handmade
 from nas.pipeline.job import Job
 from nas.pipeline.search import run as run_search
 from nas.search import Front, Trial
@@ -94,7 +95,7 @@ def choose(job: Job) -> list[Candidate]:
     winners = [
         Candidate(f"winner_{i}", "winner", np.array(t.genotype, np.uint8)) for i, t in enumerate(picked, start=1)
     ]
-    hand = dict(zip(BASELINES, (*job.ends(), job.handmade()), strict=True))
+    hand = dict(zip(BASELINES, (*job.ends(), handmade(job)), strict=True))
     return winners + [Candidate(name, name, hand[name]) for name in BASELINES]
 
 

@@ -193,26 +193,6 @@ class Job:
         costs = self.space.costs(lambda g: float("inf") if g.key in unsupported else cost.macs(g))
         return self.space.extreme(costs, largest=False)[0], self.space.extreme(costs, largest=True)[0]
 
-    def handmade(self) -> np.ndarray:
-        """The genotype of the hand-made network: uniform choices, nearest to the limit from below.
-
-        Every layer is the space's MBConv (its first block where there is none), every other option takes its smallest,
-        middle or largest value in all layers alike; of these networks the slowest within the limit is taken, or the
-        fastest where none is within it.
-        """
-        names = sorted({c.name.rpartition("/")[2] for c in self.space.choices})
-        rows = []
-        for levels in np.ndindex(*(3,) * len(names)):
-            picks = {n: functools.partial(_pick, name=n, level=k) for n, k in zip(names, levels, strict=True)}
-            rows.append(self.space.uniform(**picks))
-        candidates = np.unique(np.stack(rows), axis=0)
-        latency_ms = self.tables[self.precision].bound(self.space, candidates)
-        if not np.isfinite(latency_ms).any():  # each has a block that the device cannot run
-            return self.ends()[0]
-        within = latency_ms <= self.limit.ms
-        order = np.lexsort((np.where(within, -latency_ms, latency_ms), ~within))
-        return candidates[order[0]]
-
 
 def _written_for(device: Device) -> Device:
     """What files are written for: a device whose runtime nobody can run here is searched for, and not run."""
@@ -242,6 +222,13 @@ class LatencyLimit:
     tolerated_ms: float = 0.0  # what still counts as within the limit, not below it
 
 
+def in_unit(asked: float | int | str, least: float, most: float) -> float:
+    """A limit in its cost's unit: as it is, or "50%" of the way from the least to the most that can be reached."""
+    if isinstance(asked, str):
+        return least + float(asked.rstrip("% ")) / 100 * (most - least)
+    return float(asked)
+
+
 def tolerated(limit: float, tolerance: float | str | None) -> float:
     """What still counts as within `limit`: `tolerance` is in its unit, or "5%" of it."""
     if isinstance(tolerance, str):
@@ -257,17 +244,13 @@ def limit_on(model: LatencyModel, space: Space, experiment: Experiment) -> Laten
     """
     fastest_ms, _, slowest_ms, _ = model.reachable(space)
     asked = experiment.limit.at_most
-    if asked is None:
-        limit_ms = slowest_ms
-    elif isinstance(asked, str):
-        limit_ms = fastest_ms + float(asked.rstrip("% ")) / 100 * (slowest_ms - fastest_ms)
-    else:
-        limit_ms = float(asked)
+    limit_ms = slowest_ms if asked is None else in_unit(asked, fastest_ms, slowest_ms)
     tolerated_ms = tolerated(limit_ms, experiment.limit.tolerance)
     if tolerated_ms < fastest_ms:
+        beyond = f" ({tolerated_ms:g} ms with its tolerance)" if tolerated_ms > limit_ms else ""
         raise LimitError(
-            f"the limit is {limit_ms:g} ms, but the fastest network of space {space.name!r} takes "
-            f"{fastest_ms:.4g} ms on {experiment.device} in {experiment.limit.precision} (the slowest {slowest_ms:.4g} "
+            f"the limit is {limit_ms:g} ms{beyond}, but the fastest network of space {space.name!r} takes "
+            f"{fastest_ms:.4g} ms on {experiment.device} in {model.precision} (the slowest {slowest_ms:.4g} "
             f"ms{_also(model.caveat)}). Set `at_most` of objective latency_ms between these, or choose another "
             f"space or smaller images."
         )
@@ -277,11 +260,3 @@ def limit_on(model: LatencyModel, space: Space, experiment: Experiment) -> Laten
 
 def _also(caveat: str) -> str:
     return f"; {caveat}" if caveat else ""
-
-
-def _pick(values: tuple[Any, ...], *, name: str, level: int) -> Any:
-    """The smallest (0), middle (1) or largest (2) of an option's values; of blocks always the same one."""
-    if name == "block":
-        return "mbconv" if "mbconv" in values else values[0]
-    ordered = values if isinstance(values[0], str) else sorted(values)
-    return ordered[(len(ordered) - 1) * level // 2]

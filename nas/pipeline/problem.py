@@ -12,6 +12,7 @@ from nas.config import Data, Experiment, Objective
 from nas.errors import ConfigError, LimitError, UnmeasuredBlock
 from nas.latency import LatencyModel, find_model, load_device
 from nas.pipeline.costs import Cost, Price, Searched, cost_names, exact_costs
+from nas.pipeline.job import in_unit
 from nas.pipeline.search import problem_of
 from nas.search import Problem
 from nas.search.strategy import Genotypes, children
@@ -76,6 +77,11 @@ def counted(
 ) -> tuple[tuple[Cost, ...], tuple[str, ...]]:
     """The costs, objectives first, and the names of these; `models` has that of `latency_ms`, or nothing."""
     has_latency = bool(models)
+    for name, price in own.items():
+        if name in ("error", "top1"):
+            raise ConfigError(f"costs[{name!r}]: the accuracy has that name here. Give the cost another one.")
+        if not callable(price):
+            raise ConfigError(f"costs[{name!r}] is {price!r}: a function, [n, genes] to [n], is needed.")
     known = {n: limits.get(n) for n in (*objectives, *limits) if n not in own}
     config.check_costs(known)
     for name in known:
@@ -112,11 +118,16 @@ def _own(space: Space, name: str, price: Callable[[Genotypes], ArrayLike], asked
     """A cost of one's own. What is reachable is exact in small spaces, and in large ones the best that was found."""
 
     def priced(genotypes: Genotypes) -> NDArray[np.float64]:
-        values = np.asarray(price(genotypes), np.float64)
+        values = _numbers(f"costs[{name!r}]", price(genotypes))
         if values.shape != (len(genotypes),):
             raise ConfigError(
                 f"costs[{name!r}] gave shape {values.shape} for {len(genotypes)} genotypes: one value each is needed, "
                 f"[n, genes] to [n]."
+            )
+        if np.isnan(values).any():
+            raise ConfigError(
+                f"costs[{name!r}] gave NaN for genotype {genotypes[np.isnan(values)][0].tolist()}: a number is needed; "
+                f"infinity, where a network cannot be had at all."
             )
         return values
 
@@ -124,14 +135,18 @@ def _own(space: Space, name: str, price: Callable[[Genotypes], ArrayLike], asked
         every = np.unravel_index(np.arange(math.prod(space.sizes)), space.sizes)
         known = np.unique(space.canonical(np.stack(every, axis=1).astype(np.uint8)), axis=0)
         values = priced(known)
-        least, most, cheapest = float(values.min()), float(values.max()), known[values.argmin()]
+        least, cheapest = float(values.min()), known[values.argmin()]
+        most = float(values[np.isfinite(values)].max(initial=least))
     else:
         cheapest, least = _extreme(space, priced)
-        _, most = _extreme(space, lambda g: -priced(g))
+        _, most = _extreme(space, lambda g: np.nan_to_num(-priced(g), neginf=np.inf))
         most = -most
+    if not math.isfinite(least):
+        raise LimitError(f"costs[{name!r}] is {least} for every network that was looked at: none of them can be had.")
     limit = math.inf
     if asked is not None:
-        limit = least + float(asked.rstrip("% ")) / 100 * (most - least) if isinstance(asked, str) else float(asked)
+        config.check_limit(name, asked, positive=False)
+        limit = in_unit(asked, least, most)
         if limit < least and exact:
             raise LimitError(
                 f"the limit of {name} is {limit:.6g}, but no network of the space has less than {least:.6g} (the most "
@@ -150,6 +165,38 @@ def _extreme(space: Space, price: Price) -> tuple[Genotypes, float]:
         pool = np.concatenate([pool, space.canonical(children(rng, pool[mothers], pool[fathers], space.sizes))])
     values = price(pool)
     return pool[values.argmin()], float(values.min())
+
+
+def features_of(space: Space, features: Callable[[Genotypes], ArrayLike]) -> Price:
+    """What else is known of networks [n, genes] -> [n, k], checked once here and whenever it is asked for.
+
+    Raises:
+        ConfigError: it is no function, or gives something else; then from what is returned, too.
+    """
+    if not callable(features):
+        raise ConfigError(f"features is {type(features).__name__}: a function, [n, genes] to [n, k], is needed.")
+
+    def known(genotypes: Genotypes) -> NDArray[np.float64]:
+        values = _numbers("features", features(genotypes))
+        if values.ndim != 2 or len(values) != len(genotypes):
+            raise ConfigError(
+                f"features gave shape {values.shape} for {len(genotypes)} genotypes: one row each is needed, "
+                f"[n, genes] to [n, k]."
+            )
+        if not ((values > 0) & np.isfinite(values)).all():
+            wrong = values[~((values > 0) & np.isfinite(values))][0]
+            raise ConfigError(f"features gave {wrong:g}: they are taken logarithms of, so they must be above 0.")
+        return values
+
+    known(space.sample(np.random.default_rng(0), 2))
+    return known
+
+
+def _numbers(what: str, values: ArrayLike) -> NDArray[np.float64]:
+    try:
+        return np.asarray(values, np.float64)
+    except (TypeError, ValueError) as e:
+        raise ConfigError(f"{what} gave no numbers: {e}.") from e
 
 
 def name_of(function: Callable[..., Any] | str) -> str:

@@ -16,7 +16,7 @@ from nas.data import load_data
 from nas.evaluate import SubnetEvaluator
 from nas.evaluate.proxies import additive, naswot
 from nas.files import read_as, write_json
-from nas.pipeline.costs import Cost, beyond, cost_names, exact_costs, within
+from nas.pipeline.costs import Cost, beyond, cost_names, exact_costs, handmade, within
 from nas.pipeline.job import Job
 from nas.search import (
     EXECUTORS,
@@ -119,7 +119,7 @@ def run(job: Job, on_trial: Callable[[Trial], None] | None = None) -> Trials:
         lag=settings.lag,
         seed=job.experiment.seed,
         journal_path=job.path / "search" / "journal.jsonl",
-        initial=[smallest, job.handmade(), largest],
+        initial=[smallest, handmade(job), largest],
         cache=_cache(job, weights),
         on_trial=on_trial,
     )

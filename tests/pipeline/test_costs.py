@@ -5,6 +5,7 @@ import dataclasses
 import re
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 import tiny
@@ -14,9 +15,9 @@ from nas import cost
 from nas.config import Experiment
 from nas.console import Console
 from nas.errors import ConfigError, LimitError, UnmeasuredBlock
-from nas.latency import import_table
+from nas.latency import Table, import_table
 from nas.pipeline import load_experiment, run_experiment
-from nas.pipeline.costs import beyond, exact_costs, within
+from nas.pipeline.costs import beyond, exact_costs, handmade, within
 from nas.pipeline.job import Job
 from nas.pipeline.search import make_problem
 from nas.runfolder import RunFolder
@@ -150,6 +151,13 @@ def test_what_is_within_the_tolerance_of_a_limit_is_feasible_and_said_to_exceed_
         assert all("over its limit of" in line and "within its tolerance" in line for line in told)
 
 
+def test_what_is_made_by_hand_is_within_all_limits_where_it_can_be(here, tmp_path):
+    free = handmade(job_of(tmp_path / "free"))
+    _, params = exact_costs(job_of(tmp_path / "one", 'limits={params="99%"}'))
+    fewer = params.price(free[None])[0] - 1
+    assert params.price(handmade(job_of(tmp_path / "two", f"limits={{params={fewer}}}"))[None])[0] <= fewer
+
+
 def test_without_a_tolerance_what_a_search_is_of_stays_the_same(here, tmp_path):
     """Its digest, so that journals of before are continued."""
     plain = job_of(tmp_path / "one", 'limits.params="40%"')
@@ -182,6 +190,20 @@ def test_a_limit_below_the_range_is_told_after_measuring_with_the_range(here, tm
 def test_ranges_are_shown_after_measuring(here, tmp_path, capsys):
     job_of(tmp_path / "run", 'limits={macs="50%"}')
     assert re.search(r"macs: at most \d+.*, reachable \d+ to \d+", capsys.readouterr().err)
+
+
+def test_each_latency_is_explained_by_what_it_was_counted_with(here, tmp_path):
+    """A further device may have tables of other precisions than the experiment's own."""
+    eight = Path("latency_models/eight")
+    table = msgspec.structs.replace(Table.load("latency_models/odd/tiny", "float32"), precision="int8")
+    table.save(eight / "tiny")
+    (eight / "device.toml").write_text('device="8"\nruntime="none"\nhardware="eight"\nprecision=["int8"]\n')
+    job = job_of(tmp_path / "run", f'objectives=[{TOP1},{LATENCY},{{name="latency_ms@eight"}}]')
+    own, further = exact_costs(job)
+    assert [c.model.precision for c in (own, further)] == ["float32", "int8"]
+    for made in (own, further):
+        blocks_ms, once_ms = made.model.parts_ms(job.space.decode(made.cheapest))
+        assert sum(blocks_ms) + once_ms == pytest.approx(made.least)
 
 
 def test_a_further_device_without_a_table_is_told(here, tmp_path):

@@ -86,9 +86,9 @@ def test_the_predictor_is_given_what_else_is_known():
         asked.append(len(genotypes))
         return 1.0 + genotypes[:, :1]
 
-    more = {"evaluate": of_choices, "costs": {"latency_ms": price}, "trials": 30}
+    more = {"evaluate": of_choices, "costs": {"latency_ms": price}, "trials": 30, "population": 8}
     informed = quiet(CHOICES, strategy="predictor", features=features, **more)
-    assert asked
+    assert max(asked) > 100
     assert informed.evaluated != quiet(CHOICES, strategy="predictor", **more).evaluated
 
 
@@ -132,6 +132,28 @@ def test_what_can_be_reached_is_told_first_and_impossible_limits_are_refused(her
     assert said.index("reachable") < said.index("search: predictor, 3 trials")
 
 
+def test_functions_that_can_be_imported_evaluate_in_processes_too(here):
+    """Of choices, and of a space by its path; others are refused, and so is a space that no worker can make anew."""
+    more = {"evaluate": of_choices, "costs": {"latency_ms": price}, "trials": 12}
+    shape = {"input_shape": here.input, "classes": here.classes, "trials": 4}
+    for space, given in ((CHOICES, more), ("tiny.toml", shape)):
+        assert quiet(space, executor="processes", workers=1, **given) == quiet(space, **given)
+    with pytest.raises(ConfigError, match=r"cannot import '.*<lambda>'"):
+        quiet(CHOICES, executor="processes", **{**more, "evaluate": lambda values: 0.5})
+    with pytest.raises(ConfigError, match="Give it by its name or path"):
+        quiet(here, executor="processes", trials=4)
+    with pytest.raises(ConfigError, match="with numbers, text or lists"):
+        quiet({"size": [(1, 2), (3, 4)]}, executor="processes", **more)
+
+
+def test_networks_that_cannot_be_had_at_all_leave_the_range_of_a_cost_alone():
+    cost = {"ms": lambda g: np.where(g[:, 0] == 1, np.inf, price(g))}
+    for count in (3, 12):  # counted, and crossed
+        choices = {f"op{i}": [0, 1, 2, 3] for i in range(count)}
+        front = quiet(choices, evaluate=lambda v: sum(v.values()) / 50, costs=cost, limits={"ms": "50%"}, trials=10)
+        assert front.setting.limits["ms"] == pytest.approx(1 + 0.5 * 3 * count)
+
+
 def test_limits_of_own_costs_are_held_in_large_spaces_too():
     large = {f"op{i}": list(range(5)) for i in range(12)}  # 2e8 ways
     front = quiet(large, evaluate=lambda v: sum(v.values()) / 50, costs={"ms": price}, limits={"ms": "20%"})
@@ -154,11 +176,28 @@ def test_limits_of_own_costs_are_held_in_large_spaces_too():
         ("tiny.toml", {"evaluate": top1, "executor": "rya"}, "Did you mean `ray`"),
         ("tiny.toml", {"evaluate": top1, "trials": 0}, "trials 0"),
         ("tiny.toml", {"evaluate": top1, "settings": {"beta": 1}}, "no such setting"),
+        ("tiny.toml", {"evaluate": top1, "limits": {"macs": [3]}}, "a positive number of macs"),
+        ("tiny.toml", {"evaluate": top1, "trials": 9.5}, "trials 9.5: a whole number"),
+        ("tiny.toml", {"evaluate": top1, "workers": 0}, "workers 0: a whole number from 1"),
+        ("tiny.toml", {"evaluate": 0.5}, "evaluate is 0.5: a function"),
+        ("tiny.toml", {"evaluate": "nowhere:top1"}, "No function 'nowhere:top1'"),
+        ("tiny.toml", {"evaluate": top1, "costs": {"error": price}}, "the accuracy has that name"),
+        ("tiny.toml", {"evaluate": top1, "costs": {"ms": 3}}, "costs.'ms'. is 3: a function"),
+        ("tiny.toml", {"evaluate": top1, "costs": {"ms": lambda g: ["x"] * len(g)}}, "gave no numbers"),
+        ("tiny.toml", {"evaluate": top1, "costs": {"ms": lambda g: np.full(len(g), np.nan)}}, "gave NaN for genotype"),
+        ("tiny.toml", {"evaluate": top1, "costs": {"ms": price}, "limits": {"ms": "5"}}, "a share like"),
+        ("tiny.toml", {"evaluate": top1, "costs": {"ms": price}, "limits": {"ms": np.nan}}, "a finite number of ms"),
+        ("tiny.toml", {"evaluate": top1, "features": np.ones((9, 1))}, "features is ndarray: a function"),
+        ("tiny.toml", {"evaluate": top1, "features": lambda g: np.ones(len(g))}, r"gave shape \(2,\) for 2 genotypes"),
+        ("tiny.toml", {"evaluate": top1, "features": lambda g: np.zeros((len(g), 1))}, "gave 0: they are taken log"),
+        ({}, {"evaluate": of_choices, "costs": {"ms": price}}, "the space has no choices"),
+        ({"a": 3}, {"evaluate": of_choices, "costs": {"ms": price}}, "choice 'a' is 3: a list"),
     ],
 )
-def test_a_mistake_is_told_before_anything_is_evaluated(what, arguments, message, here):
+def test_a_mistake_is_told_before_anything_is_evaluated(what, arguments, message, here, tmp_path):
     with pytest.raises(ConfigError, match=message):
-        nas.search(what, quiet=True, **arguments)
+        nas.search(what, quiet=True, journal=tmp_path / "j", **arguments)
+    assert not (tmp_path / "j").exists()
 
 
 def test_a_device_without_a_table_says_how_to_make_one(here):

@@ -8,6 +8,7 @@ from click.testing import CliRunner
 from synthetic_tables import write_device
 
 from nas.cli import cli
+from nas.config import Limit
 from nas.errors import ConfigError, NasError
 from nas.pipeline import commands, load_experiment
 
@@ -55,7 +56,9 @@ def test_an_experiment_takes_limits_and_keeps_the_rest(here):
     experiment = load_experiment("tiny_experiment.toml")
     other = commands.limited(experiment, commands.parsed(["30%", "macs=1e6"]))
     assert other.limit.at_most == "30%"
-    assert other.limits == {"macs": 1e6}
+    assert other.limits == {"macs": 1e6}  # as a file that says so has it: its run folder goes on
+    tolerant = load_experiment("tiny_experiment.toml", overrides=['limits={macs={at_most="9%",tolerance="5%"}}'])
+    assert commands.limited(tolerant, {"macs": 1e6}).asked["macs"] == Limit(1e6, tolerance="5%")
     assert other.search == experiment.search
 
 
@@ -89,6 +92,13 @@ def test_a_function_that_is_not_there_is_named(here):
         commands.search_by(
             "nowhere:top1", "./tiny.toml", here / "out", device="phone", strategy=None, trials=3, limits={}
         )
+
+
+def test_a_search_is_done_anew_on_request(here, monkeypatch):
+    asked = []
+    monkeypatch.setattr(commands, "run_experiment", lambda experiment, out, **more: asked.append((str(out), more)))
+    assert call("tiny_experiment.toml", "--redo", "search", "--strategy", "random").exit_code == 0
+    assert asked == [("runs/tiny", {"stages": ("search",), "redo": "search"})]
 
 
 def test_help_has_an_example():

@@ -119,6 +119,7 @@ def test_salvage_takes_a_run_folder_and_overwrites_nothing(path, tmp_path, nas):
     told = nas("doctor", "--salvage", run, "--out", new)
     assert "5 records" in told
     assert "it is whole" in told
+    assert "5 records" in nas("doctor", "--salvage", path.parent)  # of a search by a function
     assert new.read_bytes() == path.read_bytes()
     assert "exists already" in nas("doctor", "--salvage", run, "--out", new, code=2)
     assert "no meaning" in nas("doctor", "--out", new, code=2)
