@@ -8,6 +8,7 @@ import contextlib
 import importlib
 import importlib.util
 import json
+import math
 import os
 import secrets
 import shutil
@@ -134,15 +135,19 @@ def reachable(ray: Any, *, within_seconds: float) -> bool:
         return False
 
 
-def waits_for_room(ray: Any, cpus: int) -> bool:
-    """Whether something of `cpus` CPUs waits for room; if not, what has been asked for is placed and starting."""
+def waiting_for_room(ray: Any, cpus: int) -> float:
+    """How many processes of `cpus` CPUs wait for room, of everyone; what has been placed and is starting does not.
+
+    Infinite where this version of Ray cannot tell.
+    """
     try:
         from ray.autoscaler.v2.sdk import get_cluster_resource_state
 
         state = get_cluster_resource_state(ray._private.worker.global_worker.gcs_client)
-    except (ImportError, ray.exceptions.RayError):  # this version cannot tell
-        return True
-    return any(r.request.resources_bundle.get("CPU") == cpus for r in state.pending_resource_requests)
+    except (ImportError, ray.exceptions.RayError):
+        return math.inf
+    requests = state.pending_resource_requests
+    return sum(r.count for r in requests if dict(r.request.resources_bundle) == {"CPU": cpus})
 
 
 def _connected() -> bool:

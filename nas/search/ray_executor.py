@@ -24,7 +24,7 @@ from typing import Any, Literal, Self
 
 import numpy as np
 
-from nas.cluster import connect, node_id, python_path, reachable, waits_for_room
+from nas.cluster import connect, node_id, python_path, reachable, waiting_for_room
 from nas.errors import ExecutorError
 from nas.search.executor import Evaluate, Result, Weights, build, evaluate_one, worker_environment
 from nas.search.strategy import Genotype, Genotypes
@@ -35,6 +35,7 @@ _QUEUED = 2  # calls at each worker: the next one is there when one ends
 _CALL_SECONDS = 0.1  # that a call is to last: evaluations shorter than half of it share one
 _LARGEST = 256  # evaluations in a call
 _WATCH_SECONDS = 2.0  # between two looks at whether the cluster is there
+_REPORT_SECONDS = 10.0  # that a worker waits for room before that is told
 _SILENCES = 3  # such looks in a row without an answer, and it is lost
 
 logger = logging.getLogger(__name__)
@@ -104,7 +105,7 @@ class RayExecutor:
         timeout_seconds: for one evaluation, from when it runs.
         threads: cores of one worker.
         schedule_seconds: that no worker at all may have room.
-        setup_seconds: until the factory must have returned.
+        setup_seconds: until the first worker must have started, and until the factory must have returned.
 
     Raises:
         ExecutorError: from `submit` and `next`, when workers cannot be started, keep dying, or find no room, or the
@@ -121,7 +122,7 @@ class RayExecutor:
         address: str = "local",
         timeout_seconds: float = 300.0,
         threads: int = 1,
-        schedule_seconds: float = 30.0,
+        schedule_seconds: float = 20.0,
         setup_seconds: float = 600.0,
     ):
         self._recipe = factory, dict(kwargs or {})
@@ -317,22 +318,30 @@ class RayExecutor:
             self._look_for_room(now)
 
     def _look_for_room(self, now: float) -> None:
-        """Tells of workers that have waited for long; an error where there is not one that does not."""
+        """Tells of workers that wait for room; an error where that is all of them, for long, or none starts."""
         waiting = [seat for seat in self._seats if seat.node is None]
         if len(waiting) < self._workers:
             self._placed_at = now
         if not waiting:
             self._told = False
-        elif len(waiting) < self._workers:
-            if not self._told and now - min(seat.since for seat in waiting) > self._schedule_seconds:
-                self._told = True
-                logger.warning("%d of %d workers go on. %s", self._workers - len(waiting), self._workers, self._room())
-        elif now - self._placed_at > self._schedule_seconds and (
-            waits_for_room(self._ray, self._threads) or now - self._placed_at > self._setup_seconds
-        ):
+            return
+        longest = now - min(seat.since for seat in waiting)
+        without = now - self._placed_at  # seconds without any worker
+        if longest < min(_REPORT_SECONDS, self._schedule_seconds):
+            return
+        crowded = waiting_for_room(self._ray, self._threads) >= len(waiting)  # else some are placed, and slow to start
+        if crowded and not self._told:
+            self._told = True
+            logger.warning("%d of %d workers go on. %s", self._workers - len(waiting), self._workers, self._room())
+        if crowded and without > self._schedule_seconds:
             raise ExecutorError(
                 f"The cluster placed no worker within {self._schedule_seconds:g} s. {self._room()} Ask for fewer "
                 f"workers or threads, wait until others are done, or use another cluster; the same command goes on."
+            )
+        if without > self._setup_seconds:
+            raise ExecutorError(
+                f"No worker has started within {self._setup_seconds:g} s. {self._room()} Look for what keeps processes "
+                f"on its nodes from starting, or use another cluster; the same command goes on."
             )
 
     def _room(self) -> str:

@@ -37,7 +37,7 @@ def of_hash_seed(seed, path, executor, **more) -> str:
     code = "import sys, json, test_executors as t; print(t.outcome(*sys.argv[1:3], **json.loads(sys.argv[3])))"
     environment = {**os.environ, "PYTHONHASHSEED": str(seed), "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
     command = [sys.executable, "-c", code, str(path), executor, json.dumps(more)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=200)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=600)
     return done.stdout.split()[-1]
 
 

@@ -1,46 +1,37 @@
 """Whatever is killed, wherever: nothing is lost, nothing is doubled, and the end is that of a search left alone."""
 
-import contextlib
 import importlib.util
 import json
 import os
 import random
-import secrets
-import shutil
 import signal
-import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
-from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
 import search_toy as toy
+from ray_cluster import Cluster, children, free_port, is_worker, ray_command
 from test_driver import go
+from test_executors import digest
 
-from nas.search import RayExecutor
+from nas.search import EXECUTORS
 from nas.search.journal import read
 
 TRIALS = 80
 
-# A search whose evaluations take a while, in a process of its own: `ray` or `inline`, the journal, and where Ray is.
+# A search whose evaluations take a while, in a process of its own: an executor, the journal, and where Ray is.
 DRIVER = f"""
 import sys
-import search_toy as toy
 from nas.errors import ExecutorError
-from nas.search import InlineExecutor, RayExecutor
+from nas.search import EXECUTORS
 from test_driver import go
 executor, path, address, delay_seconds, workers = sys.argv[1:]
 kwargs = {{"delay_seconds": float(delay_seconds)}}
-chosen = (
-    RayExecutor("search_toy:evaluator", kwargs, workers=int(workers), address=address)
-    if executor == "ray"
-    else InlineExecutor(toy.evaluator, kwargs)
-)
+chosen = EXECUTORS[executor]("search_toy:evaluator", kwargs, workers=int(workers), address=address)
 print("begun", flush=True)
 try:
     go(path, executor=chosen, trials={TRIALS})
@@ -65,8 +56,16 @@ def start(executor, path, address="local", delay_seconds=0.02, workers=2, **envi
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """The trials of the search that nobody disturbs."""
-    return go(tmp_path_factory.mktemp("whole") / "journal", trials=TRIALS)
+    """The digest of the search that nobody disturbs."""
+    return ended(tmp_path_factory.mktemp("whole") / "journal")
+
+
+def ended(path, executor=None):
+    """The digest of a search that goes on to its end, which keeps what was committed."""
+    done = committed(path)
+    assert len(go(path, executor=executor, trials=TRIALS)) == TRIALS
+    assert committed(path).startswith(done)
+    return digest(path)
 
 
 def committed(path):
@@ -108,67 +107,70 @@ def kill_drivers(path, executor, kills, delay_seconds, seed):
         done = committed(path)
 
 
-@pytest.mark.parametrize("kills", [6, pytest.param(50, marks=pytest.mark.slow)])
-def test_a_driver_killed_at_random_points(tmp_path, whole, kills):
+@pytest.mark.parametrize(
+    ("executor", "kills"),
+    [("inline", 6), *(pytest.param(name, 50, marks=pytest.mark.slow) for name in ("inline", "processes"))],
+)
+def test_a_driver_killed_at_random_points(tmp_path, whole, executor, kills):
     path = tmp_path / "journal"
-    kill_drivers(path, "inline", kills, 0.005, seed=kills)
-    done = committed(path)
-    assert go(path, trials=TRIALS) == whole
-    assert committed(path).startswith(done)
+    kill_drivers(path, executor, kills, 0.005, seed=kills)
+    assert ended(path) == whole
 
 
 @pytest.mark.slow
 def test_a_driver_on_ray_killed_at_random_points(tmp_path, whole):
     path = tmp_path / "journal"
     kill_drivers(path, "ray", 20, 0.05, seed=20)
-    assert go(path, trials=TRIALS) == whole
-    committed(path)
+    assert ended(path) == whole
 
 
 def kill_workers(path, kills, stop, seed):
-    """Kills evaluating workers of this process's cluster, some trials apart: nobody can tell a candidate that is hit
-    three times from one that crashes its worker. Returns how many."""
+    """Kills evaluating workers of this process, some trials apart: nobody can tell a candidate that is hit three times
+    from one that crashes its worker. Returns how many."""
     rng, killed, lines = random.Random(seed), 0, 1
     while killed < kills and not stop.wait(rng.uniform(0.05, 0.2)):
         if not path.exists() or path.read_bytes().count(b"\n") < lines:
             continue
-        workers = [p for p in psutil.Process().children(recursive=True) if is_worker(p, "ray::Worker.evaluate")]
-        if workers:
+        if workers := [p for p in psutil.Process().children(recursive=True) if is_evaluating(p)]:
             rng.choice(workers).kill()
             killed += 1
             lines = path.read_bytes().count(b"\n") + rng.randrange(1, 4)
     return killed
 
 
-def is_worker(process, title="ray::Worker"):
+def is_evaluating(process):
     try:
-        return process.cmdline()[0].startswith(title)
-    except (psutil.Error, IndexError):
+        line = process.cmdline()
+    except psutil.Error:
         return False
+    return line[:1] == ["ray::Worker.evaluate"] or any(word.endswith("search/_worker.py") for word in line)
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
-def test_workers_killed_at_random_points(tmp_path, whole, kills):
+@pytest.mark.parametrize(
+    ("executor", "kills"),
+    [("ray", 2), *(pytest.param(name, 20, marks=pytest.mark.slow) for name in ("ray", "processes"))],
+)
+def test_workers_killed_at_random_points(tmp_path, whole, executor, kills):
     path, stop, found = tmp_path / "journal", threading.Event(), []
     thread = threading.Thread(target=lambda: found.append(kill_workers(path, kills, stop, seed=kills)))
-    executor = RayExecutor("search_toy:evaluator", {"delay_seconds": 0.2}, workers=2)
+    chosen = EXECUTORS[executor]("search_toy:evaluator", {"delay_seconds": 0.2}, workers=2)
     thread.start()
     try:
-        assert go(path, executor=executor, trials=TRIALS) == whole
+        assert ended(path, chosen) == whole
     finally:
         stop.set()
         thread.join()
     assert found == [kills]
-    committed(path)
 
 
-def test_a_search_completes_whatever_its_candidates_do(tmp_path):
+@pytest.mark.parametrize("executor", ["ray", "processes"])
+def test_a_search_completes_whatever_its_candidates_do(tmp_path, executor):
     """They crash, hang, run out of memory politely or not, and count in NaN."""
     log = tmp_path / "log"
-    executor = RayExecutor("search_toy:wild_evaluator", {"log": str(log)}, workers=2, timeout_seconds=4.0)
+    chosen = EXECUTORS[executor]("search_toy:wild_evaluator", {"log": str(log)}, workers=2, timeout_seconds=4.0)
     first = [np.array([gene, *[0] * 9], np.uint8) for gene in range(7)]
     problem = toy.problem((7,) * 10)
-    trials = go(tmp_path / "wild", executor=executor, trials=10, strategy="random", problem=problem, initial=first)
+    trials = go(tmp_path / "wild", executor=chosen, trials=10, strategy="random", problem=problem, initial=first)
     assert len(trials) == 10
     seen = {t.genotype[0]: t.failure for t in trials}
     assert seen[0] is None
@@ -185,80 +187,6 @@ def test_a_search_completes_whatever_its_candidates_do(tmp_path):
     calls = [tuple(json.loads(line)) for line in log.read_text().splitlines()]
     alone = {g: len({pid for pid, other in calls if other == g}) for _, g in calls}
     assert max(alone.values()) <= 4  # three, and one where the blame fell on the answer before
-
-
-# `ray`, for nodes that join each other on loopback, which Ray takes for a mistake.
-RAY = """
-from ray._private import ray_constants, services
-ray_constants.ENABLE_RAY_CLUSTER = True
-services.get_node_ip_address = lambda address=None: "127.0.0.1"
-from ray.scripts.scripts import main
-main()
-"""
-
-
-class Cluster:
-    """A head without CPUs and nodes of two each, on loopback behind a token: each is a family of processes."""
-
-    def __init__(self, dashboard_port=None):
-        self.folder = Path(tempfile.mkdtemp(prefix="nas-"))
-        self.settings = {
-            "RAY_AUTH_MODE": "token",
-            "RAY_AUTH_TOKEN": secrets.token_hex(32),
-            "RAY_USAGE_STATS_ENABLED": "0",
-            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # despite its name: loopback
-        }
-        self.nodes = []
-        port = free_port()
-        self.address = f"127.0.0.1:{port}"
-        board = ["--include-dashboard=false"]
-        if dashboard_port is not None:
-            board = ["--include-dashboard=true", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard_port}"]
-        self.head = self._start("--head", f"--port={port}", "--num-cpus=0", f"--temp-dir={self.folder}", *board)
-        self.wait(lambda: "Ray runtime started" in (self.folder / "said").read_text())
-
-    def _start(self, *arguments):
-        command = [sys.executable, "-c", RAY, "start", "--block", "--node-ip-address=127.0.0.1"]
-        with (self.folder / "said").open("a") as said:
-            return subprocess.Popen(
-                [*command, f"--object-store-memory={2**27}", *arguments],
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p), **self.settings},
-                stdout=said,
-                stderr=said,
-            )
-
-    def wait(self, condition, seconds=90):
-        deadline = time.monotonic() + seconds
-        while not condition():
-            assert time.monotonic() < deadline, (self.folder / "said").read_text()
-            time.sleep(0.1)
-
-    def add(self):
-        self.nodes.append(self._start(f"--address={self.address}", "--num-cpus=2"))
-
-    def kill(self, node):
-        """Its whole family at once, as by a pulled plug."""
-        family = [psutil.Process(node.pid), *psutil.Process(node.pid).children(recursive=True)]
-        for process in family:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
-        node.wait()
-        psutil.wait_procs(family, timeout=10)
-
-    def workers(self):
-        """Of all nodes, those that evaluate."""
-        return [p for n in self.nodes for p in psutil.Process(n.pid).children(recursive=True) if is_worker(p)]
-
-    def close(self):
-        for node in [*self.nodes, self.head]:
-            if node.poll() is None:
-                self.kill(node)
-        shutil.rmtree(self.folder, ignore_errors=True)
-
-
-def free_port():
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        return free.getsockname()[1]
 
 
 @pytest.fixture
@@ -283,8 +211,8 @@ def test_nodes_killed_and_replaced(tmp_path, whole, cluster):
         cluster.add()
     output = driver.communicate(timeout=300)
     assert driver.returncode == 0, output
-    assert go(path, trials=TRIALS) == whole
-    committed(path)
+    assert len(committed(path).splitlines()) == TRIALS + 1
+    assert ended(path) == whole
 
 
 @pytest.mark.slow
@@ -300,35 +228,47 @@ def test_a_search_goes_on_with_fewer_workers_and_says_so_and_takes_in_who_comes(
     _, errors = driver.communicate(timeout=300)
     assert driver.returncode == 0, errors
     assert "2 of 4 workers go on. 4 workers of 1 CPUs need 4; the cluster has 2 CPUs, of which 0 are free." in errors
-    assert go(path, trials=TRIALS) == whole
+    assert ended(path) == whole
 
 
 @pytest.mark.slow
-def test_a_cluster_that_starves_later_is_an_error_within_half_a_minute(tmp_path, whole, cluster):
+def test_a_cluster_that_starves_says_within_half_a_minute_what_it_lacks(tmp_path, whole, cluster):
+    """From the beginning, and when its only node dies: then Ray finds that out first, which takes up to 15 s."""
+    path, starved = tmp_path / "journal", "2 workers of 1 CPUs need 2; the cluster has 0 CPUs, of which 0 are free."
+    begun = time.monotonic()
+    driver = start("ray", path, cluster.address, 0.5, **cluster.settings)
+    _, errors = driver.communicate(timeout=100)
+    assert f"error: The cluster placed no worker within 20 s. {starved}" in errors
+    assert time.monotonic() - begun < 60
     cluster.add()
-    path = tmp_path / "journal"
     driver = start("ray", path, cluster.address, 0.5, **cluster.settings)
     assert wait_for(path, 10, driver, 120)
     cluster.kill(cluster.nodes.pop())
     killed = time.monotonic()
-    _, errors = driver.communicate(timeout=120)
-    assert "2 workers of 1 CPUs need 2; the cluster has 0 CPUs" in errors
-    assert time.monotonic() - killed < 60  # half a minute without room, after Ray has found out and before it ends
-    assert go(path, trials=TRIALS) == whole
+    assert driver.stderr is not None
+    assert driver.stderr.readline() == f"0 of 2 workers go on. {starved}\n"
+    assert time.monotonic() - killed < 30
+    _, errors = driver.communicate(timeout=100)
+    assert f"error: The cluster placed no worker within 20 s. {starved}" in errors
+    assert time.monotonic() - killed < 60
+    assert ended(path) == whole
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("lines", [1, 10])
 @pytest.mark.parametrize("local", [True, False])
-def test_a_dead_head_ends_the_search_within_half_a_minute(tmp_path, whole, cluster, local):
+def test_a_dead_head_ends_the_search_within_half_a_minute(tmp_path, whole, cluster, local, lines):
+    """While workers start, and while they evaluate."""
     cluster.add()
     path = tmp_path / "journal"
     driver = start("ray", path, "local" if local else cluster.address, 0.5, **({} if local else cluster.settings))
-    assert wait_for(path, 10, driver, 120)
+    assert wait_for(path, lines, driver, 120)
+    while local and len(servers := [p for p in children(driver) if p.name() in ("gcs_server", "raylet")]) < 2:
+        time.sleep(0.05)
     killed = time.monotonic()
     if local:
-        for process in children(driver):
-            if process.name() in ("gcs_server", "raylet"):
-                process.kill()
+        for process in servers:
+            process.kill()
     else:
         cluster.kill(cluster.head)
     _, errors = driver.communicate(timeout=100)
@@ -336,22 +276,8 @@ def test_a_dead_head_ends_the_search_within_half_a_minute(tmp_path, whole, clust
     assert driver.returncode == 1
     assert "error: The Ray cluster is lost" in errors
     assert "the same command goes on" in errors
-    done = committed(path)
-    assert done
-    assert go(path, trials=TRIALS) == whole
-    assert committed(path).startswith(done)
-
-
-def ray(*arguments, **environment):
-    """The command `ray` on the outside of a cluster."""
-    done = subprocess.run(
-        [sys.executable, "-c", RAY, *map(str, arguments)],
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        timeout=180,
-    )
-    return done.returncode, done.stdout + done.stderr
+    assert committed(path)
+    assert ended(path) == whole
 
 
 @pytest.mark.skipif(importlib.util.find_spec("aiohttp_cors") is None, reason="jobs need ray[default]")
@@ -367,10 +293,10 @@ def test_as_a_job_of_a_cluster_behind_a_token(tmp_path, whole):
         path = tmp_path / "journal"
         submit = ("job", "submit", f"--address=http://127.0.0.1:{port}", f"--working-dir={tmp_path / 'work'}", "--")
         entry = (sys.executable, "driver.py", "ray", path, "auto", 0.02, 2)
-        code, told = ray(*submit, *entry, **cluster.settings | {"RAY_AUTH_TOKEN": "wrong" * 8})
+        code, told = ray_command(*submit, *entry, **cluster.settings | {"RAY_AUTH_TOKEN": "wrong" * 8})
         assert code != 0
         assert not path.exists()
-        code, told = ray(*submit, *entry, **cluster.settings)
+        code, told = ray_command(*submit, *entry, **cluster.settings)
         assert code == 0, told
         assert "succeeded" in told
         (address,) = {
@@ -380,8 +306,4 @@ def test_as_a_job_of_a_cluster_behind_a_token(tmp_path, whole):
     finally:
         cluster.close()
     assert len(committed(path).splitlines()) == TRIALS + 1
-    assert go(path, trials=TRIALS) == whole
-
-
-def children(process):
-    return psutil.Process(process.pid).children(recursive=True)
+    assert ended(path) == whole

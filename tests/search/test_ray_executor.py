@@ -139,6 +139,18 @@ def test_a_starved_cluster_is_an_error_that_says_what_is_missing():
         results(executor, [genotype(0)])
 
 
+@pytest.mark.slow
+def test_workers_that_have_room_and_start_slowly_are_waited_for(tmp_path, monkeypatch):
+    """Also where there are more workers than fit; but not for ever."""
+    (tmp_path / "sitecustomize.py").write_text("import time; time.sleep(5)")
+    monkeypatch.syspath_prepend(tmp_path)  # which workers inherit
+    executor = RayExecutor("search_toy:evaluator", workers=3, schedule_seconds=1.0)
+    assert results(executor, [genotype(0)])[0].correct == toy.correct(genotype(0))
+    executor = RayExecutor("search_toy:evaluator", workers=3, schedule_seconds=1.0, setup_seconds=2.0)
+    with pytest.raises(ExecutorError, match=r"No worker has started within 2 s\. 3 workers of 1 CPUs need 3"):
+        results(executor, [genotype(0)])
+
+
 def test_a_worker_keeps_to_its_cores(tmp_path):
     facts = tmp_path / "facts"
     results(RayExecutor("search_toy:facts_evaluator", {"path": str(facts)}, workers=1), [genotype(0)])
