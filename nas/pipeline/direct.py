@@ -163,6 +163,7 @@ def search(
         ]
         digest = hashlib.sha256(json.dumps(meaning).encode()).hexdigest()[:16]
         problem = problem_of(source.space, found, names, digest=digest, total=source.images)
+        problem = dataclasses.replace(problem, accuracy=source.accuracy)
         known = None if features is None else lambda genotypes: np.asarray(features(genotypes), np.float64)
         if known is None and source.space.positions:
             known = sizes_of(source.space)
@@ -196,7 +197,8 @@ def search(
             )
     finite = {c.name: c.limit for c in found if math.isfinite(c.limit)}
     models = source.models | _further(source.space, found, source.precision)
-    return Front.of(done, ("error", *names), Setting(source.space, source.device, models, finite))
+    setting = Setting(source.space, source.device, models, finite, source.accuracy)
+    return Front.of(done, ("error", *names), setting)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,6 +214,7 @@ class _Source:
     device: str | None
     precision: str  # of latencies
     models: dict[str, LatencyModel]  # {"latency_ms": ...}, or none
+    accuracy: str = "top1"  # that is counted
 
 
 def _source(
@@ -291,11 +294,12 @@ def _of_run(path: Path, device: str | None, precision: str | None, console: Cons
         "nas.pipeline.search:evaluator",
         {"experiment": msgspec.to_builtins(experiment)},
         weights,
-        [job.data.digest, experiment.seed, train],
+        [job.data.digest, experiment.seed, train, *([experiment.counted] if experiment.counted != "float32" else [])],
         images,
         _device_name(device or experiment.device),
         precision,
         {"latency_ms": model},
+        experiment.accuracy,
     )
 
 
@@ -367,7 +371,7 @@ def _of_experiment(experiment: Experiment, out: str | Path | None, console: Cons
         found = exact_costs(job)
         finite = {c.name: c.limit for c in found if math.isfinite(c.limit)}
         models = {"latency_ms": job.tables[job.precision]} | _further(job.space, found, job.precision)
-        setting = Setting(job.space, _device_name(experiment.device), models, finite)
+        setting = Setting(job.space, _device_name(experiment.device), models, finite, experiment.accuracy)
     return Front.of(trials, ("error", *cost_names(experiment)), setting)
 
 
