@@ -247,7 +247,8 @@ class Limit(Strict, frozen=True):
     tolerance: float | str | None = None  # beyond `at_most`: in the cost's unit, or "5%" of `at_most`; reported as such
     precision: str | None = None
     """Of latencies: which of the device's tables; float32 if it has that, else its first. Of `size_bytes` and
-    `memory_bytes`: float32 or int8; that of `latency_ms` if it is one of them, else float32."""
+    `memory_bytes`: float32 or int8; that of `latency_ms` if it is one of them, else float32. Of top1: what networks are
+    computed in when their answers are counted, float32 or int8; float32 if None."""
 
 
 class Objective(Limit, frozen=True, kw_only=True):
@@ -306,6 +307,17 @@ class Experiment(Strict, frozen=True, kw_only=True):
     def limit(self) -> Objective:
         """The latency objective."""
         return next(o for o in self.objectives if o.name == "latency_ms")
+
+    @property
+    def counted(self) -> typing.Literal["float32", "int8"]:
+        """The precision in which the search counts right answers: of subnets as trained, or as their int8 files."""
+        in_int8 = any(o.name == "top1" and o.precision == "int8" for o in self.objectives)
+        return "int8" if in_int8 else "float32"
+
+    @property
+    def accuracy(self) -> str:
+        """What the search counts, as journal and tables call it: top1, or top1_int8."""
+        return "top1" if self.counted == "float32" else f"top1_{self.counted}"
 
     @property
     def asked(self) -> dict[str, Limit]:

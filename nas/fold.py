@@ -1,4 +1,4 @@
-"""Inference form of a graph: batch normalisation folded into the layer before it. NumPy only."""
+"""Inference form of a graph: batch normalisation folded into the layer before it."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,22 +8,23 @@ import numpy as np
 
 from nas.ops import NORM_EPSILON, AnyOp, Conv, Dense, Graph, Norm, weights
 
-Arrays = dict[str, np.ndarray]
+Arrays = dict[str, Any]
 
 
-def fold(graph: Graph, params: Mapping[str, Any]) -> tuple[Graph, Arrays]:
+def fold(graph: Graph, params: Mapping[str, Any], *, xp: Any = np) -> tuple[Graph, Arrays]:
     """`graph` and `params` with every foldable norm gone, values renumbered; what they compute stays the same.
 
     A norm folds into the conv or dense layer it reads when nothing else reads that layer; any other norm stays.
 
     Args:
         params: name -> array, as `nas.ops.weights(graph)` lists them; others are left out of the result.
+        xp: what computes; `jax.numpy` takes arrays that are traced, and has no float64.
 
     Returns:
-        The folded graph, and float32 arrays as `nas.ops.weights` lists them for it. The arithmetic is float64.
+        The folded graph, and float32 arrays as `nas.ops.weights` lists them for it. NumPy's arithmetic is float64.
     """
     readers = graph.consumers()
-    out: Arrays = {w.name: np.asarray(params[w.name], np.float64) for w in weights(graph)}
+    out: Arrays = {w.name: xp.asarray(params[w.name], float) for w in weights(graph)}
     ops: list[AnyOp] = []
     number = {0: 0}  # value of `graph` -> value of the folded graph
     for index, op in enumerate(graph.ops):
@@ -45,5 +46,5 @@ def fold(graph: Graph, params: Mapping[str, Any]) -> tuple[Graph, Arrays]:
 
 def _affine(op: Norm, params: Arrays) -> tuple[np.ndarray, np.ndarray]:
     """The norm as x * scale + offset, each [channels]."""
-    scale = params[f"{op.name}/scale"] / np.sqrt(params[f"{op.name}/var"] + NORM_EPSILON)
+    scale = params[f"{op.name}/scale"] / (params[f"{op.name}/var"] + NORM_EPSILON) ** 0.5
     return scale, params[f"{op.name}/offset"] - params[f"{op.name}/mean"] * scale

@@ -154,9 +154,7 @@ def calibrate(graph: Graph, params: Arrays, images: np.ndarray, *, batch_size: i
     if not len(images):
         raise ExportError("calibration got no images; give it some hundred of the training images.")
 
-    @jax.jit
-    def ranges(batch: Array) -> Array:
-        return jnp.stack([jnp.stack([v.min(), v.max()]) for v in _activations(graph, params, batch)])
+    ranges = jax.jit(lambda batch: observe(graph, params, batch)[1])
 
     # The last batch reaches back to be as large as the others: nothing is compiled twice, and a range is the same.
     starts = [max(0, min(i, len(images) - batch_size)) for i in range(0, len(images), batch_size)]
@@ -165,6 +163,42 @@ def calibrate(graph: Graph, params: Arrays, images: np.ndarray, *, batch_size: i
         raise ExportError("an activation is not finite on the calibration images; the network cannot be quantised.")
     low, high = seen[..., 0].min(0), seen[..., 1].max(0)
     return _quantisation(graph, lambda v: (float(low[v]), float(high[v])))
+
+
+def observe(graph: Graph, params: Arrays, x: Array) -> tuple[Array, Array]:
+    """What the float network makes of `x`, and the ends of each value's range [values, 2]; `graph` is folded."""
+    values = _activations(graph, params, x)
+    return values[-1], jnp.stack([jnp.stack([v.min(), v.max()]) for v in values])
+
+
+def fake_quantise(graph: Graph, params: Arrays, ranges: Array, x: Array) -> Array:
+    """What the int8 network makes of `x`, by `ranges` [values, 2] as `observe` gives them: `simulate` in real numbers.
+
+    Everything but `graph` may be traced, so that one program serves many networks. Weights and values are rounded as in
+    `simulate`, sums and functions are computed in float32 between them: a value that comes near the middle between two
+    numbers may be rounded to the other one.
+    """
+    scales = [None if v is None else _scale(ranges[v]) for v in sources(graph)]
+
+    def held(y: Array, scale: tuple[Array, Array] | None) -> Array:
+        if scale is None:
+            return y
+        unit, zero_point = scale
+        return (jnp.clip(jnp.round(y / unit) + zero_point, 0, 255) - zero_point) * unit
+
+    values = [held(x, scales[0])]
+    for op, scale in zip(graph.ops, scales[1:], strict=True):
+        inputs = [values[v] for v in op.inputs]
+        if isinstance(op, Conv | Dense):
+            read = scales[op.inputs[0]]
+            assert read is not None  # only logits, and what a ReLU reads, have none
+            kernel, bias, unit = integer_weights(op, params, read[0])
+            whole = {f"{op.name}/kernel": kernel * unit, f"{op.name}/bias": bias * (read[0] * unit)}
+            y = compute(op, whole, inputs)
+        else:
+            y = _norm(op, params, inputs[0]) if isinstance(op, Norm) else compute(op, params, inputs)
+        values.append(held(y, scale))
+    return values[-1]
 
 
 def simulate(graph: Graph, params: Arrays, quantisation: Quantisation, images: Array) -> Array:
@@ -187,7 +221,7 @@ def simulate(graph: Graph, params: Arrays, quantisation: Quantisation, images: A
     return values[-1] if last is None else _dequantise(values[-1], last)
 
 
-def integer_weights(op: Conv | Dense, params: Arrays, scale: float) -> tuple[Any, Any, Any]:
+def integer_weights(op: Conv | Dense, params: Arrays, scale: Any) -> tuple[Any, Any, Any]:
     """Kernel and bias as whole numbers in float32, in the shapes of the float ones, and the kernel's scale [channels].
 
     The kernel is within -127..127. Its scale is that of the channel's largest weight, unless the bias in units of
@@ -200,9 +234,9 @@ def integer_weights(op: Conv | Dense, params: Arrays, scale: float) -> tuple[Any
     in_jax: tuple[Any, ...] = (jnp, _divide, _round, lax.stop_gradient)
     xp, divide, whole, fixed = (np, np.divide, np.rint, lambda x: x) if in_numpy else in_jax
     largest = xp.abs(kernel).max(tuple(range(kernel.ndim - 1)))
-    unit = xp.maximum(divide(largest, np.float32(127)), divide(xp.abs(bias), np.float32(scale * _BIAS_LIMIT)))
+    unit = xp.maximum(divide(largest, np.float32(127)), divide(xp.abs(bias), xp.float32(scale * _BIAS_LIMIT)))
     unit = fixed(xp.where(unit > 0, unit, np.float32(1)))
-    return whole(divide(kernel, unit)), whole(divide(bias, np.float32(scale) * unit)), unit
+    return whole(divide(kernel, unit)), whole(divide(bias, xp.float32(scale) * unit)), unit
 
 
 # rules
@@ -215,6 +249,14 @@ def _quantisation(graph: Graph, range_of: Callable[[int], tuple[float, float]]) 
         return Scale.of(*range_of(v), at_most=_limit(graph.ops[v - 1]) if v else math.inf)
 
     return Quantisation(tuple(None if v is None else scale(v) for v in sources(graph)))
+
+
+def _scale(ends: Array) -> tuple[Array, Array]:
+    """Scale and zero point that cover a range [2], as `Scale.of` has them, of what may be traced."""
+    low, high = jnp.minimum(ends[0], 0), jnp.maximum(ends[1], 0)
+    scale = (high - low) / 255
+    scale = jnp.where(scale < np.finfo(np.float32).tiny, 1 / 255, scale)
+    return scale, jnp.clip(jnp.round(-low / scale), 0, 255)
 
 
 def _rectifies(op: AnyOp | None) -> TypeGuard[Act]:

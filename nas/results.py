@@ -58,7 +58,7 @@ class Run:
         with contextlib.suppress(NasError):  # the front can be read without it
             models["latency_ms"] = load_model(self.path / "latency", self.summary["precision"], space)
         limits = {} if limit.at_most is None else {"latency_ms": self.summary["limit_ms"]}
-        return Setting(space, Path(self.experiment.device).name, models, limits)
+        return Setting(space, Path(self.experiment.device).name, models, limits, self.experiment.accuracy)
 
     @functools.cached_property
     def winners(self) -> dict[str, Winner]:

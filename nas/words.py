@@ -79,6 +79,9 @@ def stage(name: str) -> str:
     return f"{group.removesuffix(digits)} {digits}".strip()
 
 
+_WHOLE = {"rank": 1.0, "prune": 0.0}  # with these a block is as it would be without
+
+
 def options(block: Block, *, all_of_them: bool = False) -> list[str]:
     """The options of the block's label, such as "5×5", "expand 4", "SE"; the activation only with `all_of_them`."""
     words = []
@@ -89,8 +92,8 @@ def options(block: Block, *, all_of_them: bool = False) -> list[str]:
             words.append("SE" if key == "se" else key)
         elif key == "act":
             words += [value] if all_of_them else []
-        elif key == "rank" and float(value) == 1:
-            continue  # the plain convolution
+        elif key in _WHOLE and float(value) == _WHOLE[key]:
+            continue
         elif value != "false":
             words.append(f"{key} {value}")
     return words

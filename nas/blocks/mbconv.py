@@ -1,7 +1,7 @@
 """MobileNetV2/V3's inverted residual."""
 
 from nas.blocks.pointwise import pointwise
-from nas.blocks.rounding import expanded
+from nas.blocks.rounding import expanded, pruned
 from nas.blocks.squeeze_excite import squeeze_excite
 from nas.ops import Activation, Recorder, Value
 
@@ -17,15 +17,18 @@ def mbconv(
     se: bool = False,
     act: Activation = "hard_swish",
     rank: float = 1.0,
+    prune: float = 0.0,
 ) -> Value:
     """Inverted residual: expand 1x1, depthwise kxk, squeeze-and-excite, project 1x1.
 
     Sandler et al. 2018, arXiv:1801.04381, fig. 3b; with SE and hard-swish Howard et al. 2019, arXiv:1905.02244, fig. 4.
-    The expanded width is made divisible by 8; `rank` is that of the 1x1 convolutions (`nas.blocks.pointwise`).
+    The expanded width is made divisible by 8, and loses a share `prune` of its channels, where there is an expansion;
+    `rank` is that of the 1x1 convolutions (`nas.blocks.pointwise`).
     """
-    hidden = expanded(x.channels, expand)
+    whole, hidden = expanded(x.channels, expand), x.channels
     y = x
-    if hidden != x.channels:
+    if whole != x.channels:
+        hidden = pruned(whole, prune)
         y = net.act(net.norm(pointwise(net, y, "expand", hidden, rank=rank), "expand_norm"), act)
     y = net.conv(y, "depthwise", hidden, kernel=kernel, stride=stride, groups=hidden)
     y = net.act(net.norm(y, "depthwise_norm"), act)

@@ -19,3 +19,14 @@ def expanded(channels: int, expand: float) -> int:
     if expand <= 0:
         raise ValueError(f"expand {expand} is not above 0")
     return channels if expand == 1 else make_divisible(channels * expand)
+
+
+def pruned(channels: int, share: float) -> int:
+    """What is left of so many inner channels without a `share` of them: the leading ones, made divisible by 8.
+
+    Raises:
+        ValueError: `share` is not within [0, 1).
+    """
+    if not 0 <= share < 1:
+        raise ValueError(f"prune {share} is not within [0, 1); 0.0 leaves all channels")
+    return min(channels, make_divisible(channels * (1 - share))) if share else channels

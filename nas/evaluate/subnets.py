@@ -12,9 +12,9 @@ import dataclasses
 import functools
 import itertools
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -25,14 +25,16 @@ from numpy.typing import NDArray
 from nas.data import Dataset, Part
 from nas.evaluate.batches import calibration_batches, labelled_batches
 from nas.space import Position
-from nas.supernet import Supernet
+from nas.supernet import LayerMode, Supernet
 
 CACHE_BYTES = 2 << 30
 CONCURRENT = 4  # batches at most: each needs the memory of its activations
 
 T = TypeVar("T")
 
-Statistics = list[dict[str, Array]]  # of each layer, by name below it, in the stored shapes
+_Mode = Literal[LayerMode, "measure"]  # "measure" is "calibrate" without what the layer makes
+
+Statistics = list[dict[str, Array]]  # of each layer, by name below it, in the stored shapes; ranges of values likewise
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,18 +42,24 @@ class _Batches:
     """What the first layers of a subnet make of all images: lists of [n, h, w, c]."""
 
     calibration: list[Array]
+    observed: list[Array]  # of calibration images again, normalised as in inference; only for int8
     validation: list[Array]
+
+    def __iter__(self) -> Iterator[Array]:
+        return itertools.chain(self.calibration, self.observed, self.validation)
 
     @property
     def nbytes(self) -> int:
-        return sum(x.nbytes for x in (*self.calibration, *self.validation))
+        return sum(x.nbytes for x in self)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class SubnetEvaluator:
     """Scores genotypes on the validation part of `data`; a layer is compiled once, when a subnet first has its kind.
 
-    `cache_bytes` bounds what is kept for subnets that begin alike; with 0, each is computed from its images on.
+    `cache_bytes` bounds what is kept for subnets that begin alike; with 0, each is computed from its images on. With
+    `precision` "int8" a subnet is computed as its int8 file will, quantised by what its values are on the calibration
+    images: `nas.quantise.calibrate` and `simulate` of all subnets in one program (`nas.supernet.int8`).
     """
 
     supernet: Supernet
@@ -60,6 +68,7 @@ class SubnetEvaluator:
     calibration_images: int = 512
     batch_size: int = 128
     cache_bytes: int = CACHE_BYTES
+    precision: Literal["float32", "int8"] = "float32"
 
     @property
     def total(self) -> int:
@@ -82,7 +91,8 @@ class SubnetEvaluator:
 
     @property
     def compiled(self) -> int:
-        """Number of programs compiled so far: two for each kind of layer that subnets of a resolution had."""
+        """Number of programs compiled so far: two for each kind of layer that subnets of a resolution had, three
+        in int8."""
         return sum(program._cache_size() for program in self._programs.values())
 
     def with_params(self, params: Mapping[str, Array]) -> "SubnetEvaluator":
@@ -114,9 +124,13 @@ class SubnetEvaluator:
                 if stop < depth and not self._fits(side, stop, path):
                     continue
                 calibration, statistics = self._calibrate(side, row, start, stop, batches.calibration)
+                observed: list[Array] = []
+                if self.precision == "int8":
+                    observed, ranges = self._observe(side, row, start, statistics, batches.observed)
+                    statistics = [s | r for s, r in zip(statistics, ranges, strict=True)]
                 validation = self._infer(side, row, start, statistics, batches.validation)
                 if stop < depth:
-                    path.append((stop, _Batches(calibration, validation)))
+                    path.append((stop, _Batches(calibration, observed, validation)))
                 else:
                     hits = [_hits(y, labels) for y, labels in zip(validation, self._labels(side), strict=True)]
                     correct[index] = sum(int(h) for h in hits)
@@ -130,57 +144,70 @@ class SubnetEvaluator:
         of these moments over batches. The last layer of all makes nothing but moments."""
         layers = self._layers(side)[start:stop]
         params = [self._params[position.name] for _, position in layers]
-        present = [i for i, (_, position) in enumerate(layers) if not _skipped(position, row[start + i])]
+        out, seen = self._pass(side, row, start, "calibrate", params, batches)
+        zeros = [self._zeros[position.name] for _, position in layers]
+        return out, [_mean(each) if each else none for each, none in zip(seen, zeros, strict=True)]
 
-        def through(x: Array) -> tuple[Array, list[Any]]:
-            seen = []
-            for i in present:
-                last = start + i + 1 == len(row)
-                mode = "measure" if last else "calibrate"
-                made = self._program(side, layers[i][0], mode)(row[start + i], params[i], x)
-                x, statistics = (x, made) if last else made
-                seen.append(statistics)
-            return x, seen
-
-        kinds = {(side, layers[i][0], "measure" if start + i + 1 == len(row) else "calibrate") for i in present}
-        out, seen = zip(*_each(through, batches, known=kinds <= self._programs.keys()), strict=True)
-        means: Statistics = [self._zeros[position.name] for _, position in layers]
-        for i, of_batches in zip(present, zip(*seen, strict=True), strict=True):
-            means[i] = _mean(of_batches)
-        return list(out), means
+    def _observe(
+        self, side: int, row: NDArray[np.int32], start: int, statistics: Statistics, batches: list[Array]
+    ) -> tuple[list[Array], Statistics]:
+        """What the layers from `start` on, as many as there are statistics, make of calibration batches, normalised by
+        these; and the range of each value over all of them."""
+        out, seen = self._pass(side, row, start, "observe", self._with(side, start, statistics), batches)
+        return out, [_extent(each) if each else {} for each in seen]
 
     def _infer(
         self, side: int, row: NDArray[np.int32], start: int, statistics: Statistics, batches: list[Array]
     ) -> list[Array]:
         """What the layers from `start` on, as many as there are statistics, make of each validation batch."""
+        mode = "infer" if self.precision == "float32" else "int8"
+        return self._pass(side, row, start, mode, self._with(side, start, statistics), batches)[0]
+
+    def _with(self, side: int, start: int, statistics: Statistics) -> Statistics:
+        """The arrays of the layers from `start` on with their statistics."""
         layers = self._layers(side)[start : start + len(statistics)]
-        params = [self._params[position.name] | s for (_, position), s in zip(layers, statistics, strict=True)]
+        return [self._params[position.name] | s for (_, position), s in zip(layers, statistics, strict=True)]
 
-        present = [i for i, (_, position) in enumerate(layers) if not _skipped(position, row[start + i])]
+    def _pass(
+        self, side: int, row: NDArray[np.int32], start: int, mode: _Mode, params: Statistics, batches: list[Array]
+    ) -> tuple[list[Array], list[tuple[dict[str, Array], ...]]]:
+        """What the layers from `start` on, as many as there are `params`, make of each batch; and for each layer what
+        was seen in each batch, nothing if it is skipped."""
+        layers = self._layers(side)[start : start + len(params)]
+        last = len(row) - start - 1
+        present: dict[int, tuple[int, int, _Mode]] = {
+            i: (side, kind, "measure" if mode == "calibrate" and i == last else mode)
+            for i, (kind, position) in enumerate(layers)
+            if not _skipped(position, row[start + i])
+        }
 
-        def through(x: Array) -> Array:
-            for i in present:
-                x = self._program(side, layers[i][0], "infer")(row[start + i], params[i], x)
-            return x
+        def through(x: Array) -> tuple[Array, list[dict[str, Array]]]:
+            seen = []
+            for i, key in present.items():
+                x, what = self._program(*key)(row[start + i], params[i], x)
+                seen.append(what)
+            return x, seen
 
-        kinds = {(side, layers[i][0], "infer") for i in present}
-        return _each(through, batches, known=kinds <= self._programs.keys())
+        known = self._programs.keys() >= set(present.values())
+        out, seen = zip(*_each(through, batches, known=known), strict=True)
+        of = dict(zip(present, zip(*seen, strict=True), strict=True))
+        return list(out), [of.get(i, ()) for i in range(len(layers))]
 
     def _fits(self, side: int, stop: int, path: list[tuple[int, _Batches]]) -> bool:
         """Whether what comes of all images after `stop` layers may be kept beside what is."""
         root = path[0][1]
-        images = sum(len(x) for x in (*root.calibration, *root.validation))
+        images = sum(map(len, root))
         wanted = 4 * images * int(np.prod(self._layers(side)[stop - 1][1].output))
         return wanted + sum(kept.nbytes for _, kept in path[1:]) <= self.cache_bytes
 
     # made once
 
-    def _program(self, side: int, kind: int, mode: str) -> Any:
-        """Mode "calibrate" makes (y, statistics), "measure" statistics, "infer" y."""
+    def _program(self, side: int, kind: int, mode: _Mode) -> Any:
+        """Makes (y, statistics)."""
         if (side, kind, mode) not in self._programs:
-            layer = self.supernet.layer(side, kind, "infer" if mode == "infer" else "calibrate")
-            part = {"calibrate": slice(None), "measure": 1, "infer": 0}[mode]
-            self._programs[side, kind, mode] = jax.jit(lambda *args: layer(*args)[part])
+            layer = self.supernet.layer(side, kind, "calibrate" if mode == "measure" else mode)
+            measure = jax.jit(lambda *args: (None, layer(*args)[1]))
+            self._programs[side, kind, mode] = measure if mode == "measure" else jax.jit(layer)
         return self._programs[side, kind, mode]
 
     def _layers(self, side: int) -> list[Any]:
@@ -193,7 +220,9 @@ class SubnetEvaluator:
             part: Part = self.data.val
             calibration = calibration_batches(self.data, images=self.calibration_images, batch_size=batch, size=size)
             images, labels = labelled_batches(self.data, part, batch_size=batch, size=size)
-            self._inputs[side] = _Batches([*map(jnp.asarray, calibration)], [*map(jnp.asarray, images)])
+            calibration = [*map(jnp.asarray, calibration)]
+            observed = calibration if self.precision == "int8" else []
+            self._inputs[side] = _Batches(calibration, observed, [*map(jnp.asarray, images)])
             self._targets[side] = [*map(jnp.asarray, labels)]
         return self._inputs[side]
 
@@ -202,7 +231,7 @@ class SubnetEvaluator:
         return self._targets[side]
 
     @functools.cached_property
-    def _programs(self) -> dict[tuple[int, int, str], Any]:
+    def _programs(self) -> dict[tuple[int, int, _Mode], Any]:
         return {}
 
     @functools.cached_property
@@ -266,6 +295,17 @@ def _cores() -> int:
 @jax.jit
 def _mean(each: tuple[dict[str, Array], ...]) -> dict[str, Array]:
     return jax.tree.map(lambda *values: sum(values) / len(values), *each)
+
+
+@jax.jit
+def _extent(each: tuple[dict[str, Array], ...]) -> dict[str, Array]:
+    """The ranges [values, 2] that cover those of each."""
+
+    def cover(*ranges: Array) -> Array:
+        every = jnp.stack(ranges)
+        return jnp.stack([every[..., 0].min(0), every[..., 1].max(0)], -1)
+
+    return jax.tree.map(cover, *each)
 
 
 @jax.jit

@@ -164,6 +164,7 @@ def search(
         ]
         digest = hashlib.sha256(json.dumps(meaning).encode()).hexdigest()[:16]
         problem = problem_of(source.space, found, names, digest=digest, total=source.images)
+        problem = dataclasses.replace(problem, accuracy=source.accuracy)
         known = None if features is None else features_of(source.space, features)
         if known is None and source.space.positions:
             known = sizes_of(source.space)
@@ -197,7 +198,8 @@ def search(
                 on_trial=_told(console, trials, on_trial),
             )
     finite = {c.name: c.limit for c in found if math.isfinite(c.limit)}
-    return Front.of(done, ("error", *names), Setting(source.space, source.device, _models(found), finite))
+    setting = Setting(source.space, source.device, _models(found), finite, source.accuracy)
+    return Front.of(done, ("error", *names), setting)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -213,7 +215,9 @@ class _Source:
     device: str | None
     precision: str  # of latencies
     models: dict[str, LatencyModel]  # {"latency_ms": ...}, or none
+    _: dataclasses.KW_ONLY
     told: Any = None  # the space in JSON, as `_made` makes it again
+    accuracy: str = "top1"  # that is counted
 
 
 def _source(
@@ -275,7 +279,7 @@ def _source(
         name,
         precision,
         models,
-        told,
+        told=told,
     )
 
 
@@ -307,11 +311,12 @@ def _of_run(path: Path, device: str | None, precision: str | None, console: Cons
         "nas.pipeline.search:evaluator",
         {"experiment": msgspec.to_builtins(experiment)},
         weights,
-        [job.data.digest, experiment.seed, train],
+        [job.data.digest, experiment.seed, train, *([experiment.counted] if experiment.counted != "float32" else [])],
         images,
         _device_name(device or experiment.device),
         precision,
         {"latency_ms": model},
+        accuracy=experiment.accuracy,
     )
 
 
@@ -424,7 +429,7 @@ def _of_experiment(experiment: Experiment, out: str | Path | None, console: Cons
         job = Job(experiment, folder, Console(io.StringIO()))
         found = exact_costs(job)
         finite = {c.name: c.limit for c in found if math.isfinite(c.limit)}
-        setting = Setting(job.space, _device_name(experiment.device), _models(found), finite)
+        setting = Setting(job.space, _device_name(experiment.device), _models(found), finite, experiment.accuracy)
     return Front.of(trials, ("error", *cost_names(experiment)), setting)
 
 

@@ -25,6 +25,7 @@ from nas.search import (
     Front,
     Problem,
     Progress,
+    Setting,
     Strategy,
     Trial,
     Trials,
@@ -63,15 +64,19 @@ def search(job: Job) -> None:
     names, folder = followers(settings), job.path / "search"
     with following(names, folder=folder, start=start, name=job.experiment.name) as tell:
         trials = run(job, told)
-    front = Front.of(trials)
+    setting = Setting(job.space, accuracy=job.experiment.accuracy)
+    front = Front.of(trials, setting=setting)
     front.write_csv(job.path / "search" / "front.csv")
     names = cost_names(job.experiment)
     for name in names if len(names) > 1 else ():
-        Front.of(trials, ("error", name)).write_csv(job.path / "search" / f"front.{name.replace('/', '_')}.csv")
+        Front.of(trials, ("error", name), setting).write_csv(
+            job.path / "search" / f"front.{name.replace('/', '_')}.csv"
+        )
     winner = front.best(latency_ms=job.limit.tolerated_ms)
+    in_int8 = ", int8" * (job.experiment.counted == "int8")
     job.console.say(
         f"  {len(trials)} trials, {len(front)} on the front; best within {job.limit.ms:.4g} ms: top-1 "
-        f"{winner.top1:.1%} (validation, inherited weights) at {winner.latency_ms:.4g} ms"
+        f"{winner.top1:.1%} (validation, inherited weights{in_int8}) at {winner.latency_ms:.4g} ms"
     )
     for exceeded in beyond(exact_costs(job), np.array(winner.genotype, np.uint8)):
         job.console.say(f"  its {exceeded}")
@@ -137,6 +142,7 @@ def _cache(job: Job, weights: Mapping[str, NDArray[Any]]) -> Cache | None:
         digest.update(f"{name} {array.dtype} {array.shape}".encode() + array.tobytes())
     train = experiment.train
     meaning = [job.space.digest, job.data.digest, digest.hexdigest(), train.calibration_images, train.eval_batch_size]
+    meaning += [] if experiment.counted == "float32" else [experiment.counted]
     folder = job.path / "evaluations" if experiment.search.cache == "run" else experiment.search.cache
     return Cache(folder, json.dumps([*meaning, jax.__version__]))
 
@@ -219,9 +225,11 @@ def make_problem(job: Job) -> Problem:
         experiment.search.strategy,
         experiment.search.population,
         *([experiment.search.proxy] if experiment.search.proxy != "none" else []),
+        *([experiment.counted] if experiment.counted != "float32" else []),
     ]
     digest = hashlib.sha256(json.dumps(meaning).encode()).hexdigest()[:16]
-    return problem_of(space, costs, names, digest=digest, total=len(job.data.val.labels))
+    made = problem_of(space, costs, names, digest=digest, total=len(job.data.val.labels))
+    return dataclasses.replace(made, accuracy=experiment.accuracy)
 
 
 def problem_of(space: Space, costs: Sequence[Cost], names: tuple[str, ...], *, digest: str, total: int) -> Problem:
@@ -270,6 +278,7 @@ def evaluator(*, weights: Mapping[str, Any], experiment: dict[str, Any], shares:
             part,
             calibration_images=settings.train.calibration_images,
             batch_size=settings.train.eval_batch_size,
+            precision=settings.counted,
         )
 
     if len(shares) == 1:

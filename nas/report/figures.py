@@ -237,11 +237,11 @@ def fine_tuning(members: Sequence[Member], winner: Member, quantity: str) -> Fig
 
 def _tried(trials: Sequence[Trial], run: Run, **style: Any) -> Figure:
     """Trials: validation accuracy and predicted latency."""
-    texts = []
+    texts, in_int8 = [], " in int8" * (run.experiment.counted == "int8")
     for t in trials:
         networks = words.network(run.space.decode(t.genotype)) if run.space else ["-".join(map(str, t.genotype))]
         head = (
-            f"<b>trial {t.trial}</b>: {words.percent(t.top1)} of {t.total} validation images, "
+            f"<b>trial {t.trial}</b>: {words.percent(t.top1)} of {t.total} validation images{in_int8}, "
             f"{words.ms(t.latency_ms)} predicted"
         )
         texts.append("<br>".join([head, *map(escape, networks)]))

@@ -85,6 +85,7 @@ def search(
         "seed": seed,
         "initial": [g.tolist() for g in first],
         "skipped": [g.tolist() for g in skipped],
+        **({} if problem.accuracy == "top1" else {"accuracy": problem.accuracy}),  # older journals say nothing of it
     }
     shares = strategy.shares
     wide = with_shares(problem, shares)

@@ -33,6 +33,7 @@ class Setting:
     device: str | None = None  # whose latency `latency_ms` is
     models: Mapping[str, LatencyModel] = field(default_factory=dict)  # by cost: "latency_ms", "latency_ms@note10"
     limits: Mapping[str, float] = field(default_factory=dict)  # by cost, in its unit
+    accuracy: str = "top1"  # what was counted, see `Problem.accuracy`
 
 
 @dataclass(frozen=True, repr=False)
@@ -176,11 +177,11 @@ class Front:
         return explain(self, trial)
 
     def rows(self) -> list[dict[str, int | float | str | None]]:
-        """One flat row a trial: trial, top1, correct, total, each cheap cost, genotype."""
+        """One flat row a trial: trial, top1 (or top1_int8), correct, total, each cheap cost, genotype."""
         return [
             {
                 "trial": t.trial,
-                "top1": t.top1,
+                self._accuracy: t.top1,
                 "correct": t.correct,
                 "total": t.total,
                 **t.cheap,
@@ -208,7 +209,7 @@ class Front:
             RunError: the file cannot be written.
         """
         rows = self.rows()
-        columns = list(rows[0]) if rows else ["trial", "top1", "correct", "total", "latency_ms", "genotype"]
+        columns = list(rows[0]) if rows else ["trial", self._accuracy, "correct", "total", "latency_ms", "genotype"]
         try:
             with open(path, "w", newline="", encoding="utf-8") as file:
                 table = csv.DictWriter(file, columns, lineterminator="\n")
@@ -230,7 +231,7 @@ class Front:
         ]
         if len(shown) < len(self):
             lines.insert(_SHOWN // 2, f"{'...':>8}  {len(self) - len(shown)} more, see .to_frame()")
-        head = f"{'top1':>8}" + "".join(f"  {name:>{width}}" for name in cheap) + f"  {'trial':>6}"
+        head = f"{self._accuracy:>8}" + "".join(f"  {name:>{width}}" for name in cheap) + f"  {'trial':>6}"
         return "\n".join([self._title(), head, *lines])
 
     def _repr_html_(self) -> str:
@@ -240,6 +241,10 @@ class Front:
         table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
         picture = self.plot().svg if self.trials and len(self.costs) > 1 else ""
         return f"<p>{html.escape(self._title())}</p>{picture}<details><summary>trials</summary>{table}</details>"
+
+    @property
+    def _accuracy(self) -> str:
+        return "top1" if self.setting is None else self.setting.accuracy
 
     def _title(self) -> str:
         of = f" of {len(self.evaluated)}: {', '.join(self.costs)}" if self.evaluated else ""

@@ -27,6 +27,7 @@ class Problem:
     digest: str  # of space, latency table, limits and evaluation: a journal of another digest is not continued
     total: int  # images that a whole evaluation counts over: error = 1 - correct / total
     cheap_names: tuple[str, ...] = ("latency_ms",)  # of the c cheap costs; a journal sorts them, so best sorted here
+    accuracy: str = "top1"  # what is counted, as journal and tables call it: "top1_int8" of int8 networks
     picks_share: bool = False  # the last gene picks a share of the images, ascending (`with_shares`)
 
     @property

@@ -1,6 +1,6 @@
 """One set of weights for every network of a space."""
 
 from nas.supernet.sharing import share, store_shapes
-from nas.supernet.supernet import Supernet
+from nas.supernet.supernet import LayerMode, Supernet
 
-__all__ = ["Supernet", "share", "store_shapes"]
+__all__ = ["LayerMode", "Supernet", "share", "store_shapes"]

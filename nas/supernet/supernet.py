@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ from jax import Array, lax
 from nas import config
 from nas.ops import Block, Network, Weight
 from nas.space import Position, Space
+from nas.supernet.int8 import integer, observed
 from nas.supernet.sharing import read, store_shapes
 from nas.supernet.switch import Manner, Mode, Step, elastic
 
@@ -22,6 +23,7 @@ from nas.supernet.switch import Manner, Mode, Step, elastic
 # compilation takes as long for 8 as for 4.
 WRITTEN_OUT = 3
 
+LayerMode = Literal[Mode, "observe", "int8"]
 Params = Mapping[str, Any]  # arrays of JAX or NumPy
 Layer = Callable[[Array, Mapping[str, Array], Array], tuple[Array, dict[str, Array]]]
 
@@ -140,12 +142,16 @@ class Supernet:
         """
         return [(kind, position) for kind, group in enumerate(self._stages_at(resolution)) for position in group]
 
-    def layer(self, resolution: int, kind: int, mode: Mode) -> Layer:
+    def layer(self, resolution: int, kind: int, mode: LayerMode) -> Layer:
         """One position alone, as `apply` computes it: (branch number, `params_of` the position, x) -> (y, statistics).
 
         A network is its layers in turn. `x` and `y` have the position's widest shapes, statistics are named below it.
+        Two modes are known of layers alone. "observe" is "infer" and gives the ranges of values besides; with these
+        among its arrays, "int8" computes what the int8 file will (see `nas.supernet.int8`).
         """
         position = self._stages_at(resolution)[kind][0]
+        if mode in ("observe", "int8"):
+            return (observed if mode == "observe" else integer)(position)
         step = elastic(position, self._relative(position), Manner(mode))
         chance = (jnp.zeros(2, jnp.uint32), jnp.zeros((), jnp.float32))
         return lambda branch, params, x: step(branch, chance, params, x)

@@ -100,14 +100,12 @@ def _branch(position: Position, block: Block | None, stored: Mapping[str, Weight
         if block is None:
             y = x
         else:
-            scope = block.name.removeprefix(position.name + "/")
-            names = {w.name: w.shape for w in weights(block.graph)}
-            mine = {n: weight_of(params, f"{scope}/{n}", s) for n, s in names.items() if f"{scope}/{n}" in params}
+            scope = _scope(position, block)
             key, drop_path = chance
             noisy = Noisy(manner.noise, jax.random.wrap_key_data(key), drop_path) if manner.noisy else None
             y, moments = run(
                 block.graph,
-                mine,
+                weights_of(position, block, params),
                 x[..., : block.graph.input[-1]],
                 batch_stats=manner.mode != "infer",
                 norm_images=manner.norm_images,
@@ -117,12 +115,23 @@ def _branch(position: Position, block: Block | None, stored: Mapping[str, Weight
             )
             seen = {f"{scope}/{n}": unshare(a, statistics[f"{scope}/{n}"]) for n, a in moments.items() if statistics}
         rest = {n: jnp.zeros(shape, jnp.float32) for n, shape in statistics.items() if n not in seen}
-        return _widen(y, position.output), seen | rest
+        return widen(y, position.output), seen | rest
 
     return forward
 
 
-def _widen(y: Array, shape: Shape) -> Array:
+def weights_of(position: Position, block: Block, params: Arrays) -> dict[str, Array]:
+    """The arrays of a branch by their names in its graph, out of `params`, by name below the position."""
+    scope = _scope(position, block)
+    shapes = {w.name: w.shape for w in weights(block.graph)}
+    return {n: weight_of(params, f"{scope}/{n}", s) for n, s in shapes.items() if f"{scope}/{n}" in params}
+
+
+def _scope(position: Position, block: Block) -> str:
+    return block.name.removeprefix(position.name + "/")
+
+
+def widen(y: Array, shape: Shape) -> Array:
     """`y` with zero channels up to `shape`."""
     missing = shape[-1] - y.shape[-1]
     return jnp.pad(y, [(0, 0)] * (y.ndim - 1) + [(0, missing)]) if missing else y

@@ -191,6 +191,28 @@ def test_lower_ranks_cost_less_and_full_rank_is_the_plain_convolution(block):
             of_rank(rank)
 
 
+@pytest.mark.parametrize("block", ["mbconv", "fused_mbconv", "shufflenet_v2"])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_pruning_leaves_the_leading_inner_channels_and_none_is_the_whole_block(block, stride):
+    expand = () if block == "shufflenet_v2" else (("expand", 2),)
+
+    def of_share(*prune):
+        return record(block, (4, 4, 64), (*expand, *prune, ("stride", stride), ("width", 64)))
+
+    whole, half = of_share(), of_share(("prune", 0.5))
+    assert of_share(("prune", 0.0)) == whole
+    counts = [cost.parameters(of_share(("prune", share))) for share in (0.0, 0.25, 0.5, 0.75)]
+    assert counts == sorted(set(counts), reverse=True)
+    shapes, smaller = ({w.name: w.shape for w in weights(g)} for g in (whole, half))
+    assert list(smaller) == list(shapes)  # also where as many channels are left as are read
+    assert half.shape == whole.shape
+    assert smaller["project/kernel"][2] == shapes["project/kernel"][2] // 2
+    assert smaller["expand/kernel"][-1] == shapes["expand/kernel"][-1] // 2
+    for share in (-0.5, 1.0):
+        with pytest.raises(ValueError, match=r"0 or more|not within"):
+            of_share(("prune", share))
+
+
 def test_a_stem_with_pooling_has_the_stride_it_says():
     graph = record("conv_stem", (32, 32, 3), (("pool", True), ("stride", 4), ("width", 8)))
     assert [op.shape for op in graph.ops if isinstance(op, Conv)] == [(16, 16, 8)]

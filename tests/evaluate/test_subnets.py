@@ -6,8 +6,18 @@ import numpy as np
 import pytest
 import tiny
 
+from nas import config
+from nas.agreement import kendall_tau
+from nas.data import load_data
 from nas.evaluate import Standalone, SubnetEvaluator, subnets
+from nas.evaluate.batches import calibration_batches
+from nas.export import RUNTIMES
+from nas.fold import fold
+from nas.ops import Network
+from nas.quantise import Quantisation, calibrate, simulate
+from nas.space import load_space
 from nas.supernet import Supernet
+from nas.train import train_supernet
 
 
 @pytest.fixture(scope="module", params=["tiny", pytest.param("elastic", marks=pytest.mark.slow)])
@@ -97,3 +107,77 @@ def test_no_more_is_kept_than_allowed(evaluator, genotypes, monkeypatch):
 )
 def test_a_subnet_is_kept_where_a_later_one_parts_from_it(shared, known, depths):
     assert subnets._partings(shared, known) == depths
+
+
+# int8
+
+
+@pytest.fixture(scope="module")
+def in_int8(evaluator) -> SubnetEvaluator:
+    return dataclasses.replace(evaluator, precision="int8")
+
+
+def quantised(evaluator, genotype) -> tuple[Network, dict[str, np.ndarray], Quantisation]:
+    """A subnet, its arrays, and the scales that its file gets from the evaluator's own calibration images."""
+    network, data = evaluator.supernet.space.decode(genotype), evaluator.data
+    arrays = evaluator.supernet.slice({**evaluator.params, **evaluator.statistics(genotype)}, network)
+    params = {name: np.asarray(a) for name, a in arrays.items()}
+    images = calibration_batches(
+        data, images=evaluator.calibration_images, batch_size=evaluator.batch_size, size=network.input[:2]
+    )
+    return network, params, calibrate(*fold(network.flat(), params), images.reshape(-1, *network.input))
+
+
+def test_an_int8_score_is_that_of_the_quantised_network_on_its_own(in_int8, genotypes, monkeypatch):
+    copy, logits, _ = watched(in_int8, monkeypatch)
+    for genotype in genotypes[:4]:
+        network, params, scales = quantised(in_int8, genotype)
+        graph, folded = fold(network.flat(), params)
+        images = in_int8.data.normalise(in_int8.data.val.images[:], network.input[:2])
+        alone = np.asarray(simulate(graph, folded, scales, images))
+        exact = Standalone(network, in_int8.data).logits(params, in_int8.data.val)
+        logits.clear()
+        (count,) = copy(genotype[None])
+        got = np.concatenate(logits)[: len(images)]
+        assert count == (got.argmax(-1) == in_int8.data.val.labels[:]).sum()
+        assert np.abs(got - alone).mean() < 0.05 * np.abs(got - exact).mean()
+
+
+def test_int8_scores_do_not_depend_on_order_or_company(in_int8, genotypes):
+    counts = in_int8(genotypes)
+    assert in_int8(genotypes[::-1]) == counts[::-1]
+    assert [in_int8(g[None])[0] for g in genotypes] == counts
+    alone = dataclasses.replace(in_int8, cache_bytes=0)
+    alone.__dict__["_programs"] = in_int8._programs
+    assert alone(genotypes) == counts
+
+
+@pytest.mark.slow  # two minutes: trains a supernet
+def test_int8_scores_order_networks_as_their_int8_files_do_in_the_runtime(tmp_path, capsys):
+    experiment = config.load_experiment("experiments/quickstart.toml", overrides=["train.epochs=10"])
+    data = load_data(experiment.data)
+    space = load_space("digits_mixed", input_shape=data.image_shape, classes=data.classes)
+    supernet, runtime = Supernet(space), RUNTIMES["onnxruntime"]()
+    params = train_supernet(supernet, data, experiment.train, seed=0)
+    genotypes = space.sample(np.random.default_rng(5), 24)
+    in_float = SubnetEvaluator(supernet, params, data)
+    in_int8 = dataclasses.replace(in_float, precision="int8")
+    part = data.val
+    images, files = data.normalise(part.images[:], data.image_shape[:2]), []
+    for genotype in genotypes:
+        network, arrays, scales = quantised(in_float, genotype)
+        path = tmp_path / "model.int8.onnx"
+        made = runtime.emit(network.flat(), arrays, precision="int8", quantisation=scales, metadata={})
+        path.write_bytes(made)
+        files.append(int((runtime.open(path, threads=1)(images).argmax(-1) == part.labels[:]).sum()))
+    for name, counts in (("int8", in_int8(genotypes)), ("float32", in_float(genotypes))):
+        apart, tau = np.subtract(counts, files), kendall_tau(np.array(counts, float), np.array(files, float))
+        with capsys.disabled():
+            print(
+                f"\n{name} of {len(part)} images: {np.abs(apart).mean():.2f} from the file's on average, "
+                f"{np.abs(apart).max()} at most, mean {apart.mean():+.2f}, tau {tau:.3f}"
+            )
+        if name == "int8":
+            assert np.abs(apart).max() <= 2
+            assert np.abs(apart).mean() <= 0.5
+            assert tau >= 0.98

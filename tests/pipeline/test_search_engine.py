@@ -76,6 +76,20 @@ def test_what_was_counted_once_is_not_evaluated_again_whatever_the_search(traine
         assert counts.get(trial.genotype, trial.correct) == trial.correct
 
 
+def test_answers_counted_in_int8_are_told_from_those_in_float_wherever_they_are_written(trained, inline, tmp_path):
+    run, _ = searched(trained, tmp_path / "run", 'executor="inline"', "trials=2")  # leaves float counts in the cache
+    int8 = 'objectives=[{name="top1", precision="int8"}, {name="latency_ms", at_most="70%"}]'
+    overrides = ["search.trials=6", 'search.executor="inline"', int8]
+    experiment, stream = nas.load_experiment(trained / "tiny_experiment.toml", overrides=overrides), io.StringIO()
+    nas.run_experiment(experiment, run, stages=["search"], redo="search", console=Console(stream, plain_seconds=0))
+    header, _ = read(run / "search" / "journal.jsonl")
+    assert header["accuracy"] == "top1_int8"
+    assert all(t.seconds > 0 for t in read_trials(run / "search" / "journal.jsonl"))
+    assert (run / "search" / "front.csv").read_text().startswith("trial,top1_int8,correct,total,")
+    assert "(validation, inherited weights, int8)" in stream.getvalue()
+    assert read(trained / "inline" / "search" / "journal.jsonl")[0].keys() == header.keys() - {"accuracy"}
+
+
 def test_a_folder_may_be_shared_between_runs_or_the_cache_be_off(trained, inline, tmp_path):
     shared = f'cache="{tmp_path / "counts"}"'
     for name, setting, evaluated in (("a", shared, 10), ("b", shared, 0), ("c", 'cache="off"', 10)):
