@@ -1,9 +1,13 @@
 """Stage 7: summary.json and report.html."""
 
+import math
 from typing import Any
+
+import numpy as np
 
 from nas import cost
 from nas.files import damaged, write_json
+from nas.pipeline.costs import Cost, exact_costs
 from nas.pipeline.export import file_name
 from nas.pipeline.finish import Finished, finished
 from nas.pipeline.job import Job
@@ -49,6 +53,7 @@ def summary(job: Job) -> dict[str, Any]:
         "limit": job.limit.asked,
         "reachable_ms": [job.limit.fastest_ms, job.limit.slowest_ms],
         "reachable_caveat": job.limit.caveat,
+        "further": [_further(made, winner["genotype"]) for made in exact_costs(job)[1:]],
         "winner": winner,
         "winners": winners,
         "baselines": baselines,
@@ -127,6 +132,18 @@ def verdict_of(
     faster = 1 - ms / hand_ms
     speed = f", and is {abs(faster):.0%} {'faster' if faster > 0 else 'slower'}" if abs(faster) >= 0.005 else ""
     return f"{lead}{late} It {compared}{by}{short}{speed}."
+
+
+def _further(made: Cost, genotype: list[int]) -> dict[str, Any]:
+    """What the answer has of a cost beside latency; None where it has no limit."""
+    limited = math.isfinite(made.limit)
+    return {
+        "name": made.name,
+        "value": float(made.bound(np.array([genotype], np.uint8))[0]),
+        "limit": made.limit if limited else None,
+        "tolerated": made.tolerated if limited else None,
+        "reachable": [made.least, made.most],
+    }
 
 
 def _entry(job: Job, made: Finished) -> dict[str, Any]:

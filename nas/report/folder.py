@@ -164,6 +164,16 @@ class Refusal(msgspec.Struct, frozen=True):
     reason: str
 
 
+class Further(msgspec.Struct, frozen=True):
+    """A cost beside latency that was an objective or had a limit; in its unit."""
+
+    name: str
+    value: float  # of the answer, as the search counted it
+    limit: float | None
+    tolerated: float | None  # what still counts as within the limit
+    reachable: tuple[float, float]
+
+
 class Summary(msgspec.Struct, frozen=True):
     """summary.json: the answer."""
 
@@ -184,6 +194,7 @@ class Summary(msgspec.Struct, frozen=True):
     reachable_caveat: str = ""  # what `reachable_ms` is, where it is not exact
     file_precision: str = ""  # of the answer's file, where no runtime at hand has `precision`
     tolerated_ms: float = 0.0  # what still counts as within the limit
+    further: tuple[Further, ...] = ()
 
     @property
     def file(self) -> str:

@@ -16,7 +16,7 @@ from nas.fidelity import answer as answer_of
 from nas.fidelity import limits as limits_of
 from nas.files import write_text
 from nas.report import figures
-from nas.report.folder import Check, Member, Run, read_run
+from nas.report.folder import Check, Further, Member, Run, read_run
 
 _HERE = Path(__file__).parent
 
@@ -97,6 +97,7 @@ def _context(run: Run) -> dict[str, Any]:
         "alternative": winner.files.get(other),
         "within": None if limit is None else answer.told_ms <= limit,
         "tolerated": limit is not None and limit < answer.told_ms <= summary.tolerated_ms,
+        "further": [(cost.name, _further(cost)) for cost in summary.further],
         "interval": words.wilson(answer.accuracy, run.environment.data.test),
         "handmade": handmade,
         "by_chance": handmade is not None and _by_chance(answer.accuracy, handmade.accuracy, run.environment.data.test),
@@ -114,6 +115,17 @@ def _context(run: Run) -> dict[str, Any]:
         "commands": _commands(run),
         "plots": plots,
     }
+
+
+def _further(cost: Further) -> str:
+    """What the answer has of a cost beside latency, what was asked for, and what the space can reach."""
+    unit = words.ms if cost.name.startswith("latency_ms") else words.size if "bytes" in cost.name else words.count
+    told = f"the answer has {unit(cost.value)}"
+    if cost.limit is not None and cost.tolerated is not None:
+        told += f", at most {unit(cost.limit)} was asked for"
+        if cost.value > cost.limit:
+            told += f": over it, within its tolerance of {unit(cost.tolerated)}"
+    return f"{told}; networks of the space have from {unit(cost.reachable[0])} to {unit(cost.reachable[1])}"
 
 
 def _by_chance(a: float, b: float, images: int) -> bool:

@@ -287,5 +287,8 @@ def test_a_whole_run_with_several_costs_and_numbers_of_images(here, tmp_path):
     front = Front.of(trials, ("error", "latency_ms@odd"))
     rows = list(csv.DictReader((run / "search" / "front.latency_ms@odd.csv").open()))
     assert [int(row["trial"]) for row in rows] == [t.trial for t in front]
+    further = {each["name"]: each for each in nas.load_run(run).summary["further"]}
+    assert further.keys() == {"latency_ms@odd", "macs", "params"}
+    assert further["params"]["value"] == nas.load_run(run).summary["winner"]["params"] <= further["params"]["limit"]
     assert nas.load_run(run).winner.architecture.genotype in {t.genotype for t in trials}
     assert (run / "report.html").exists()

@@ -174,6 +174,19 @@ def test_without_a_limit_none_is_drawn_or_claimed(tmp_path):
     assert plots(text)["front"]["layout"]["shapes"] == []
 
 
+def test_costs_beside_latency_are_told_with_their_limits(tmp_path):
+    folder = build_run(tmp_path, winners=1, trials=20)
+    summary = json.loads((folder / "summary.json").read_text())
+    summary["further"] = [
+        {"name": "macs", "value": 2e6, "limit": None, "tolerated": None, "reachable": [1e6, 4e6]},
+        {"name": "memory_bytes", "value": 61_000, "limit": 60_000, "tolerated": 63_000, "reachable": [1e4, 1e5]},
+    ]
+    (folder / "summary.json").write_text(json.dumps(summary))
+    said = plain(page(folder)).replace("\N{NO-BREAK SPACE}", " ")
+    assert "the answer has 2 M; networks of the space have from 1 M to 4 M" in said
+    assert "has 61 kB, at most 60 kB was asked for: over it, within its tolerance of 63 kB;" in said
+
+
 def test_an_answer_over_the_limit_is_called_so(tmp_path):
     said = plain(page(build_run(tmp_path, winners=1, trials=20, factor=3.0)))
     assert ": over the limit of 0.210 ms." in said
