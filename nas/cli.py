@@ -80,13 +80,21 @@ def _resolved(experiment: Path, out: Path | None, smoke: bool, overrides: tuple[
 
 @cli.command()
 @click.option("--redo", type=click.Choice(STAGES), help="Do this stage and all after it anew.")
+@click.option("--address", metavar="HOST:PORT", help="Search on this Ray cluster; `auto` finds one on this machine.")
 @_experiment_options
-def run(experiment: Path, out: Path | None, smoke: bool, overrides: tuple[str, ...], redo: str | None) -> None:
+def run(
+    experiment: Path, out: Path | None, smoke: bool, overrides: tuple[str, ...], redo: str | None, address: str | None
+) -> None:
     """All stages of EXPERIMENT, from data to report; what is done already is kept.
 
     Example: nas run experiments/quickstart.toml --set search.trials=400 --out runs/longer
     """
-    _stages(experiment, out, smoke, overrides, None, redo)
+    _stages(experiment, out, smoke, (*_joining(address), *overrides), None, redo)
+
+
+def _joining(address: str | None) -> tuple[str, ...]:
+    """What --address overrides in an experiment."""
+    return () if address is None else ('search.executor="ray"', f"search.address={json.dumps(address)}")
 
 
 def _stage_command(name: str, text: str) -> None:
@@ -270,6 +278,7 @@ _stage_command(
     metavar="[COST=]VALUE",
     help="Such as 20 or 50% (latency_ms), macs=3e8. Repeatable.",
 )
+@click.option("--address", metavar="HOST:PORT", help="Search on this Ray cluster; `auto` finds one on this machine.")
 @click.option("--out", type=click.Path(path_type=Path), help="Run folder; runs/<name> if not given.")
 @click.option("--redo", type=click.Choice(["search"]), help="Anew, with another strategy or other limits.")
 @click.option("--smoke", is_flag=True, help="As for `nas run`, where WHAT is an experiment.")
@@ -282,6 +291,7 @@ def search(
     strategy: str | None,
     trials: int | None,
     limits: tuple[str, ...],
+    address: str | None,
     out: Path | None,
     redo: str | None,
     smoke: bool,
@@ -302,13 +312,20 @@ def search(
         short = () if device is None else (f"device={json.dumps(device)}",)
         short += () if strategy is None else (f"search.strategy={json.dumps(strategy)}",)
         short += () if trials is None else (f"search.trials={trials}",)
-        experiment, path = _resolved(Path(what), out, smoke, (*short, *overrides))
+        experiment, path = _resolved(Path(what), out, smoke, (*short, *_joining(address), *overrides))
         commands.search_experiment(commands.limited(experiment, commands.parsed(limits)), path, redo=redo)
     elif evaluate is not None:
         _heed("with --evaluate", *_SEARCH, "evaluate")
         path = out or Path("runs") / Path(what).stem
         front = commands.search_by(
-            evaluate, what, path, device=device, strategy=strategy, trials=trials, limits=commands.parsed(limits)
+            evaluate,
+            what,
+            path,
+            device=device,
+            strategy=strategy,
+            trials=trials,
+            limits=commands.parsed(limits),
+            address=address,
         )
         click.echo(front)
     elif data is None:
@@ -325,13 +342,13 @@ def search(
             strategy=strategy,
             trials=trials,
             limits=commands.parsed(limits),
-            overrides=overrides,
+            overrides=(*_joining(address), *overrides),
         )
         path = out or Path("runs") / experiment.name
         commands.search_experiment(experiment, path, stages=("measure", "train", "search"), redo=redo)
 
 
-_SEARCH = ("what", "device", "strategy", "trials", "limits", "out")
+_SEARCH = ("what", "device", "strategy", "trials", "limits", "address", "out")
 
 
 _stage_command("finish", "Fine-tune the winners and the baselines of EXPERIMENT, with distillation.")

@@ -104,7 +104,7 @@ def ray_command(*arguments, **environment):
         env={**os.environ, **environment},
         capture_output=True,
         text=True,
-        timeout=180,
+        timeout=600,
     )
     return done.returncode, done.stdout + done.stderr
 

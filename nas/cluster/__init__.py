@@ -63,7 +63,9 @@ def connect(address: str, undo: contextlib.ExitStack, *, cpus: int, gpus: int = 
     """
     own = address == "local" and not _connected()
     imported = "ray" in sys.modules
-    if own:  # read by Ray, here and in the processes that it starts; what the user has set stays
+    # read by Ray, here and in the processes that it starts; what the user has set stays
+    settings = {"RAY_py_gcs_connect_timeout_s": "10"}
+    if own:
         settings = {
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": secrets.token_hex(32),
@@ -71,8 +73,8 @@ def connect(address: str, undo: contextlib.ExitStack, *, cpus: int, gpus: int = 
             "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
             "RAY_USAGE_STATS_ENABLED": "0",  # releases of Ray see to that themselves, nightly builds do not
         }
-        for name, value in settings.items():
-            os.environ.setdefault(name, value)
+    for name, value in settings.items():
+        os.environ.setdefault(name, value)
     try:
         import ray
         import ray.exceptions
@@ -82,6 +84,9 @@ def connect(address: str, undo: contextlib.ExitStack, *, cpus: int, gpus: int = 
         return ray
     if own:
         _require_token(read_again=imported)
+    internals: Any = ray._private  # pyright: ignore[reportPrivateImportUsage]
+    # Where there is no head to join, that is an error after 20 s, not a quarter of an hour; one's own has to start.
+    internals.ray_constants.NUM_REDIS_GET_RETRIES = 20 if own else 1
     options: dict[str, Any] = {"log_to_driver": False, "configure_logging": False}
     with contextlib.ExitStack() as started:  # undone at once if the start fails
         if own:
@@ -94,7 +99,6 @@ def connect(address: str, undo: contextlib.ExitStack, *, cpus: int, gpus: int = 
                 "object_store_memory": 2 * shared_bytes + 256 * 2**20,
                 "_temp_dir": folder,
             }
-            internals: Any = ray._private  # pyright: ignore[reportPrivateImportUsage]
             internals.worker._worker_logs_enabled = False  # or each worker's death is printed on stdout
             internals.ray_constants.ENABLE_RAY_CLUSTER = False  # loopback, also if ray was imported before
         started.callback(ray.shutdown)
@@ -104,7 +108,9 @@ def connect(address: str, undo: contextlib.ExitStack, *, cpus: int, gpus: int = 
                 warnings.filterwarnings("ignore", r"os\.fork\(\) was called", RuntimeWarning)
                 ray.init(address=address, **options)
         except Exception as e:  # of many types, most of them private
-            raise ExecutorError(f"Ray did not start at {address!r}: {e}. Or {_WITHOUT}.") from e
+            raise ExecutorError(
+                f"Ray did not {'start' if own else 'answer'} at {address!r}: {e}. Or {_WITHOUT}."
+            ) from e
         if own:
             started.callback(_guard(folder))
         undo.push(started.pop_all())

@@ -91,11 +91,16 @@ def search_by(
     strategy: str | None,
     trials: int | None,
     limits: Mapping[str, Limit],
+    address: str | None = None,
 ) -> Front:
-    """A search by a function "module:function", of the current folder too; leaves its journal and front in `out`."""
+    """A search by a function "module:function", of the current folder too; leaves its journal and front in `out`.
+
+    It is evaluated here, or on the Ray cluster at `address`.
+    """
     if (here := os.getcwd()) not in sys.path:
         sys.path.insert(0, here)
-    given = {"device": device, "strategy": strategy, "trials": trials}
+    given = {"device": device, "strategy": strategy, "trials": trials, "address": address}
+    given["executor"] = None if address is None else "ray"
     chosen: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     front = search(space, evaluate=evaluate, limits=limits, journal=out / "journal.jsonl", **chosen)
     front.write_csv(out / "front.csv")

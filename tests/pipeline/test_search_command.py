@@ -45,6 +45,17 @@ def test_a_space_a_device_and_a_function_leave_a_front_and_go_on(here):
     assert (here / "found" / "journal.jsonl").read_text().startswith(kept)
 
 
+def test_an_address_on_the_line_is_that_of_the_cluster_to_search_on(here, monkeypatch):
+    found = []
+    monkeypatch.setattr(commands, "search_experiment", lambda experiment, out, **_: found.append(experiment.search))
+    space = ("./tiny.toml", "--device", "phone", "--data", "bars.npz")
+    for what in (("tiny_experiment.toml", "--set", "search.workers=3"), space):
+        done = call(*what, "--address", "10.0.0.1:6379")
+        assert done.exit_code == 0, done.exception
+    assert [(s.executor, s.address) for s in found] == [("ray", "10.0.0.1:6379")] * 2
+    assert found[0].workers == 3
+
+
 def test_limits_of_the_line_replace_those_of_the_experiment():
     assert commands.parsed(["20", "macs=3e8", "params=50%"]) == {"latency_ms": 20.0, "macs": 3e8, "params": "50%"}
     for wrong in ("fast", "macs=", "mac=3", "macs=0", "latency_ms=-1"):

@@ -1,13 +1,21 @@
 """The search stage on a trained supernet: the same outcome on every executor, and nothing evaluated twice."""
 
 import hashlib
+import importlib.util
 import io
 import json
+import os
+import shlex
 import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 import tiny
+from ray_cluster import Cluster, children, free_port, ray_command
 
 import nas
 from nas.console import Console
@@ -29,11 +37,34 @@ def searched(trained: Path, out: Path, *settings: str, redo: str | None = None) 
     """The run folder, a copy of the trained one if it is new, after its search; and what was said."""
     if not out.exists():
         shutil.copytree(trained / "run", out)
-    overrides = [f"search.{item}" for item in ("trials=10", "lag=4", "workers=2", *settings)]
+    overrides = [*SEARCHES, *(f"search.{item}" for item in settings)]
     experiment = nas.load_experiment(trained / "tiny_experiment.toml", overrides=overrides)
     stream = io.StringIO()
     nas.run_experiment(experiment, out, stages=["search"], redo=redo, console=Console(stream, plain_seconds=0))
     return out, stream.getvalue()
+
+
+SEARCHES = ("search.trials=10", "search.lag=4", "search.workers=2")
+
+
+def command(trained: Path, out: Path, *settings: str) -> list[str]:
+    """`nas search` as a line, for a copy of the trained run folder."""
+    shutil.copytree(trained / "run", out)
+    overrides = [word for item in (*SEARCHES, *settings) for word in ("--set", item)]
+    return [
+        sys.executable,
+        "-m",
+        "nas.cli",
+        "search",
+        str(trained / "tiny_experiment.toml"),
+        "--out",
+        str(out),
+        *overrides,
+    ]
+
+
+def with_nas(**more: str) -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p), **more}
 
 
 def digest(run: Path) -> str:
@@ -58,6 +89,76 @@ def test_worker_processes_count_as_this_process_does(trained, inline, tmp_path):
 def test_the_outcome_is_the_same_on_every_executor(executor, workers, trained, inline, tmp_path):
     found, _ = searched(trained, tmp_path / "run", f'executor="{executor}"', f"workers={workers}")
     assert digest(found) == inline
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("executor", EXECUTORS)
+def test_the_outcome_does_not_depend_on_how_python_hashes(executor, trained, inline, tmp_path):
+    for seed in ("0", "4242"):
+        line = command(trained, tmp_path / seed, f"search.executor={executor}")
+        done = subprocess.run(line, env=with_nas(PYTHONHASHSEED=seed), capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, done.stderr
+        assert digest(tmp_path / seed) == inline
+
+
+@pytest.mark.slow
+def test_where_the_head_dies_the_line_to_go_on_is_printed_within_half_a_minute_and_does(trained, tmp_path):
+    """A cluster of its own, which listens on loopback only."""
+    run = tmp_path / "run"
+    line = command(trained, run, "search.executor=ray", "search.trials=100")
+    process = subprocess.Popen(line, env=with_nas(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    journal, deadline = run / "search" / "journal.jsonl", time.monotonic() + 300
+    while not (journal.exists() and journal.read_bytes().count(b"\n") > 5):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    family = [psutil.Process(process.pid), *children(process)]
+    addresses = {c.laddr.ip for p in family for c in p.net_connections("inet") if c.status == psutil.CONN_LISTEN}
+    assert addresses <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
+    servers = [p for p in family if p.name() in ("gcs_server", "raylet")]
+    assert len(servers) == 2
+    killed = time.monotonic()
+    for server in servers:
+        server.kill()
+    _, told = process.communicate(timeout=100)
+    assert time.monotonic() - killed < 30
+    assert process.returncode == 2
+    assert "error: The Ray cluster is lost" in told
+    _, _, again = told.partition("go on with:\n  ")
+    name, *arguments = shlex.split(again)
+    assert name == "nas"
+    assert len(read(journal)[1]) < 100
+    done = subprocess.run([*line[:3], *arguments], env=with_nas(), capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert digest(run) == digest(searched(trained, tmp_path / "inline", 'executor="inline"', "trials=100")[0])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("aiohttp_cors") is None, reason="jobs need ray[default]")
+def test_as_a_job_of_a_cluster_behind_a_token_a_run_comes_to_its_end(trained, inline, tmp_path):
+    """As README has it: the driver runs on the head, joins its cluster, and only who has the token may submit."""
+    port, work, run = free_port(), tmp_path / "work", tmp_path / "run"
+    work.mkdir()
+    tiny.write_experiment(work)
+    shutil.copytree(trained / "run", run)
+    settings = [word for item in SEARCHES for word in ("--set", item)]
+    entry = (sys.executable, "-m", "nas.cli", "run", "tiny_experiment.toml", "--out", run, "--address=auto", *settings)
+    submit = ("job", "submit", f"--address=http://127.0.0.1:{port}", f"--working-dir={work}", "--", *entry)
+    cluster = Cluster(dashboard_port=port)
+    try:
+        cluster.add()
+        code, _ = ray_command(*submit, **cluster.settings | {"RAY_AUTH_TOKEN": "wrong" * 8})
+        assert code != 0
+        assert not (run / "search").exists()
+        code, told = ray_command(*submit, **cluster.settings)
+        assert code == 0, told
+        assert "succeeded" in told
+        listening = [c.laddr for c in psutil.net_connections("tcp") if c.status == psutil.CONN_LISTEN]
+        assert {address.ip for address in listening if address.port == port} == {"127.0.0.1"}
+    finally:
+        cluster.close()
+    assert digest(run) == inline
+    assert (run / "report.html").exists()
 
 
 def test_what_was_counted_once_is_not_evaluated_again_whatever_the_search(trained, inline, tmp_path):

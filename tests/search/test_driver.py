@@ -1,5 +1,6 @@
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -167,11 +168,27 @@ def test_a_changed_strategy_is_found_out(tmp_path):
     go(tmp_path / "j")
     with pytest.raises(JournalError, match=r"strategy: the journal has"):
         go(tmp_path / "j", strategy="random")
+    whole = (tmp_path / "j").read_bytes()
     other = toy.problem(limit_ms=17.0)  # but says that it is the same
     with pytest.raises(JournalError, match=r"diverged at trial"):
         go(tmp_path / "j", problem=other)
     with pytest.raises(JournalError, match="problem: the journal has 'toy'"):
         go(tmp_path / "j", problem=toy.problem(digest="new"))
+    assert (tmp_path / "j").read_bytes() == whole
+
+
+def test_a_disk_that_fills_up_ends_the_search_with_an_error_and_the_same_call_goes_on(tmp_path):
+    path, executor = tmp_path / "j", Shuffled(toy.evaluator(delay_seconds=0.01), 3, 0)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4000, hard))
+    try:
+        with pytest.raises(JournalError, match="What was committed is intact: make room"):
+            go(path, executor=executor)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert executor.closed
+    assert 0 < len(read(path)[1]) < 60
+    assert go(path) == go(tmp_path / "whole")
 
 
 def test_an_impossible_limit_is_an_error(tmp_path):
