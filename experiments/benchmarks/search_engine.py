@@ -6,7 +6,7 @@ Candidates sleep, so that two workers need no two free cores; others on the mach
 `ray`, and `engine.processes`: overhead_100ms and overhead_10ms: by how much a search with two workers exceeds the time
     that its candidates of 100 and 10 ms take by themselves, halved, as a share of that; starting the workers is not
     counted. utilisation: the share of the workers' time in which they evaluate, where candidates take 10 to 50 ms.
-    Medians of three searches.
+    Medians of three searches with a lag of eight times the workers.
 `engine.utilisation`: the same of 8, 32 and 128 simulated workers whose times vary fivefold, by the lag in multiples of
     their number.
 `engine.driver`: milliseconds of the driver (ask, tell, journal) for a trial, about trial 100, 10,000 and 100,000, and
@@ -28,6 +28,8 @@ import numpy as np
 import psutil
 
 from nas.files import write_json
+from nas.measure import hardware, load
+from nas.pipeline.measure import git_commit
 from nas.search import (
     Executor,
     ProcessExecutor,
@@ -46,6 +48,7 @@ from nas.search.strategy import Strategy
 
 SIZES = (4,) * 24
 WORKERS = 2
+LAG = 8  # of the real workers, in multiples of their number: enough that short candidates share calls
 EXECUTORS = {"ray": RayExecutor, "processes": ProcessExecutor}
 STRATEGIES = {"random": random_search, "ageing_evolution": ageing_evolution, "nsga2": nsga2}
 
@@ -122,7 +125,7 @@ def executor_figures(made: type, *, repeats: int, seconds: float) -> dict[str, f
         trials, shares = int(WORKERS * seconds * 2000 / (least_ms + most_ms)), []
         for _ in range(repeats):
             timed = Timed(made("search_engine:sleeper", {"least_ms": least_ms, "most_ms": most_ms}, workers=WORKERS))
-            _searched(timed, random_search(SIZES), trials, lag=4 * WORKERS)
+            _searched(timed, random_search(SIZES), trials, lag=LAG * WORKERS)
             came = timed.came[2 * WORKERS - 1 : -2 * WORKERS]  # all workers have begun, and none is out of work yet
             shares.append(sum(took for _, took in came[1:]) / (WORKERS * (came[-1][0] - came[0][0])))
         return float(np.median(shares))
@@ -191,7 +194,8 @@ def main(arguments: list[str] | None = None) -> None:
     found = figures(quick=options.quick)
     print(json.dumps(found, indent=1))
     if options.json:
-        write_json(options.json, found)
+        about = {"question": __doc__.partition("\n")[0].removeprefix("Question: "), "lag_of_real_workers": LAG * WORKERS}
+        write_json(options.json, about | {"commit": git_commit(), "machine": hardware(), "load": load()} | found)
 
 
 if __name__ == "__main__":
