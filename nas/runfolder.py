@@ -119,8 +119,8 @@ class RunFolder:
                 first = next(stage for stage, decide in begun.items() if any(k.startswith(decide) for k in keys))
                 raise RunError(
                     f"{self.path}: this folder belongs to another configuration. What differs now: "
-                    f"{'; '.join(changed[:5])}. Use --out for a new folder; or give `--redo {first}`, which does that "
-                    f"stage and all after it anew here."
+                    f"{'; '.join(changed[:5])}. Use --out for a new folder; or `nas run EXPERIMENT --redo {first}`, "
+                    f"which does that stage and all after it anew here."
                 )
         if not path.exists() or path.read_bytes() != mine.encode():
             write_text(path, mine)

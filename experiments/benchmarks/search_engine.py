@@ -194,7 +194,10 @@ def main(arguments: list[str] | None = None) -> None:
     found = figures(quick=options.quick)
     print(json.dumps(found, indent=1))
     if options.json:
-        about = {"question": __doc__.partition("\n")[0].removeprefix("Question: "), "lag_of_real_workers": LAG * WORKERS}
+        about = {
+            "question": __doc__.partition("\n")[0].removeprefix("Question: "),
+            "lag_of_real_workers": LAG * WORKERS,
+        }
         write_json(options.json, about | {"commit": git_commit(), "machine": hardware(), "load": load()} | found)
 
 

@@ -146,7 +146,9 @@ def within(space: Space, costs: Sequence[Cost]) -> Genotypes:
 def _ratio(made: Cost, genotypes: Genotypes) -> NDArray[np.float64]:
     """A cost over its limit, [n]; without a limit 0, but infinite where the device cannot run the network."""
     if np.isfinite(made.tolerated):
-        return made.bound(genotypes) / made.tolerated
+        value = made.bound(genotypes)
+        # costs of one's own may have limits that are not positive
+        return value / made.tolerated if made.tolerated > 0 else 1 + value - made.tolerated
     return np.where(np.isfinite(made.price(genotypes)), 0.0, np.inf)
 
 

@@ -305,13 +305,13 @@ def _of_run(path: Path, device: str | None, precision: str | None, console: Cons
         model = job.tables[precision] if device is None else find_model(device, precision, space)[0]
         weights = {name: np.asarray(a) for name, a in job.supernet_params().items()}
         images = len(job.data.val.labels)
-    train = {k: v for k, v in msgspec.to_builtins(experiment.train).items() if k not in config.NEUTRAL}
+    counted = [experiment.counted] if experiment.counted != "float32" else []
     return _Source(
         space,
         "nas.pipeline.search:evaluator",
         {"experiment": msgspec.to_builtins(experiment)},
         weights,
-        [job.data.digest, experiment.seed, train, *([experiment.counted] if experiment.counted != "float32" else [])],
+        [job.data.digest, experiment.seed, config.deciding(experiment.train), *counted],
         images,
         _device_name(device or experiment.device),
         precision,

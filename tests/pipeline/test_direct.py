@@ -146,6 +146,14 @@ def test_functions_that_can_be_imported_evaluate_in_processes_too(here):
         quiet({"size": [(1, 2), (3, 4)]}, executor="processes", **more)
 
 
+@pytest.mark.parametrize("limit", [0, -3, 2])
+def test_costs_of_ones_own_may_have_limits_of_any_sign(limit):
+    cost = {"gain": lambda g: g.sum(axis=1) - 5.0}
+    front = quiet(CHOICES, evaluate=of_choices, costs=cost, limits={"gain": limit}, trials=10)
+    assert len(front.evaluated) == 10
+    assert all(t.cheap["gain"] <= limit for t in front.evaluated)
+
+
 def test_networks_that_cannot_be_had_at_all_leave_the_range_of_a_cost_alone():
     cost = {"ms": lambda g: np.where(g[:, 0] == 1, np.inf, price(g))}
     for count in (3, 12):  # counted, and crossed
