@@ -118,3 +118,13 @@ def is_worker(process, title="ray::Worker"):
         return process.cmdline()[0].startswith(title)
     except (psutil.Error, IndexError):
         return False
+
+
+def listening(processes):
+    """The addresses that they listen on."""
+    found = []
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):  # it is just ending
+            connections = process.net_connections(kind="inet")
+            found += [c.laddr.ip for c in connections if c.status == psutil.CONN_LISTEN]
+    return found

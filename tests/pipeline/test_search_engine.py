@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 import tiny
-from ray_cluster import Cluster, children, free_port, ray_command
+from ray_cluster import Cluster, children, free_port, is_worker, listening, ray_command
 
 import nas
 from nas.console import Console
@@ -102,19 +102,20 @@ def test_the_outcome_does_not_depend_on_how_python_hashes(executor, trained, inl
 
 
 @pytest.mark.slow
-def test_where_the_head_dies_the_line_to_go_on_is_printed_within_half_a_minute_and_does(trained, tmp_path):
-    """A cluster of its own, which listens on loopback only."""
+def test_where_the_head_dies_the_line_to_go_on_is_printed_within_half_a_minute_and_does(trained, inline, tmp_path):
+    """A cluster of its own, which listens on loopback only; its head dies while workers compile their evaluators."""
     run = tmp_path / "run"
-    line = command(trained, run, "search.executor=ray", "search.trials=100")
+    line = command(trained, run, "search.executor=ray")
     process = subprocess.Popen(line, env=with_nas(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     journal, deadline = run / "search" / "journal.jsonl", time.monotonic() + 300
-    while not (journal.exists() and journal.read_bytes().count(b"\n") > 5):
+    while not any(is_worker(p, "ray::Worker.setup") for p in children(process)):
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
-        time.sleep(0.02)
+        time.sleep(0.05)
     family = [psutil.Process(process.pid), *children(process)]
-    addresses = {c.laddr.ip for p in family for c in p.net_connections("inet") if c.status == psutil.CONN_LISTEN}
-    assert addresses <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
+    listens = listening(family)
+    assert len(listens) >= 4
+    assert all(ip.rpartition(":")[2].startswith("127.") or ip == "::1" for ip in listens), listens
     servers = [p for p in family if p.name() in ("gcs_server", "raylet")]
     assert len(servers) == 2
     killed = time.monotonic()
@@ -127,10 +128,10 @@ def test_where_the_head_dies_the_line_to_go_on_is_printed_within_half_a_minute_a
     _, _, again = told.partition("go on with:\n  ")
     name, *arguments = shlex.split(again)
     assert name == "nas"
-    assert len(read(journal)[1]) < 100
+    assert len(read(journal)[1]) < 10
     done = subprocess.run([*line[:3], *arguments], env=with_nas(), capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
-    assert digest(run) == digest(searched(trained, tmp_path / "inline", 'executor="inline"', "trials=100")[0])
+    assert digest(run) == inline
 
 
 @pytest.mark.slow
@@ -142,7 +143,18 @@ def test_as_a_job_of_a_cluster_behind_a_token_a_run_comes_to_its_end(trained, in
     tiny.write_experiment(work)
     shutil.copytree(trained / "run", run)
     settings = [word for item in SEARCHES for word in ("--set", item)]
-    entry = (sys.executable, "-m", "nas.cli", "run", "tiny_experiment.toml", "--out", run, "--address=auto", *settings)
+    entry = (
+        sys.executable,
+        "-m",
+        "nas.cli",
+        "--debug",
+        "run",
+        "tiny_experiment.toml",
+        "--out",
+        run,
+        "--address=auto",
+        *settings,
+    )
     submit = ("job", "submit", f"--address=http://127.0.0.1:{port}", f"--working-dir={work}", "--", *entry)
     cluster = Cluster(dashboard_port=port)
     try:
@@ -153,8 +165,8 @@ def test_as_a_job_of_a_cluster_behind_a_token_a_run_comes_to_its_end(trained, in
         code, told = ray_command(*submit, **cluster.settings)
         assert code == 0, told
         assert "succeeded" in told
-        listening = [c.laddr for c in psutil.net_connections("tcp") if c.status == psutil.CONN_LISTEN]
-        assert {address.ip for address in listening if address.port == port} == {"127.0.0.1"}
+        found = [c.laddr for c in psutil.net_connections("tcp") if c.status == psutil.CONN_LISTEN]
+        assert {address.ip for address in found if address.port == port} == {"127.0.0.1"}
     finally:
         cluster.close()
     assert digest(run) == inline

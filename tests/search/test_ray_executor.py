@@ -12,6 +12,7 @@ import numpy as np
 import psutil
 import pytest
 import search_toy as toy
+from ray_cluster import listening
 from test_driver import go
 
 from nas.cluster import connect
@@ -161,13 +162,9 @@ def test_a_worker_keeps_to_its_cores(tmp_path):
 
 
 def test_listens_on_loopback_only():
-    listening = []
-    for process in (psutil.Process(), *psutil.Process().children(recursive=True)):
-        with contextlib.suppress(psutil.NoSuchProcess):  # a worker of an earlier test that is just going
-            found = process.net_connections(kind="inet")
-            listening += [c.laddr.ip for c in found if c.status == psutil.CONN_LISTEN]
-    assert len(listening) >= 4
-    assert all(ip.rpartition(":")[2].startswith("127.") or ip == "::1" for ip in listening), listening
+    listens = listening([psutil.Process(), *psutil.Process().children(recursive=True)])
+    assert len(listens) >= 4
+    assert all(ip.rpartition(":")[2].startswith("127.") or ip == "::1" for ip in listens), listens
 
 
 def test_who_has_no_token_is_turned_away():
