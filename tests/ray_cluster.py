@@ -24,13 +24,13 @@ main()
 
 
 class Cluster:
-    """A head without CPUs and nodes of two each, on loopback behind a token: each is a family of processes.
+    """A head without CPUs, or with `cpus`, and nodes of two each, on loopback behind a token: families of processes.
 
     Attributes:
         settings: variables of the environment with which a process may join.
     """
 
-    def __init__(self, dashboard_port=None):
+    def __init__(self, dashboard_port=None, cpus=0):
         self.folder = Path(tempfile.mkdtemp(prefix="nas-"))
         self.settings = {
             "RAY_AUTH_MODE": "token",
@@ -44,7 +44,7 @@ class Cluster:
         board = ["--include-dashboard=false"]
         if dashboard_port is not None:
             board = ["--include-dashboard=true", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard_port}"]
-        self.head = self._start("--head", f"--port={port}", "--num-cpus=0", f"--temp-dir={self.folder}", *board)
+        self.head = self._start("--head", f"--port={port}", f"--num-cpus={cpus}", f"--temp-dir={self.folder}", *board)
         self.wait(self._running)
 
     def _start(self, *arguments):

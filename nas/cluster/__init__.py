@@ -4,6 +4,7 @@ What plain Ray leaves open is closed here (measured with Ray 2.60): a cluster of
 interface only, behind a token, reports nothing to anyone, and dies with the driver, however that dies.
 """
 
+import atexit
 import contextlib
 import importlib
 import importlib.util
@@ -15,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +27,7 @@ import psutil
 from nas.errors import ExecutorError
 
 _LONGEST_TEMP = 39  # bytes of a path: Ray puts Unix sockets 64 below it, whose paths may have 107, on macOS 103
+_LEAVE_SECONDS = 2.0  # for a head to answer, and for leaving one that does not
 _SHORT_TEMP = "/tmp"  # where the system's own folder is too long, as on macOS: /var/folders/...
 _WITHOUT = 'do without Ray (`search.executor = "processes"`, `train.processes = 1`)'
 
@@ -101,7 +104,7 @@ def connect(address: str, undo: contextlib.ExitStack, *, cpus: int, gpus: int = 
             }
             internals.worker._worker_logs_enabled = False  # or each worker's death is printed on stdout
             internals.ray_constants.ENABLE_RAY_CLUSTER = False  # loopback, also if ray was imported before
-        started.callback(ray.shutdown)
+        started.callback(_leave, ray)
         try:
             with warnings.catch_warnings():
                 # Ray starts its daemons by fork and exec; between the two nothing of JAX's threads is touched.
@@ -112,6 +115,7 @@ def connect(address: str, undo: contextlib.ExitStack, *, cpus: int, gpus: int = 
                 f"Ray did not {'start' if own else 'answer'} at {address!r}: {e}. Or {_WITHOUT}."
             ) from e
         if own:
+            started.callback(_end_what_is_left, folder)
             started.callback(_guard(folder))
         undo.push(started.pop_all())
     return ray
@@ -207,12 +211,43 @@ def _temporary_folder() -> str:
     )
 
 
+def _leave(ray: Any) -> None:
+    """Disconnects; from a head that is gone in the background, since Ray then waits for up to a minute."""
+    if not ray.is_initialized() or reachable(ray, within_seconds=_LEAVE_SECONDS):
+        ray.shutdown()
+        return
+    thread = threading.Thread(target=ray.shutdown, daemon=True)
+    thread.start()
+    thread.join(_LEAVE_SECONDS)
+    if thread.is_alive():
+        atexit.unregister(ray._private.worker.shutdown)  # it would wait for the thread
+
+
+def _end_what_is_left(folder: str) -> None:
+    """Where a server of this cluster has died, ends the others, for each of which Ray would wait for many seconds."""
+    servers = [p for p in psutil.Process().children() if _belongs(p, folder)]
+    if {"gcs_server", "raylet"} <= {p.name() for p in servers if p.status() != psutil.STATUS_ZOMBIE}:
+        return
+    for server in servers:
+        for process in (server, *server.children(recursive=True)):
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+
+
+def _belongs(process: psutil.Process, folder: str) -> bool:
+    """Whether it was started for the cluster of this folder; a process that has just ended was not."""
+    try:
+        return any(folder in word for word in process.cmdline())
+    except psutil.Error:
+        return False
+
+
 def _guard(folder: str) -> Callable[[], None]:
     """Starts the process that ends this cluster's servers should the driver be killed; returns what dismisses it."""
     family: dict[int, float] = {}
     for child in psutil.Process().children():
         with contextlib.suppress(psutil.Error):  # it has just ended
-            if any(folder in word for word in child.cmdline()):
+            if _belongs(child, folder):
                 family |= {p.pid: p.create_time() for p in (child, *child.children(recursive=True))}
     guard = subprocess.Popen(
         [sys.executable, "-P", str(Path(__file__).with_name("_guard.py"))],
