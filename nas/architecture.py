@@ -1,6 +1,7 @@
 """architecture.json: one network, complete. It rebuilds the network without the space that it came from.
 
-The file is canonical JSON of `Architecture`; its JSON Schema is nas/schemas/architecture.v1.schema.json.
+The file is canonical JSON of `Architecture`; its JSON Schema is nas/schemas/architecture.v2.schema.json. Version 2 is
+version 1 with ops that are in int8; networks without such are written as version 1.
 """
 
 import itertools
@@ -17,7 +18,7 @@ from nas.errors import CheckpointError, ConfigError, SpaceError
 from nas.files import write_bytes
 from nas.ops import Block, Network, output_shape, weights
 
-SCHEMA = "nas.architecture/1"
+SCHEMA, MIXED = "nas.architecture/1", "nas.architecture/2"
 
 
 class Input(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -44,7 +45,7 @@ class Origin(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Architecture(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One network with what is needed to use it."""
 
-    schema: Literal["nas.architecture/1"]
+    schema: Literal["nas.architecture/1", "nas.architecture/2"]
     name: str
     network: Network
     input: Input
@@ -67,10 +68,15 @@ class Architecture(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return f"Architecture({self.name!r}, {shape} -> {len(self.classes)} classes)\n{blocks}"
 
 
+def schema_of(network: Network) -> Literal["nas.architecture/1", "nas.architecture/2"]:
+    """The version that a network is written in."""
+    return MIXED if network.flat().mixed else SCHEMA
+
+
 def json_schema() -> str:
     """The JSON Schema of architecture.json, as published."""
     schema = msgspec.json.schema(Architecture)
-    schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": SCHEMA, **schema}
+    schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": MIXED, **schema}
     return json.dumps(schema, indent=1) + "\n"
 
 
@@ -88,8 +94,8 @@ def load_architecture(path: str | Path) -> Architecture:
         version = msgspec.json.decode(data).get("schema")
     except (OSError, msgspec.DecodeError, AttributeError) as e:
         raise ConfigError(f"{path}: cannot read this architecture: {e}. A winner's architecture.json is needed.") from e
-    if version != SCHEMA:
-        raise ConfigError(f"{path}: its schema is {version!r}; this version of nas reads {SCHEMA!r}.")
+    if version not in (SCHEMA, MIXED):
+        raise ConfigError(f"{path}: its schema is {version!r}; this version of nas reads {SCHEMA!r} and {MIXED!r}.")
     try:
         architecture = msgspec.json.decode(data, type=Architecture)
     except msgspec.DecodeError as e:
@@ -117,6 +123,12 @@ def _check(architecture: Architecture, path: Path) -> None:
             _check_ops(block)
         except ValueError as e:
             raise fail(f"block {block.name}: {e}") from e
+    if architecture.schema != schema_of(architecture.network):
+        raise fail(f"the schema is {architecture.schema!r}, but its ops are of {schema_of(architecture.network)!r}")
+    made_in = ["float32", *(block.graph.precision for block in blocks)]
+    for block, before in zip(blocks, made_in, strict=False):
+        if block.graph.source != before or len({op.precision for op in block.graph.ops}) > 1:
+            raise fail(f"block {block.name} is of two precisions, or reads another than what is before it gives")
     names = [w.name for w in weights(architecture.network.flat())]
     if twice := [name for name, other in itertools.pairwise(sorted(names)) if name == other]:
         raise fail(f"two ops have the weights {twice[0]}")

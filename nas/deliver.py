@@ -15,7 +15,7 @@ from nas.errors import CheckpointError, ConfigError
 from nas.export import RUNTIMES
 from nas.files import write_bytes
 from nas.pipeline.export import file_name, model_file
-from nas.quantise import Quantisation
+from nas.quantise import Quantisation, has_integers
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -51,12 +51,13 @@ class Winner:
         if precision not in chosen.precisions:
             hint = nearest(precision, chosen.precisions, kind="precision")
             raise ConfigError(f"{runtime} has no precision `{precision}`.{hint}")
-        if precision == "int8" and self.quantisation is None:
+        integers = has_integers(self.architecture.network.flat(), precision)
+        if integers and self.quantisation is None:
             raise CheckpointError(
-                f"{self.folder}: int8 needs the ranges that calibration found, and quantisation.json is not there. "
-                f"Export the run's own winner folder, or ask for float32."
+                f"{self.folder}: {precision} needs the ranges that calibration found, and quantisation.json is not "
+                f"there. Export the run's own winner folder, or ask for float32."
             )
-        quantisation = self.quantisation if precision == "int8" else None
+        quantisation = self.quantisation if integers else None
         write_bytes(Path(path), model_file(chosen, self.architecture, self.params, precision, quantisation))
         return Path(path)
 
@@ -92,7 +93,7 @@ def export_network(
     """Writes a file for each of `precisions`; gives the paths.
 
     Args:
-        precisions: those of float32 and int8 that the network and the runtime have, where none is given.
+        precisions: those of float32 and int8, or mixed, that the network and the runtime have, where none is given.
         out: the float32 file, beside which others lie, as name.int8.onnx; or the file, where one precision is given.
 
     Raises:
@@ -102,8 +103,9 @@ def export_network(
     winner = load_winner(source, params=params)
     chosen: Any = RUNTIMES.get(runtime)
     if not precisions and chosen:
-        quantised = winner.quantisation is not None and "int8" in chosen.precisions
-        precisions = ("float32", "int8") if quantised else ("float32",)
+        other = "mixed" if winner.architecture.network.flat().mixed else "int8"
+        quantised = winner.quantisation is not None and other in chosen.precisions
+        precisions = ("float32", other) if quantised else ("float32",)
     first = Path(out) if out else winner.folder / file_name("float32", chosen.suffix if chosen else "")
     written = []
     for precision in precisions or ("float32",):

@@ -21,6 +21,7 @@ from nas.latency import (
     load_device,
     own_folder,
     place,
+    precisions_of,
     table_folder,
 )
 from nas.measure import Plan, bundle, evaluate, for_table, hardware, prove_again, record, remote, runtime_of, tpu, whole
@@ -81,7 +82,7 @@ def measure_space(
     where = place(folder, space)
     sources = [] if networks is None else find_sources(space)
     done: list[Path] = []  # kept until all are, so that none is measured twice
-    for precision in precisions or about.precision:
+    for precision in precisions or precisions_of(about, space):
         if networks is None:
             work = where / f".measuring.{precision}"
             plan = for_table(space, about, precision, settings, seed=seed)
@@ -112,7 +113,7 @@ def _estimate(
 ) -> Path:
     """`measure_space` for a TPU's compiler: nothing is timed, unless this machine has that TPU."""
     where = place(folder, space)
-    for precision in precisions or device.precision:
+    for precision in precisions or precisions_of(device, space):
         console.start(f"{space.name} on {device.device}, {precision}")
         table, proof = tpu.estimate_table(
             space,
@@ -148,7 +149,7 @@ def write_bundle(
         DeviceError: the device is unknown, or lacks the precision.
     """
     about = load_device(device)
-    precision = precision or about.precision[0]
+    precision = precision or precisions_of(about, space)[0]
     if networks is None:
         plan = for_table(space, about, precision, settings, seed=seed)
     else:
@@ -299,7 +300,7 @@ def prove_table(
     about = load_device(device)
     if about.hardware not in (hardware(), "host"):
         raise DeviceError(f"device {device} is {about.hardware!r}, this machine is {hardware()!r}.")
-    precision = precision or about.precision[0]
+    precision = precision or precisions_of(about, space)[0]
     table, _ = find_table(device, precision, space)
     require_version(table, version(about.runtime))  # before an hour of measuring
     where = table_folder(device, precision, space)

@@ -16,13 +16,18 @@ from typing import Literal
 import msgspec
 
 Shape = tuple[int, ...]
+Precision = Literal["float32", "int8"]
 Activation = Literal["relu", "relu6", "hard_swish", "hard_sigmoid", "swish", "sigmoid", "gelu"]
 
 NORM_EPSILON = 1e-5
 ATTENTION_EPSILON = 1e-6
 
 
-class Op(msgspec.Struct, frozen=True, tag_field="op", omit_defaults=True):
+class _Computed(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    precision: Precision = "float32"  # in a file of mixed precision; files of one precision have it throughout
+
+
+class Op(_Computed, frozen=True, tag_field="op", omit_defaults=True):
     """One operation. `inputs` are value numbers: 0 is the graph's input, i+1 the output of op i."""
 
     inputs: tuple[int, ...]
@@ -110,6 +115,22 @@ class Graph(msgspec.Struct, frozen=True):
 
     input: Shape
     ops: tuple[AnyOp, ...] = ()
+    reads: Precision | msgspec.UnsetType = msgspec.UNSET  # of what makes the input, where that is not `precision`
+
+    @property
+    def precision(self) -> Precision:
+        """Of the first op, and so of all ops of a block."""
+        return self.ops[0].precision if self.ops else "float32"
+
+    @property
+    def source(self) -> Precision:
+        """Of what makes the input."""
+        return self.precision if self.reads is msgspec.UNSET else self.reads
+
+    @property
+    def mixed(self) -> bool:
+        """Whether some op is computed in int8, and a file therefore of mixed precision."""
+        return any(op.precision != "float32" for op in self.ops)
 
     @property
     def shape(self) -> Shape:
@@ -137,6 +158,12 @@ class Graph(msgspec.Struct, frozen=True):
 @functools.lru_cache(maxsize=65536)
 def _key(graph: Graph) -> str:
     return hashlib.sha256(msgspec.json.encode(graph)).hexdigest()[:16]
+
+
+def in_precision(graph: Graph, precision: Precision, source: Precision | None = None) -> Graph:
+    """`graph` with all ops in that precision, after `source`, or what else is in it. float32 is as it was recorded."""
+    ops = tuple(msgspec.structs.replace(op, precision=precision) for op in graph.ops)
+    return Graph(graph.input, ops, msgspec.UNSET if source in (None, precision) else source)
 
 
 class Block(msgspec.Struct, frozen=True):

@@ -2,7 +2,8 @@
 
 Activations are u8 with one scale and zero point a value; kernels s8, symmetric, one scale an output channel; biases
 s32 with the product of the two scales (Jacob et al. 2018, arXiv:1712.05877, sec. 2). Everything here is about *folded*
-graphs (`nas.fold.fold`): quantise what is deployed.
+graphs (`nas.fold.fold`): quantise what is deployed. Of a graph that is mixed (`nas.ops.Graph.mixed`) the ops in int8
+are integer, and the others read and make real numbers; of any other graph all are integer.
 
 `simulate` holds an activation as its u8 numbers in float32. Every step that rounds takes its value from the exact
 integer computation and its gradient from the computation without rounding, so `jax.grad` through `simulate` is
@@ -80,21 +81,32 @@ class Quantisation(msgspec.Struct, frozen=True):
     values: tuple[Scale | None, ...]
 
 
+def has_integers(graph: Graph, precision: str) -> bool:
+    """Whether a file of `graph` in `precision` is quantised, in part at least: int8 wholly, mixed where `graph` is."""
+    return precision == "int8" or (precision == "mixed" and graph.mixed)
+
+
+def integer(graph: Graph) -> list[bool]:
+    """For each op, whether it is computed on integers."""
+    return [op.precision == "int8" or not graph.mixed for op in graph.ops]
+
+
 def sources(graph: Graph) -> list[int | None]:
     """For each value of a folded graph, the value whose scale it has: its own number, or another's, or None.
 
-    Not quantised are logits, and what only a ReLU reads, since runtimes fuse the two. Values that are only moved or
-    selected (split, shuffle, maximum) keep the scale of what they were made from.
+    Not quantised are logits, what only a ReLU reads, since runtimes fuse the two, and what no integer op makes or
+    reads. Values that are only moved or selected (split, shuffle, maximum) keep the scale of what they were made from.
     """
     out: list[int | None] = []
-    readers = graph.consumers()
+    readers, whole = graph.consumers(), integer(graph)
     for number in range(len(graph.ops) + 1):
         op = graph.ops[number - 1] if number else None
+        made, read = whole[number - 1] if number else not graph.mixed, [whole[r] for r in readers[number]]
         read_by = [graph.ops[r] for r in readers[number]]
-        fused = isinstance(op, Conv | Dense | Add) and len(read_by) == 1 and _rectifies(read_by[0])
-        if fused or (isinstance(op, Dense) and not read_by):
+        fused = isinstance(op, Conv | Dense | Add) and len(read_by) == 1 and _rectifies(read_by[0]) and made == read[0]
+        if fused or (isinstance(op, Dense) and not read_by) or not (made or any(read)):
             out.append(None)
-        elif isinstance(op, Split | Shuffle) or (isinstance(op, Pool) and op.reduce == "max"):
+        elif made and (isinstance(op, Split | Shuffle) or (isinstance(op, Pool) and op.reduce == "max")):
             out.append(out[op.inputs[0]])
         else:
             out.append(number)
@@ -174,9 +186,9 @@ def observe(graph: Graph, params: Arrays, x: Array) -> tuple[Array, Array]:
 def fake_quantise(graph: Graph, params: Arrays, ranges: Array, x: Array) -> Array:
     """What the int8 network makes of `x`, by `ranges` [values, 2] as `observe` gives them: `simulate` in real numbers.
 
-    Everything but `graph` may be traced, so that one program serves many networks. Weights and values are rounded as in
-    `simulate`, sums and functions are computed in float32 between them: a value that comes near the middle between two
-    numbers may be rounded to the other one.
+    Everything but `graph`, which is not mixed, may be traced, so that one program serves many networks. Weights and
+    values are rounded as in `simulate`, sums and functions are computed in float32 between them: a value that comes
+    near the middle between two numbers may be rounded to the other one.
     """
     scales = [None if v is None else _scale(ranges[v]) for v in sources(graph)]
 
@@ -196,7 +208,7 @@ def fake_quantise(graph: Graph, params: Arrays, ranges: Array, x: Array) -> Arra
             whole = {f"{op.name}/kernel": kernel * unit, f"{op.name}/bias": bias * (read[0] * unit)}
             y = compute(op, whole, inputs)
         else:
-            y = _norm(op, params, inputs[0]) if isinstance(op, Norm) else compute(op, params, inputs)
+            y = _float(op, params, inputs)
         values.append(held(y, scale))
     return values[-1]
 
@@ -212,12 +224,17 @@ def simulate(graph: Graph, params: Arrays, quantisation: Quantisation, images: A
     check(graph, quantisation)
     held = _held(graph, quantisation)
     first, last = held[0], held[-1]
-    assert first is not None  # `check` saw that the input has one
-    values = [_quantise(images, first)]
+    values = [images if first is None else _quantise(images, first)]
     with jax.default_matmul_precision("highest"):  # sums in bfloat16 or TF32 would not be exact
-        for op, scale in zip(graph.ops, held[1:], strict=True):
-            read = [s for v in op.inputs if (s := held[v]) is not None]  # only logits have none, and nothing reads them
-            values.append(_step(op, params, [values[v] for v in op.inputs], read, scale))
+        for op, scale, whole in zip(graph.ops, held[1:], integer(graph), strict=True):
+            inputs = [values[v] for v in op.inputs]
+            if whole:
+                read = [s for v in op.inputs if (s := held[v]) is not None]  # all have one: `check` saw that
+                values.append(_step(op, params, inputs, read, scale))
+                continue
+            real = [x if (s := held[v]) is None else _dequantise(x, s) for x, v in zip(inputs, op.inputs, strict=True)]
+            y = _float(op, params, real)
+            values.append(y if scale is None else _quantise(y, scale))
     return values[-1] if last is None else _dequantise(values[-1], last)
 
 
@@ -271,9 +288,9 @@ def _limit(op: AnyOp) -> float:
 
 def _held(graph: Graph, quantisation: Quantisation) -> list[Scale | None]:
     """The scale in which `simulate` holds each value: before a fused ReLU that of the ReLU."""
-    readers = graph.consumers()
+    readers, whole = graph.consumers(), integer(graph)
     return [
-        quantisation.values[readers[v][0] + 1] if scale is None and readers[v] else scale
+        quantisation.values[readers[v][0] + 1] if scale is None and readers[v] and v and whole[v - 1] else scale
         for v, scale in enumerate(quantisation.values)
     ]
 
@@ -282,9 +299,12 @@ def _activations(graph: Graph, params: Arrays, x: Array) -> list[Array]:
     """Every value of the float network."""
     values = [x]
     for op in graph.ops:
-        inputs = [values[v] for v in op.inputs]
-        values.append(_norm(op, params, inputs[0]) if isinstance(op, Norm) else compute(op, params, inputs))
+        values.append(_float(op, params, [values[v] for v in op.inputs]))
     return values
+
+
+def _float(op: AnyOp, params: Arrays, inputs: list[Array]) -> Array:
+    return _norm(op, params, inputs[0]) if isinstance(op, Norm) else compute(op, params, inputs)
 
 
 # steps: numbers in, numbers out

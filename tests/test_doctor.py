@@ -53,7 +53,7 @@ def test_a_runtime_that_is_missing_is_told_with_the_extra_that_brings_it():
         line = re.search(rf"^runtime {name}: [a-z-]+ is not installed. (.*)$", told, re.MULTILINE)
         assert line, told
         assert line[1] == doctor.install_line(package, name)
-    assert re.search(r"^runtime onnxruntime \d.*: float32, int8$", told, re.MULTILINE)
+    assert re.search(r"^runtime onnxruntime \d.*: float32, int8, mixed$", told, re.MULTILINE)
 
 
 @pytest.mark.parametrize("what", ["blocks", "devices"])

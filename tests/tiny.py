@@ -69,6 +69,47 @@ def elastic_space(folder: Path, classes: int = 3) -> Space:
     return load_space(str(path), input_shape=(8, 8, 1), classes=classes)
 
 
+JOINT = """
+description = "for tests: what a stage is computed in and how much of it is left away are choices"
+[stem]
+block = "conv_stem"
+width = 4
+stride = 2
+[[stage]]
+block = "mbconv"
+depth = [1, 2]
+width = 8
+kernel = 3
+expand = 4
+act = "relu"
+prune = [0.0, 0.5]
+precision = ["float32", "int8"]
+tied = ["prune"]
+[[stage]]
+block = "mbconv"
+width = 8
+kernel = 3
+expand = 2
+act = "hard_swish"
+precision = ["float32", "int8"]
+[head]
+block = "classifier"
+width = 8
+"""
+
+
+def write_joint_space(folder: Path) -> Path:
+    """A space of mixed precision as a file in `folder`."""
+    path = folder / "joint.toml"
+    path.write_text(JOINT)
+    return path
+
+
+def joint_space(folder: Path) -> Space:
+    """The same over tiny images."""
+    return load_space(str(write_joint_space(folder)), input_shape=(8, 8, 1), classes=3)
+
+
 RESOLUTIONS = """
 description = "for tests: two resolutions and learned kernel transforms, and little else, since a step has all branches"
 resolution = [6, 8]
@@ -152,6 +193,15 @@ batch_size = 32
 seconds = 0.3
 parity_images = 16
 """
+
+
+def write_joint_experiment(folder: Path) -> Path:
+    """The experiment in the space of mixed precision."""
+    write_joint_space(folder)
+    write_data(folder)
+    path = folder / "joint_experiment.toml"
+    path.write_text(EXPERIMENT.replace("tiny", "joint"))
+    return path
 
 
 def write_experiment(folder: Path) -> Path:

@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import itertools
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal, TypeVar
 
@@ -24,6 +24,8 @@ from numpy.typing import NDArray
 
 from nas.data import Dataset, Part
 from nas.evaluate.batches import calibration_batches, labelled_batches
+from nas.ops import Block, Graph
+from nas.quantise import has_integers
 from nas.space import Position
 from nas.supernet import LayerMode, Supernet
 
@@ -59,7 +61,8 @@ class SubnetEvaluator:
 
     `cache_bytes` bounds what is kept for subnets that begin alike; with 0, each is computed from its images on. With
     `precision` "int8" a subnet is computed as its int8 file will, quantised by what its values are on the calibration
-    images: `nas.quantise.calibrate` and `simulate` of all subnets in one program (`nas.supernet.int8`).
+    images: `nas.quantise.calibrate` and `simulate` of all subnets in one program (`nas.supernet.int8`). With "mixed" so
+    are the blocks that the space has in int8.
     """
 
     supernet: Supernet
@@ -68,7 +71,7 @@ class SubnetEvaluator:
     calibration_images: int = 512
     batch_size: int = 128
     cache_bytes: int = CACHE_BYTES
-    precision: Literal["float32", "int8"] = "float32"
+    precision: Literal["float32", "int8", "mixed"] = "float32"
 
     @property
     def total(self) -> int:
@@ -125,7 +128,7 @@ class SubnetEvaluator:
                     continue
                 calibration, statistics = self._calibrate(side, row, start, stop, batches.calibration)
                 observed: list[Array] = []
-                if self.precision == "int8":
+                if self.precision != "float32":
                     observed, ranges = self._observe(side, row, start, statistics, batches.observed)
                     statistics = [s | r for s, r in zip(statistics, ranges, strict=True)]
                 validation = self._infer(side, row, start, statistics, batches.validation)
@@ -144,7 +147,8 @@ class SubnetEvaluator:
         of these moments over batches. The last layer of all makes nothing but moments."""
         layers = self._layers(side)[start:stop]
         params = [self._params[position.name] for _, position in layers]
-        out, seen = self._pass(side, row, start, "calibrate", params, batches)
+        modes: list[_Mode] = ["measure" if start + i + 1 == len(row) else "calibrate" for i in range(len(layers))]
+        out, seen = self._pass(side, row, start, modes, params, batches)
         zeros = [self._zeros[position.name] for _, position in layers]
         return out, [_mean(each) if each else none for each, none in zip(seen, zeros, strict=True)]
 
@@ -153,15 +157,24 @@ class SubnetEvaluator:
     ) -> tuple[list[Array], Statistics]:
         """What the layers from `start` on, as many as there are statistics, make of calibration batches, normalised by
         these; and the range of each value over all of them."""
-        out, seen = self._pass(side, row, start, "observe", self._with(side, start, statistics), batches)
+        modes: list[_Mode] = ["observe"] * len(statistics)
+        out, seen = self._pass(side, row, start, modes, self._with(side, start, statistics), batches)
         return out, [_extent(each) if each else {} for each in seen]
 
     def _infer(
         self, side: int, row: NDArray[np.int32], start: int, statistics: Statistics, batches: list[Array]
     ) -> list[Array]:
         """What the layers from `start` on, as many as there are statistics, make of each validation batch."""
-        mode = "infer" if self.precision == "float32" else "int8"
-        return self._pass(side, row, start, mode, self._with(side, start, statistics), batches)[0]
+        layers = self._layers(side)[start : start + len(statistics)]
+        modes: list[_Mode] = [
+            self._deployed(position.branches[row[start + i]]) for i, (_, position) in enumerate(layers)
+        ]
+        return self._pass(side, row, start, modes, self._with(side, start, statistics), batches)[0]
+
+    def _deployed(self, block: Block | None) -> _Mode:
+        """How a block is computed where answers are counted."""
+        graph = Graph(()) if block is None else block.graph
+        return "int8" if has_integers(graph, self.precision) else "infer"
 
     def _with(self, side: int, start: int, statistics: Statistics) -> Statistics:
         """The arrays of the layers from `start` on with their statistics."""
@@ -169,14 +182,19 @@ class SubnetEvaluator:
         return [self._params[position.name] | s for (_, position), s in zip(layers, statistics, strict=True)]
 
     def _pass(
-        self, side: int, row: NDArray[np.int32], start: int, mode: _Mode, params: Statistics, batches: list[Array]
+        self,
+        side: int,
+        row: NDArray[np.int32],
+        start: int,
+        modes: Sequence[_Mode],
+        params: Statistics,
+        batches: list[Array],
     ) -> tuple[list[Array], list[tuple[dict[str, Array], ...]]]:
         """What the layers from `start` on, as many as there are `params`, make of each batch; and for each layer what
         was seen in each batch, nothing if it is skipped."""
         layers = self._layers(side)[start : start + len(params)]
-        last = len(row) - start - 1
         present: dict[int, tuple[int, int, _Mode]] = {
-            i: (side, kind, "measure" if mode == "calibrate" and i == last else mode)
+            i: (side, kind, modes[i])
             for i, (kind, position) in enumerate(layers)
             if not _skipped(position, row[start + i])
         }
@@ -221,7 +239,7 @@ class SubnetEvaluator:
             calibration = calibration_batches(self.data, images=self.calibration_images, batch_size=batch, size=size)
             images, labels = labelled_batches(self.data, part, batch_size=batch, size=size)
             calibration = [*map(jnp.asarray, calibration)]
-            observed = calibration if self.precision == "int8" else []
+            observed = calibration if self.precision != "float32" else []
             self._inputs[side] = _Batches(calibration, observed, [*map(jnp.asarray, images)])
             self._targets[side] = [*map(jnp.asarray, labels)]
         return self._inputs[side]

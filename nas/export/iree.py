@@ -40,7 +40,7 @@ class Iree:
 
         Equal arguments give files that compute the same; IREE's compiler does not give equal bytes.
         """
-        check_precision(precision, self.precisions, quantisation)
+        check_precision(graph, precision, self.precisions, quantisation)
         compiler = _compiler()
         program = stablehlo.to_exported(graph, params, precision=precision, batch=1).mlir_module()
         options = ["--iree-llvmcpu-target-cpu=host"]

@@ -37,7 +37,7 @@ class LiteRt:
         metadata: Mapping[str, str] | None = None,
     ) -> bytes:
         """See `Runtime`."""
-        check_precision(precision, self.precisions, quantisation)
+        check_precision(graph, precision, self.precisions, quantisation)
         return tflite.to_bytes(graph, params, metadata)
 
     def open(self, model: bytes | Path, *, threads: int = 1) -> Session:

@@ -3,6 +3,7 @@
 Images and activations are NCHW with a symbolic batch size. Int8 models carry QuantizeLinear/DequantizeLinear pairs
 around every op (QDQ), weights as s8 and biases as s32 initialisers behind a DequantizeLinear. Each op reads
 dequantised values and its result is quantised again, also where numbers are only moved: runtimes look for that shape.
+In models of mixed precision only ops in int8 are such.
 Attention is one op in this sense: what happens inside it stays in float.
 """
 
@@ -58,7 +59,7 @@ def to_onnx(
 
     Args:
         params: name -> array, as `nas.ops.weights(graph)` lists them.
-        quantisation: of the folded graph; the model is int8 then.
+        quantisation: of the folded graph; the model is int8 then, or of mixed precision, if the graph is.
         metadata: written into the model's properties.
 
     Raises:
@@ -131,7 +132,7 @@ class _Writer:
     def __init__(self, onnx: Any, graph: Graph, params: Mapping[str, np.ndarray], quantisation: Quantisation | None):
         self.onnx, self.graph, self.params = onnx, graph, params
         self.scales: Sequence[Scale | None] = quantisation.values if quantisation else [None] * (len(graph.ops) + 1)
-        self.int8 = quantisation is not None
+        self.integer = quantise.integer(graph) if quantisation else [False] * len(graph.ops)
         self.nodes: list[Any] = []
         self.initialisers: list[Any] = []
         self.constants: set[str] = set()
@@ -140,7 +141,8 @@ class _Writer:
         """Everything; the last value is named `output`."""
         values = [self.quantised(INPUT, self.scales[0], INPUT)]
         for number, op in enumerate(self.graph.ops, 1):
-            y = self.op(op, self.name(number), [values[v] for v in op.inputs], op.inputs)
+            scale = self.scales[op.inputs[0]] if self.integer[number - 1] else None
+            y = self.op(op, self.name(number), [values[v] for v in op.inputs], op.inputs[0], scale)
             values.append(self.quantised(y, self.scales[number], self.name(number)))
         if len(values) > 1 and self.nodes[-1].output[0] == values[-1]:
             self.nodes[-1].output[0] = output  # nothing reads the last value
@@ -188,9 +190,8 @@ class _Writer:
         y = self.node("QuantizeLinear", f"{name}/quantised", [x, *pair])
         return self.node("DequantizeLinear", f"{name}/dequantised", [y, *pair])
 
-    def weights(self, op: Conv | Dense, read: int) -> list[str]:
-        """Kernel, output channels first, and bias: names of floats, dequantised ones if the model is int8."""
-        scale = self.scales[read]
+    def weights(self, op: Conv | Dense, scale: Scale | None) -> list[str]:
+        """Kernel, output channels first, and bias: names of floats, dequantised ones where the input has a `scale`."""
         if scale is None:
             kernel, bias = self.params[f"{op.name}/kernel"], self.params.get(f"{op.name}/bias")
             out = [self.constant(f"{op.name}/kernel", self.layout(op, kernel))]
@@ -217,15 +218,20 @@ class _Writer:
             kernel = kernel.reshape(*shape, -1).transpose(2, 0, 1, 3).reshape(kernel.shape)
         return np.ascontiguousarray(kernel.T)
 
-    def op(self, op: AnyOp, name: str, inputs: list[str], read: tuple[int, ...]) -> str:
-        """The nodes of one op; returns the name of its real-valued result."""
-        x, size, moved = inputs[0], self.graph.shape_of(read[0]), self.scales[read[0]]
+    def op(self, op: AnyOp, name: str, inputs: list[str], read: int, scale: Scale | None) -> str:
+        """The nodes of one op; returns the name of its real-valued result.
+
+        Args:
+            read: number of the first value that it reads.
+            scale: of that value, if the op is on integers.
+        """
+        x, size = inputs[0], self.graph.shape_of(read)
         match op:
             case Conv():
                 return self.node(
                     "Conv",
                     name,
-                    [x, *self.weights(op, read[0])],
+                    [x, *self.weights(op, scale)],
                     group=op.groups,
                     kernel_shape=[op.kernel] * 2,
                     strides=[op.stride] * 2,
@@ -233,8 +239,8 @@ class _Writer:
                 )
             case Dense():
                 if len(size) > 1:
-                    x = self.quantised(self.node("Flatten", f"{name}/flat", [x]), moved, f"{name}/flat")
-                return self.node("Gemm", name, [x, *self.weights(op, read[0])], transB=1)
+                    x = self.quantised(self.node("Flatten", f"{name}/flat", [x]), scale, f"{name}/flat")
+                return self.node("Gemm", name, [x, *self.weights(op, scale)], transB=1)
             case Norm():
                 rows = [self.constant(f"{name}/{r}", self.params[f"{name}/{r}"]) for r in _NORM_ROLES]
                 return self.node("BatchNormalization", name, [x, *rows], epsilon=NORM_EPSILON)
@@ -275,7 +281,7 @@ class _Writer:
                     step = f"{name}/{part}" if part else name
                     more = {} if shape else {"perm": [0, 2, 1, 3, 4]}
                     x = self.node(kind, step, [x, *shape], **more)
-                    x = self.quantised(x, moved, step) if part else x
+                    x = self.quantised(x, scale, step) if part else x
                 return x
             case LinearAttention():
                 return self.attention(op, name, x)

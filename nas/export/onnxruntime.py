@@ -17,7 +17,7 @@ from nas.quantise import Quantisation
 class OnnxRuntime:
     """Models as ONNX, run by ONNX Runtime's CPU provider."""
 
-    precisions: ClassVar[tuple[str, ...]] = ("float32", "int8")
+    precisions: ClassVar[tuple[str, ...]] = ("float32", "int8", "mixed")
     suffix: ClassVar[str] = ".onnx"
     layout: ClassVar[str] = "NCHW"
     _name: ClassVar[str] = "onnxruntime"
@@ -36,7 +36,7 @@ class OnnxRuntime:
         metadata: Mapping[str, str] | None = None,
     ) -> bytes:
         """See `Runtime`."""
-        check_precision(precision, self.precisions, quantisation)
+        check_precision(graph, precision, self.precisions, quantisation)
         return writer.to_bytes(writer.to_onnx(graph, params, quantisation, metadata))
 
     def open(self, model: bytes | Path, *, threads: int = 1) -> Session:

@@ -36,7 +36,7 @@ class OpenVino:
         metadata: Mapping[str, str] | None = None,
     ) -> bytes:
         """See `Runtime`. In float16 and bfloat16 the file holds float32 weights and says what to compute in."""
-        check_precision(precision, self.precisions, quantisation)
+        check_precision(graph, precision, self.precisions, quantisation)
         properties = {**(metadata or {}), PRECISION: precision}
         return writer.to_bytes(writer.to_onnx(graph, params, quantisation, properties))
 

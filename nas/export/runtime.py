@@ -10,9 +10,10 @@ from nas.config import nearest
 from nas.errors import ExportError
 from nas.ondevice.sessions import Session
 from nas.ops import Graph
-from nas.quantise import Quantisation
+from nas.quantise import Quantisation, has_integers
 
-PRECISIONS = ("float32", "float16", "bfloat16", "int8")  # what weights and most of the arithmetic are in
+# What weights and most of the arithmetic are in; mixed: int8 where ops say so (`nas.ops.Graph.mixed`), else float32.
+PRECISIONS = ("float32", "float16", "bfloat16", "int8", "mixed")
 
 
 class Runtime(Protocol):
@@ -45,7 +46,7 @@ class Runtime(Protocol):
 
         Args:
             precision: one of `precisions`. Images and outputs are float32 in all of them.
-            quantisation: of the folded graph (`nas.fold.fold`); for int8, and for int8 alone.
+            quantisation: of the folded graph (`nas.fold.fold`); for int8, for mixed where ops are int8, and else not.
 
         Raises:
             ExportError: the graph cannot be written, the runtime does not have the precision, or `quantisation` is
@@ -72,8 +73,8 @@ class Runtime(Protocol):
         ...
 
 
-def check_precision(precision: str, known: Sequence[str], quantisation: Quantisation | None) -> None:
-    """Nothing, if `precision` is one of `known`, and int8, and int8 alone, comes with a quantisation.
+def check_precision(graph: Graph, precision: str, known: Sequence[str], quantisation: Quantisation | None) -> None:
+    """Nothing, if `precision` is one of `known`, and `graph` comes with a quantisation in it where it needs one alone.
 
     Raises:
         ExportError: it is not so.
@@ -82,7 +83,10 @@ def check_precision(precision: str, known: Sequence[str], quantisation: Quantisa
         raise ExportError(
             f"precision `{precision}`: this runtime does not have it.{nearest(precision, known, kind='precision')}"
         )
-    if precision == "int8" and quantisation is None:
-        raise ExportError("int8 without a quantisation: give the ranges that `nas.quantise.calibrate` finds.")
-    if precision != "int8" and quantisation is not None:
+    if precision == "int8" and graph.mixed:
+        raise ExportError("the ops of this network say which of them are in int8: ask for `mixed`, or for a float one.")
+    needed = has_integers(graph, precision)
+    if needed and quantisation is None:
+        raise ExportError(f"{precision} without a quantisation: give the ranges that `nas.quantise.calibrate` finds.")
+    if not needed and quantisation is not None:
         raise ExportError(f"{precision} with a quantisation: only int8 has one. Leave it out, or ask for int8.")

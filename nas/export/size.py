@@ -5,8 +5,8 @@ from numpy.typing import NDArray
 
 from nas.export.onnx import to_onnx
 from nas.fold import fold
-from nas.ops import Act, Block, Graph, Shape, flatten, weights
-from nas.quantise import placeholder
+from nas.ops import Act, Block, Graph, Precision, Shape, flatten, weights
+from nas.quantise import has_integers, placeholder
 from nas.space import Space
 
 
@@ -20,7 +20,7 @@ def onnx_bytes(space: Space, precision: str) -> list[NDArray[np.float64]]:
     classes, mean and deviation of the images, some hundred bytes) come on top.
 
     Args:
-        precision: "float32" or "int8".
+        precision: "float32", "int8" or "mixed".
 
     Raises:
         DeviceError: onnx is not installed.
@@ -29,13 +29,15 @@ def onnx_bytes(space: Space, precision: str) -> list[NDArray[np.float64]]:
     last = len(space.positions) - 1
 
     def added(block: Block, number: int) -> int:
-        before, after = _beside(block.graph.input), _beside(block.graph.shape)
-        alone, both = _written((before,), precision), _written((before, before), precision)
-        if number == 0:
-            return _written((block, after), precision) - (both - alone)
+        graph = block.graph
+        before, after = _beside(graph.input, graph.source), _beside(graph.shape, graph.precision)
+        alone = _written((before,), precision)
         if number == last:
             return _written((before, block), precision) - alone
-        return _written((before, block, after), precision) - both
+        one_more = _written((after, after), precision) - _written((after,), precision)
+        if number == 0:
+            return _written((block, after), precision) - one_more
+        return _written((before, block, after), precision) - alone - one_more
 
     def bytes_of(block: Block | None, number: int) -> int:
         if block is None or not block.graph.ops:
@@ -51,13 +53,14 @@ def onnx_bytes(space: Space, precision: str) -> list[NDArray[np.float64]]:
     ]
 
 
-def _beside(shape: Shape) -> Block:
+def _beside(shape: Shape, precision: Precision) -> Block:
     """A neighbour without weights that runtimes and folding leave as it is."""
-    return Block("beside", "", Graph(shape, (Act((0,), shape, "sigmoid"),)))
+    return Block("beside", "", Graph(shape, (Act((0,), shape, "sigmoid", precision=precision),)))
 
 
 def _written(blocks: tuple[Block, ...], precision: str) -> int:
     graph = flatten(blocks)
     params = {w.name: np.ones(w.shape, np.float32) for w in weights(graph)}
-    quantisation = placeholder(fold(graph, params)[0], distinct=True) if precision == "int8" else None
+    integers = has_integers(graph, precision)
+    quantisation = placeholder(fold(graph, params)[0], distinct=True) if integers else None
     return to_onnx(graph, params, quantisation).ByteSize()

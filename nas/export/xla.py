@@ -41,7 +41,7 @@ class Xla:
         Raises:
             DeviceError: float16 on CPU.
         """
-        check_precision(precision, self.precisions, quantisation)
+        check_precision(graph, precision, self.precisions, quantisation)
         if precision == "float16" and platform() == "cpu":
             raise DeviceError(
                 "float16 with XLA is for GPUs: on CPU every operation would convert it to float32 and back. "

@@ -2,7 +2,7 @@
 
 from nas.latency import transfer
 from nas.latency.calibration import FORMS, Correction, Tried, calibrate, op_counts
-from nas.latency.device import load_device
+from nas.latency.device import load_device, precisions_of
 from nas.latency.entry import Entry
 from nas.latency.features import feature_groups, features
 from nas.latency.imported import FORMATS, Imported, Learnt, import_file, import_networks, import_table
@@ -64,6 +64,7 @@ __all__ = [
     "op_counts",
     "own_folder",
     "place",
+    "precisions_of",
     "preferred",
     "proof_beside",
     "prove",

@@ -3,6 +3,7 @@
 from nas import catalog, config
 from nas.config import Device
 from nas.errors import ConfigError, DeviceError
+from nas.space import Space
 
 
 def load_device(name: str) -> Device:
@@ -25,3 +26,19 @@ def load_device(name: str) -> Device:
         where = config.line_of(text, ["precision"])
         raise ConfigError(f'{path}, line {where}: `precision` is empty: at least one is needed, like ["float32"].')
     return device
+
+
+def precisions_of(device: Device, space: Space) -> tuple[str, ...]:
+    """Those that networks of `space` have latencies in on a device: its own, or mixed, where the space's blocks are.
+
+    Raises:
+        DeviceError: the blocks of the space are in float32 and int8, and the device does not have both.
+    """
+    if not space.mixed:
+        return tuple(p for p in device.precision if p != "mixed") or device.precision
+    if "mixed" not in device.precision and not {"float32", "int8"} <= set(device.precision):
+        raise DeviceError(
+            f"stages of space {space.name!r} may be in int8, others are in float32; device {device.device!r} has "
+            f"{', '.join(device.precision)}. Choose a device that has both, or leave `precision` out of the space."
+        )
+    return ("mixed",)

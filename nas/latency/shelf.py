@@ -10,7 +10,7 @@ import msgspec
 
 from nas import catalog
 from nas.errors import DeviceError, LatencyError, UnmeasuredBlock
-from nas.latency.device import load_device
+from nas.latency.device import load_device, precisions_of
 from nas.latency.learned import Learned
 from nas.latency.model import LatencyModel
 from nas.latency.proof import Proof
@@ -172,7 +172,7 @@ def find_models(name: str, space: Space) -> tuple[dict[str, tuple[LatencyModel, 
     """
     found: dict[str, tuple[LatencyModel, Proof | None]] = {}
     missing: dict[str, UnmeasuredBlock] = {}
-    for precision in load_device(name).precision:
+    for precision in precisions_of(load_device(name), space):
         try:
             found[precision] = find_model(name, precision, space)
         except UnmeasuredBlock as e:

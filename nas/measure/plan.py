@@ -24,13 +24,14 @@ from nas.fold import fold
 from nas.latency import op_counts
 from nas.ondevice.stopping import ANCHOR
 from nas.ondevice.timing import Call
-from nas.ops import Block, Graph, Recorder, Shape, flatten, weights
-from nas.quantise import placeholder
+from nas.ops import Block, Graph, Precision, Recorder, Shape, flatten, in_precision, weights
+from nas.quantise import has_integers, placeholder
 from nas.space import Space
 from nas.space.space import Genotypes
 
 REFERENCE = ("one conv ", "two convs ")  # how names of what blocks are compared with begin
 REFERENCES = 3  # sessions of each reference: all blocks at a shape share its error, and sessions differ by 1-2 %
+Side = tuple[Shape, Precision]  # of a block: what goes in or out there, and what the neighbour is computed in
 _CANDIDATES = 512  # random networks that anchors are chosen from
 
 
@@ -68,26 +69,34 @@ class Plan:
     def entries(self) -> dict[str, dict[str, float]]:
         """What each block's entry is made of: name of its sandwich -> names of calls and their weights in a sum.
 
-        With c1 and c2 the times of one and of two convolutions at a shape:
+        With c1 and c2 the times of one and of two convolutions at a shape, in the precision of their side of the block:
 
             middle block = sandwich - (c2(in) + c2(out)) / 2        a call's overhead cancels
             first block  = (block + conv) - (c2(out) - c1(out))     the overhead stays: a network has it once
             last block   = (conv + block) - c1(in)
+
+        Between precisions a block takes along what converting its input costs, and half the difference between that and
+        converting back; the other half is that of the block which does so, and in a network the halves cancel. A last
+        block after another precision is (conv + block) - c2(in) / 2, less what an empty call and half a conversion
+        take, c1 - c2 / 2 in its own precision.
         """
         found: dict[str, dict[str, float]] = {}
         for key, (block, role) in (self.space.blocks() if self.blocks else {}).items():
-            into, out = block.graph.input, block.graph.shape
+            into, out = _sides(block.graph)
             match role:
                 case "first":
                     convs = [(two_convs, out, -1.0), (one_conv, out, 1.0)]
+                case "last" if into[1] != block.graph.precision:
+                    own = (into[0], block.graph.precision)
+                    convs = [(two_convs, into, -0.5), (one_conv, own, -1.0), (two_convs, own, 0.5)]
                 case "last":
                     convs = [(one_conv, into, -1.0)]
                 case _:
                     convs = [(two_convs, into, -0.5), (two_convs, out, -0.5)]
             terms = found[f"block {key}"] = {f"block {key}": 1.0}
-            for name, shape, weight in convs:
+            for name, side, weight in convs:
                 for repeat in range(REFERENCES):
-                    reference = name(shape, repeat)
+                    reference = name(side, repeat)
                     terms[reference] = terms.get(reference, 0.0) + weight / REFERENCES
         return found
 
@@ -126,8 +135,11 @@ def for_table(space: Space, device: Device, precision: str, settings: config.Lat
     """All blocks of `space`, anchors and held-out networks.
 
     Raises:
-        LatencyError: the space has fewer than three networks.
+        LatencyError: the space has fewer than three networks, or networks of another precision.
     """
+    if space.mixed != (precision == "mixed"):
+        wanted = "mixed, as its stages choose" if space.mixed else "one for all its blocks, which `mixed` is not"
+        raise LatencyError(f"the precision of space {space.name!r} is {wanted}; it cannot be measured in {precision}.")
     networks = choose_networks(space, settings.anchors, settings.holdout, np.random.default_rng(seed))
     return Plan(space, device, precision, *networks, blocks=True, seed=seed)
 
@@ -212,7 +224,7 @@ def model_of(graph: Graph, device: Device, precision: str, *, seed: int = 0) -> 
         else np.full(w.shape, w.role in ("scale", "var"), np.float32)
         for w in weights(graph)
     }
-    quantisation = placeholder(fold(graph, params)[0]) if precision == "int8" else None
+    quantisation = placeholder(fold(graph, params)[0]) if has_integers(graph, precision) else None
     return runtime.emit(graph, params, precision=precision, quantisation=quantisation)
 
 
@@ -242,48 +254,62 @@ def _spread(features: NDArray[np.float64], count: int) -> list[int]:
     return chosen
 
 
-def one_conv(shape: Shape, repeat: int) -> str:
-    """The name of a reference: one 1x1 convolution at `shape`."""
-    return f"one conv {'x'.join(map(str, shape))} {repeat}"
+def one_conv(side: Side, repeat: int) -> str:
+    """The name of a reference: one 1x1 convolution."""
+    return f"one conv {_worded(side)} {repeat}"
 
 
-def two_convs(shape: Shape, repeat: int) -> str:
-    """The name of a reference: two 1x1 convolutions at `shape`."""
-    return f"two convs {'x'.join(map(str, shape))} {repeat}"
+def two_convs(side: Side, repeat: int) -> str:
+    """The name of a reference: two 1x1 convolutions."""
+    return f"two convs {_worded(side)} {repeat}"
 
 
-def shapes_around(space: Space) -> list[Shape]:
-    """The shapes at which convolutions stand around blocks."""
-    shapes: dict[Shape, None] = {}
+def _worded(side: Side) -> str:
+    shape, precision = side
+    return "x".join(map(str, shape)) + (f" {precision}" if precision != "float32" else "")
+
+
+def _sides(graph: Graph) -> tuple[Side, Side]:
+    """Before a block and after it."""
+    return (graph.input, graph.source), (graph.shape, graph.precision)
+
+
+def sides_of(space: Space) -> list[Side]:
+    """The shapes at which convolutions stand around blocks, each with the precision that they are in."""
+    sides: dict[Side, None] = {}
     for block, role in space.blocks().values():
+        into, out = _sides(block.graph)
         if role != "first":
-            shapes[block.graph.input] = None
-        if role != "last":
-            shapes[block.graph.shape] = None
-    return list(shapes)
+            sides[into] = None
+        if role == "last":
+            sides[into[0], out[1]] = None
+        else:
+            sides[out] = None
+    return list(sides)
 
 
 def _of_blocks(space: Space) -> dict[str, Graph]:
     """References and sandwiches."""
     graphs: dict[str, Graph] = {}
-    for shape in shapes_around(space):
+    for side in sides_of(space):
         for repeat in range(REFERENCES):
-            graphs[one_conv(shape, repeat)] = _convs(shape, 1)
-            graphs[two_convs(shape, repeat)] = _convs(shape, 2)
+            graphs[one_conv(side, repeat)] = _convs(side, 1)
+            graphs[two_convs(side, repeat)] = _convs(side, 2)
     for key, (block, role) in space.blocks().items():
-        chain = [block]
+        chain, (into, out) = [block], _sides(block.graph)
         if role != "first":
-            chain.insert(0, Block("before", "", _convs(block.graph.input, 1)))
+            chain.insert(0, Block("before", "", _convs(into, 1)))
         if role != "last":
-            chain.append(Block("after", "", _convs(block.graph.shape, 1)))
+            chain.append(Block("after", "", _convs(out, 1)))
         graphs[f"block {key}"] = flatten(tuple(chain))
     return graphs
 
 
-def _convs(shape: Shape, count: int) -> Graph:
-    """`count` 1x1 convolutions that keep `shape`."""
+def _convs(side: Side, count: int) -> Graph:
+    """`count` 1x1 convolutions that keep the shape."""
+    shape, precision = side
     net = Recorder(shape)
     x = net.input
     for index in range(count):
         x = net.conv(x, f"conv{index}", shape[-1], bias=True)
-    return net.graph()
+    return in_precision(net.graph(), precision)

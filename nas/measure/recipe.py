@@ -15,7 +15,7 @@ from nas.latency import Anchor, Entry, Proof, Table, calibrate, prove
 from nas.latency.table import date_of
 from nas.measure import bundle
 from nas.measure.bundle import Progress
-from nas.measure.plan import REFERENCE, REFERENCES, Plan, choose_networks, for_table, one_conv, shapes_around, two_convs
+from nas.measure.plan import REFERENCE, REFERENCES, Plan, choose_networks, for_table, one_conv, sides_of, two_convs
 from nas.ondevice.results import Recording
 from nas.ondevice.stopping import combined
 from nas.ondevice.timing import Timing
@@ -269,7 +269,7 @@ def entries(plan: Plan, timings: Mapping[str, Timing]) -> dict:
     def reference(name: str) -> float:
         return timings[name].latency_ms
 
-    one = {s: float(np.mean([reference(one_conv(s, i)) for i in range(REFERENCES)])) for s in shapes_around(plan.space)}
+    one = {s: float(np.mean([reference(one_conv(s, i)) for i in range(REFERENCES)])) for s in sides_of(plan.space)}
     two = {s: float(np.mean([reference(two_convs(s, i)) for i in range(REFERENCES)])) for s in one}
     of_sessions = 1.96 * _between_sessions(plan, timings)
     entries: dict[str, Entry] = {}
@@ -310,7 +310,7 @@ def _between_sessions(plan: Plan, timings: Mapping[str, Timing]) -> float:
     """
     groups = [
         [timings[name(shape, i)] for i in range(REFERENCES)]
-        for shape in shapes_around(plan.space)
+        for shape in sides_of(plan.space)
         for name in (one_conv, two_convs)
     ]
     found = np.var([[math.log(t.latency_ms) for t in group] for group in groups], axis=1, ddof=1).mean()

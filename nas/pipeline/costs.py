@@ -229,7 +229,9 @@ def _named(job: Job | Searched, name: str, precision: str | None) -> Cost:
 
 
 def _of_bytes(job: Job | Searched, precision: str | None) -> str:
-    """Whether bytes are those of float32 or int8, where `precision` is what was asked for."""
+    """Whether bytes are those of float32, int8 or mixed files, where `precision` is what was asked for."""
+    if job.space.mixed:
+        return "mixed"
     asked = job.precision if precision is None and job.tables else precision
     return "int8" if asked == "int8" else "float32"
 

@@ -15,7 +15,7 @@ from nas.latency import LatencyModel
 from nas.ops import Graph, flatten
 from nas.pipeline.finish import Finished, finished
 from nas.pipeline.job import Job
-from nas.quantise import Quantisation, calibrate
+from nas.quantise import Quantisation, calibrate, has_integers
 
 _AXES = {"NCHW": "batch, channels, height, width", "NHWC": "batch, height, width, channels"}
 
@@ -28,7 +28,7 @@ def export(job: Job) -> None:
     for number, made in enumerate(networks, start=1):
         for precision in job.files:
             quantisation = None
-            if precision == "int8":
+            if has_integers(made.architecture.network.flat(), precision):
                 quantisation = quantise(made, job.data, images=job.experiment.finish.calibration_images)
                 write_bytes(made.folder / "quantisation.json", quantisation_json(quantisation))
             data = model_file(job.runtime, made.architecture, made.params, precision, quantisation)

@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from nas.architecture import SCHEMA, Architecture, Input, Origin, load_architecture, load_params, save_params
+from nas.architecture import Architecture, Input, Origin, load_architecture, load_params, save_params, schema_of
 from nas.compress import finetune
 from nas.errors import NasError
 from nas.evaluate import Standalone, SubnetEvaluator
@@ -104,7 +104,7 @@ def architecture(job: Job, candidate: Candidate) -> Architecture:
     data, network = job.data, job.space.decode(candidate.genotype)
     height, width, channels = network.input
     return Architecture(
-        schema=SCHEMA,
+        schema=schema_of(network),
         name=f"{job.experiment.name}/{candidate.name}",
         network=network,
         input=Input((height, width, channels), tuple(map(float, data.mean)), tuple(map(float, data.std))),

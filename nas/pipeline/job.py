@@ -15,7 +15,7 @@ from nas.data import Dataset, load_data
 from nas.errors import LimitError, RunError
 from nas.export import RUNTIMES, Runtime
 from nas.files import read_as
-from nas.latency import LatencyModel, load_device, load_model, preferred
+from nas.latency import LatencyModel, load_device, load_model, precisions_of, preferred
 from nas.measure import runtime_class
 from nas.runfolder import RunFolder
 from nas.space import Space, load_space
@@ -84,6 +84,11 @@ class Job:
     def runtime_name(self) -> str:
         """The name of `runtime`: the device's; of a device that is not at hand and has an unknown one, ONNX Runtime."""
         return _written_for(self.device).runtime
+
+    @property
+    def precisions(self) -> tuple[str, ...]:
+        """Those that networks of the space have latencies in on the device."""
+        return precisions_of(self.device, self.space)
 
     @property
     def files(self) -> tuple[str, ...]:

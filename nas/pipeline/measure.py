@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from nas.errors import DeviceError
+from nas.errors import ConfigError, DeviceError
 from nas.files import write_json
 from nas.latency import LatencyModel, Proof, find_model, find_models
 from nas.measure import hardware
@@ -32,12 +32,17 @@ def measure(job: Job) -> None:
     """
     job.runtime.version()  # a missing runtime is told before anything is built
     asked = job.experiment.limit.precision
-    if asked is not None and asked not in job.device.precision:
+    if asked is not None and asked not in job.precisions:
         raise DeviceError(
             f"the objective latency_ms asks for precision {asked!r}; device {job.experiment.device} has "
-            f"{', '.join(job.device.precision)}. Change the objective's `precision` or the device."
+            f"{', '.join(job.precisions)} for this space. Change the objective's `precision` or the device."
         )
     job.space  # noqa: B018  data and space are checked, and told, before the measuring begins
+    if job.space.mixed and job.experiment.counted == "int8":
+        raise ConfigError(
+            f"top1 asks for precision int8, but the stages of space {job.space.name!r} choose theirs, and are counted "
+            f"as they choose. Leave the objective's `precision` out, or that of the stages."
+        )
     proofs: dict[str, Any] = {}
     tables: dict[str, LatencyModel] = {}
     for precision, (table, proof) in (_measured if job.device.at_hand else _kept)(job):
@@ -62,7 +67,7 @@ Found = tuple[LatencyModel, Proof | None]
 
 def _measured(job: Job) -> Iterator[tuple[str, Found]]:
     """By precision the table, measured on this machine."""
-    for precision in job.device.precision:
+    for precision in job.precisions:
         job.console.start(f"measure: {len(job.space.blocks())} blocks in {precision} on {job.experiment.device}")
         yield (
             precision,

@@ -57,7 +57,7 @@ def latency_on(space: Space, device: str | None, precision: str) -> dict[str, La
     if not space.positions:
         raise ConfigError('choices alone have no blocks that a device has times of: give costs={"latency_ms": f}.')
     try:
-        return {"latency_ms": find_model(device, precision, space)[0]}
+        return {"latency_ms": find_model(device, "mixed" if space.mixed else precision, space)[0]}
     except UnmeasuredBlock as e:
         if not load_device(device).at_hand:
             raise

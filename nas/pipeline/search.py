@@ -278,7 +278,7 @@ def evaluator(*, weights: Mapping[str, Any], experiment: dict[str, Any], shares:
             part,
             calibration_images=settings.train.calibration_images,
             batch_size=settings.train.eval_batch_size,
-            precision=settings.counted,
+            precision="mixed" if space.mixed else settings.counted,
         )
 
     if len(shares) == 1:

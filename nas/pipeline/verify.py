@@ -19,7 +19,7 @@ from nas.measure import Call, Timing, measure_files, prepare
 from nas.pipeline.export import file_name
 from nas.pipeline.finish import Finished, finished
 from nas.pipeline.job import Job
-from nas.quantise import Quantisation, simulate
+from nas.quantise import Quantisation, has_integers, simulate
 
 ACCURACY_TOLERANCE = 0.001  # top-1 in the runtime may differ so much from JAX's: 0.1 point, in float32 and in int8
 RELATIVE_TOLERANCE = 1e-3  # of float32 logits, relative to the largest
@@ -198,7 +198,8 @@ def check(job: Job, made: Finished, precision: str) -> Verdict:
     _bring_back(path)
     test = job.data.test
     images = made.architecture.input.normalise(test.images[:])
-    if precision == "int8":
+    quantised = has_integers(made.architecture.network.flat(), precision)
+    if quantised:
         expected = _simulated(made, images, job.experiment.train.eval_batch_size)
     else:
         alone = Standalone(made.architecture.network, job.data, batch_size=job.experiment.train.eval_batch_size)
@@ -218,14 +219,14 @@ def check(job: Job, made: Finished, precision: str) -> Verdict:
     if reason is None and not np.isfinite(got).all():
         reason = f"the runtime gives logits that are not finite for {(~np.isfinite(got)).any(-1).sum()} test images"
     # What rounds more than float32 does is not simulated in JAX, int8 aside: it may lose what int8 may.
-    simulated = precision in ("float32", "int8")
+    simulated = precision in ("float32", "int8", "mixed")
     tolerance = ACCURACY_TOLERANCE if simulated else job.experiment.verify.int8_loss
     if reason is None and abs(accuracy - jax_accuracy) > tolerance:
         reason = (
             f"top-1 in the runtime is {accuracy:.2%}, in JAX {jax_accuracy:.2%}: more than {100 * tolerance:g} point "
             f"apart"
         )
-    if reason is None and precision == "float32" and relative > RELATIVE_TOLERANCE:
+    if reason is None and precision in ("float32", "mixed") and not quantised and relative > RELATIVE_TOLERANCE:
         reason = f"logits differ by {relative:.2g} of the largest, more than {RELATIVE_TOLERANCE:g}"
     agreement = float((got.argmax(-1) == expected.argmax(-1)).mean())
     size = path.stat().st_size
@@ -242,7 +243,7 @@ def check(job: Job, made: Finished, precision: str) -> Verdict:
 
 
 def _simulated(made: Finished, images: NDArray[np.float32], batch_size: int) -> NDArray[np.float32]:
-    """Logits of the int8 network in JAX, which computes what integer kernels do."""
+    """Logits of the int8 or mixed network in JAX, which computes what integer kernels do."""
     quantisation = read_as(made.folder / "quantisation.json", Quantisation, stage="export")
     graph, params = fold(made.architecture.network.flat(), made.params)
     run = jax.jit(lambda x: simulate(graph, params, quantisation, x))

@@ -13,6 +13,7 @@
     stride = 2                  # of the stage's first layer; the others have stride 1
     depth = [1, 2, 3]           # number of layers
     width = 24                  # output channels of every layer
+    precision = ["float32", "int8"]   # what the stage is computed in: one choice for all its layers
     kernel = [3, 5]             # options of the blocks; chosen anew for every layer ...
     tied = ["kernel"]           # ... unless they are tied over the stage
     [head]
@@ -30,7 +31,7 @@ import importlib.util
 import inspect
 import itertools
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import msgspec
 import numpy as np
@@ -38,10 +39,10 @@ import numpy as np
 from nas import blocks, catalog, config
 from nas.errors import ConfigError, SpaceError
 from nas.files import write_text
-from nas.ops import Block, Shape
+from nas.ops import Block, Precision, Shape, in_precision
 from nas.space.space import Choice, Position, Space
 
-_STAGE_KEYS = ("block", "stride", "depth", "width", "tied")
+_STAGE_KEYS = ("block", "stride", "depth", "width", "precision", "tied")
 
 
 class _File(msgspec.Struct, forbid_unknown_fields=True):
@@ -152,8 +153,10 @@ class _Stage:
     options: dict[str, tuple[Any, ...]]
     depths: tuple[int, ...]
     widths: tuple[int, ...]
+    precisions: tuple[Precision, ...]
     depth_gene: int | None
     width_gene: int | None
+    precision_gene: int | None
 
     def present(self, layer: int) -> tuple[Any, ...]:
         """The condition under which a layer exists; none if it always does."""
@@ -176,6 +179,8 @@ class _Builder:
         self.sizes: list[tuple[int, ...]] = list(self.inputs)  # of the chain here, for each resolution
         self.width_gene: int | None = None  # the gene that decides how wide the chain is here
         self.widths: tuple[int, ...] = (input_shape[-1],)
+        self.precision_gene: int | None = None  # likewise for what it is computed in
+        self.precisions: tuple[Precision, ...] = ("float32",)
 
     def end(self, name: str, table: dict[str, Any], extra: dict[str, Any]) -> None:
         """The stem or the head: one layer of one block, whose options may be choices."""
@@ -192,9 +197,10 @@ class _Builder:
 
         def block_of(value: dict[int | None, int], size: tuple[int, ...], width: int) -> Block:
             arguments = {option: values[value.get(genes[option], 0)] for option, values in options.items()}
-            return self._block(keys, name, kind, (*size, width), arguments | fixed)
+            before = self.precisions[value.get(self.precision_gene, 0)]
+            return self._block(keys, name, kind, (*size, width), arguments | fixed, "float32", before)
 
-        made = self._combine((self.width_gene, *genes.values()), block_of)
+        made = self._combine((self.width_gene, self.precision_gene, *genes.values()), block_of)
         self._add(name, *made)
         one = made[1][(0,) * len(made[0])]
         assert one is not None
@@ -218,9 +224,13 @@ class _Builder:
             raise self.source.fail([*keys, "tied"], f"`tied` names `{unknown[0]}`, which the stage does not set.{hint}")
         depths = self._values(keys, table, "depth", 1, kind=int)
         widths = self._values(keys, table, "width", None, kind=int)
+        precisions = self._values(keys, table, "precision", "float32", kind=str)
+        if unknown := [p for p in precisions if p not in get_args(Precision)]:
+            hint = config.nearest(unknown[0], get_args(Precision), kind="precision")
+            raise self.source.fail([*keys, "precision"], f"unknown precision `{unknown[0]}`.{hint}")
         stage = _Stage(
-            keys, name, kinds, options, depths, widths, self._choose(f"{name}/depth", depths),
-            self._choose(f"{name}/width", widths),
+            keys, name, kinds, options, depths, widths, precisions, self._choose(f"{name}/depth", depths),
+            self._choose(f"{name}/width", widths), self._choose(f"{name}/precision", precisions),
         )  # fmt: skip
 
         labels = tuple(k.label for k in kinds)
@@ -240,6 +250,7 @@ class _Builder:
             self._layer(stage, layer, genes, stride if layer == 1 else 1)
             if layer == 1:
                 self.width_gene, self.widths = stage.width_gene, widths
+                self.precision_gene, self.precisions = stage.precision_gene, precisions
                 self._shrink(keys, name, stride)
 
     def _layer(self, stage: _Stage, layer: int, genes: dict[str, int | None], stride: int) -> None:
@@ -255,9 +266,12 @@ class _Builder:
             for option, values in stage.options.items():
                 if kind.takes(option):
                     arguments[option] = values[value.get(genes[option], 0)]
-            return self._block(stage.keys, name, kind, (*size, width), arguments)
+            precision = stage.precisions[value.get(stage.precision_gene, 0)]
+            before = self.precisions[value.get(self.precision_gene, 0)]
+            return self._block(stage.keys, name, kind, (*size, width), arguments, precision, before)
 
-        self._add(name, *self._combine((depth_gene, self.width_gene, stage.width_gene, *genes.values()), block_of))
+        decided = (depth_gene, self.width_gene, stage.width_gene, self.precision_gene, stage.precision_gene)
+        self._add(name, *self._combine((*decided, *genes.values()), block_of))
 
     def _combine(self, genes: tuple[int | None, ...], block_of: Any) -> tuple[tuple[int, ...], dict[Any, Block | None]]:
         """The axes (genes, resolution first) and the block of every combination of their values."""
@@ -301,8 +315,16 @@ class _Builder:
         return len(self.choices) - 1
 
     def _block(
-        self, keys: list[str], layer: str, kind: _Kind, input_shape: tuple[int, ...], arguments: dict[str, Any]
+        self,
+        keys: list[str],
+        layer: str,
+        kind: _Kind,
+        input_shape: tuple[int, ...],
+        arguments: dict[str, Any],
+        precision: Precision,
+        before: Precision,
     ) -> Block:
+        """One block in `precision`; what it reads was made in `before`."""
         defaults = {k: v for k, v in blocks.options(kind.function).items() if v is not inspect.Parameter.empty}
         try:
             graph = blocks.record(kind.function, input_shape, tuple(sorted(arguments.items())))
@@ -311,7 +333,15 @@ class _Builder:
                 keys, f"block `{kind.block}` with {arguments} over {input_shape[-1]} channels: {e}."
             ) from e
         told = {k: v for k, v in {**defaults, **arguments}.items() if k not in ("width", "stride", "classes")}
-        words = (f"{k}={_word(v)}" for k, v in sorted(told.items()))
+        words = [f"{k}={_word(v)}" for k, v in sorted(told.items())]
+        if (precision, before) != ("float32", "float32"):
+            if not graph.ops:
+                raise self.source.fail(
+                    keys,
+                    f"block `{kind.block}` may leave its input as it is, and so has no precision. Leave out either.",
+                )
+            graph = in_precision(graph, precision, before)
+            words += [f"precision={precision}"] + [f"after={before}"] * (before != precision)
         return Block(f"{layer}/{kind.scope}", " ".join([kind.block, *words]), graph)
 
     def _kinds(self, keys: list[str], table: dict[str, Any]) -> tuple[_Kind, ...]:

@@ -22,8 +22,13 @@ def activation_bytes(space: Space, precision: str) -> tuple[list[NDArray[np.floa
         precision: "float32" or "int8".
 
     Raises:
-        SpaceError: the first block may be left out.
+        SpaceError: the first block may be left out, or the precision is "mixed".
     """
+    if precision == "mixed":
+        raise SpaceError(
+            f"peak memory is not known of networks of mixed precision, which space {space.name!r} has. Leave it out, "
+            f"or `precision` of the stages."
+        )
     first = space.positions[0]
     if any(block is None or not block.graph.ops for block in first.branches):
         raise SpaceError(

@@ -14,12 +14,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from nas import cost
 from nas.config import nearest
 from nas.errors import SpaceError
-from nas.ops import Block, Graph, Network, Shape
+from nas.ops import Block, Graph, Network, Shape, in_precision
 
 Genotypes = NDArray[np.uint8]
 
@@ -55,6 +56,21 @@ class Position:
     def output(self) -> Shape:
         """Of the widest output, likewise."""
         return max((b.graph.shape for b in self.branches if b is not None), key=lambda s: s[::-1])
+
+    @functools.cached_property
+    def computed(self) -> tuple[tuple[Block | None, ...], NDArray[np.int32]]:
+        """The distinct branches, precisions aside, and which of them each branch is [branches]: what weights know."""
+        number: dict[Any, int] = {}
+        distinct: list[Block | None] = []
+        which = []
+        for block in self.branches:
+            plain = block and replace(block, graph=in_precision(block.graph, "float32"))
+            key = plain and (plain.name, plain.graph.key)
+            if key not in number:
+                number[key] = len(distinct)
+                distinct.append(plain)
+            which.append(number[key])
+        return tuple(distinct), np.array(which, np.int32)
 
     def index(self, columns: Genotypes) -> NDArray[np.unsignedinteger]:
         """Where in the flat `branch_of` genotypes are that are given by column, [genes, n] -> [n].
@@ -128,6 +144,11 @@ class Space:
         ]
         everything = [meaning, keys, self.input, self.classes, self.resolutions, self.kernel_transform]
         return hashlib.sha256(json.dumps(everything).encode()).hexdigest()[:16]
+
+    @functools.cached_property
+    def mixed(self) -> bool:
+        """Whether some blocks are computed in int8, others in float32: files of its networks are of mixed precision."""
+        return any(b is not None and b.graph.mixed for p in self.positions for b in p.branches)
 
     def __repr__(self) -> str:
         shape = "x".join(map(str, self.input))

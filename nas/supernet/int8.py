@@ -56,5 +56,6 @@ def _switched(
 
         return run
 
-    forwards = [forward(block) for block in position.branches]
-    return lambda branch, params, x: lax.switch(branch, forwards, params, x)
+    blocks, which = position.computed
+    forwards = [forward(block) for block in blocks]
+    return lambda branch, params, x: lax.switch(jnp.asarray(which)[branch], forwards, params, x)

@@ -53,7 +53,8 @@ def elastic(position: Position, stored: Mapping[str, Weight], manner: Manner) ->
     `x` and `y` have the position's widest shapes; channels that a narrower subnet lacks are zero. With `manner.tapes` a
     tape is kept for the backward pass.
     """
-    forwards = [_branch(position, block, stored, manner) for block in position.branches]
+    blocks, which = position.computed
+    forwards = [_branch(position, block, stored, manner) for block in blocks]
     if len(forwards) == 1:
         return lambda branch, chance, params, x: forwards[0](chance, params, x)
 
@@ -61,7 +62,7 @@ def elastic(position: Position, stored: Mapping[str, Weight], manner: Manner) ->
     def step(branch: Array, chance: Chance, params: Arrays, x: Array) -> tuple[Array, dict[str, Array]]:
         return lax.switch(branch, forwards, chance, params, x)
 
-    graphs = [block.graph for block in position.branches if block is not None]
+    graphs = [block.graph for block in blocks if block is not None]
 
     def forward(branch: Array, chance: Chance, params: Arrays, x: Array):
         if not manner.tapes:
@@ -87,7 +88,9 @@ def elastic(position: Position, stored: Mapping[str, Weight], manner: Manner) ->
         return (none, no_chance, *lax.switch(branch, pulls, chance, params, x, known, cotangents))
 
     step.defvjp(forward, backward)
-    return step
+    if len(blocks) == len(which):
+        return step
+    return lambda branch, chance, params, x: step(jnp.asarray(which)[branch], chance, params, x)
 
 
 def _branch(position: Position, block: Block | None, stored: Mapping[str, Weight], manner: Manner):

@@ -152,6 +152,26 @@ def test_int8_scores_do_not_depend_on_order_or_company(in_int8, genotypes):
     assert alone(genotypes) == counts
 
 
+def test_a_subnet_is_counted_in_the_precisions_that_its_stages_choose(tmp_path):
+    space = tiny.joint_space(tmp_path)
+    supernet = Supernet(space)
+    mixed = SubnetEvaluator(
+        supernet, supernet.init(2), tiny.data(tmp_path), calibration_images=64, batch_size=32, precision="mixed"
+    )
+    in_float = dataclasses.replace(mixed, precision="float32")
+    images = mixed.data.normalise(mixed.data.val.images[:], space.input[:2])
+    labels = mixed.data.val.labels[:]
+    genotypes = np.unique(space.sample(np.random.default_rng(0), 12), axis=0)
+    for genotype, count, plain in zip(genotypes, mixed(genotypes), in_float(genotypes), strict=True):
+        network, params, scales = quantised(mixed, genotype)
+        graph, folded = fold(network.flat(), params)
+        if not graph.mixed:
+            assert count == plain
+        else:
+            alone = np.asarray(simulate(graph, folded, scales, images))
+            assert abs(count - (alone.argmax(-1) == labels).sum()) <= 1
+
+
 @pytest.mark.slow  # two minutes: trains a supernet
 def test_int8_scores_order_networks_as_their_int8_files_do_in_the_runtime(tmp_path, capsys):
     experiment = config.load_experiment("experiments/quickstart.toml", overrides=["train.epochs=10"])

@@ -127,7 +127,7 @@ def test_an_architecture_rebuilds_its_network_without_the_space_and_round_trips(
 
 def test_the_published_schema_is_that_of_the_code_and_accepts_what_runs_write(finished):
     jsonschema = pytest.importorskip("jsonschema")
-    published = (ROOT / "nas" / "schemas" / "architecture.v1.schema.json").read_text()
+    published = (ROOT / "nas" / "schemas" / "architecture.v2.schema.json").read_text()
     assert published == json_schema()
     document = json.loads((finished / "winners" / "winner_1" / "architecture.json").read_text())
     jsonschema.validate(document, json.loads(published))

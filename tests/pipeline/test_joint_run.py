@@ -1,0 +1,50 @@
+"""A whole run in a space whose stages choose their precision and how much is left away."""
+
+import io
+import json
+
+import pytest
+import tiny
+
+import nas
+from nas.console import Console
+from nas.errors import ConfigError, UnmeasuredBlock
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("joint")
+    tiny.write_joint_experiment(folder)
+    return folder
+
+
+def test_a_run_ends_with_verified_files_of_mixed_precision(place):
+    int8 = 'objectives=[{name="top1"}, {name="latency_ms"}, {name="size_bytes"}]'
+    experiment = nas.load_experiment(place / "joint_experiment.toml", overrides=[int8, "search.trials=16"])
+    run = nas.load_run(nas.run_experiment(experiment, place / "run"))
+    assert sorted(p.name for p in (place / "run" / "latency").glob("table.*.csv")) == ["table.mixed.csv"]
+    for winner in run.winners.values():
+        assert (winner.folder / "model.mixed.onnx").exists()
+        assert run.verified(winner.folder.name)["mixed"]["passed"]
+        mixed = winner.architecture.network.flat().mixed
+        assert winner.architecture.schema == f"nas.architecture/{2 if mixed else 1}"
+        assert json.loads((winner.folder / "architecture.json").read_text())["choices"]["stage1/precision"]
+    used = {run.front.setting.space.describe(t.genotype)["stage1/precision"] for t in run.trials}
+    assert used == {"float32", "int8"}
+    mixed = next(t for t in run.trials if run.front.setting.space.decode(t.genotype).flat().mixed)
+    table = run.front.setting.models["latency_ms"]
+    network = run.front.setting.space.decode(mixed.genotype)
+    assert mixed.latency_ms == table.network_ms(network)
+
+
+def test_int8_accuracy_cannot_be_asked_for_where_stages_choose(place):
+    int8 = 'objectives=[{name="top1", precision="int8"}, {name="latency_ms"}]'
+    experiment = nas.load_experiment(place / "joint_experiment.toml", overrides=[int8])
+    with pytest.raises(ConfigError, match="choose theirs"):
+        nas.run_experiment(experiment, place / "other", stages=["measure"], console=Console(io.StringIO()))
+
+
+def test_a_device_without_a_table_of_mixed_precision_is_refused_with_the_command(place, monkeypatch):
+    monkeypatch.chdir(place)
+    with pytest.raises(UnmeasuredBlock, match=r"nas measure joint"):
+        nas.search("joint.toml", evaluate=str, device="epyc_zen4_onnxruntime", input_shape=(8, 8, 1), classes=3)
