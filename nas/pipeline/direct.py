@@ -250,6 +250,7 @@ def _source(
     console.say(
         f"space: {space}" if space.positions else f"space: {len(space.choices)} choices, {space.count():,} ways"
     )
+    precision = "mixed" if space.mixed else precision
     models = latency_on(space, device, precision)
     arguments = {"space": space, "evaluate": evaluate, "decode": decode, "images": images}
     name = None if device is None else _device_name(device)
