@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from nas import cost
 from nas.config import Experiment, Limit
-from nas.errors import LimitError
+from nas.errors import ConfigError, LimitError
 from nas.export.size import onnx_bytes
 from nas.latency import LatencyModel, Table, find_model, find_models, preferred
 from nas.pipeline.job import Job, LatencyLimit, in_unit, limit_on, tolerated
@@ -231,6 +231,11 @@ def _named(job: Job | Searched, name: str, precision: str | None) -> Cost:
 def _of_bytes(job: Job | Searched, precision: str | None) -> str:
     """Whether bytes are those of float32, int8 or mixed files, where `precision` is what was asked for."""
     if job.space.mixed:
+        if precision not in (None, "mixed"):
+            raise ConfigError(
+                f"bytes are asked for in {precision}, but the stages of space {job.space.name!r} choose their "
+                f"precision, and files have those. Leave `precision` out."
+            )
         return "mixed"
     asked = job.precision if precision is None and job.tables else precision
     return "int8" if asked == "int8" else "float32"

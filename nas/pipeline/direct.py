@@ -262,6 +262,7 @@ def _source(
     console.say(
         f"space: {space}" if space.positions else f"space: {len(space.choices)} choices, {space.count():,} ways"
     )
+    precision = "mixed" if space.mixed else precision
     models = latency_on(space, device, precision)
     arguments = {"space": space, "evaluate": evaluate, "decode": decode, "images": images}
     told: dict[str, Any] = {"choices": {c.name: c.values for c in space.choices}}

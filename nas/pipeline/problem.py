@@ -44,6 +44,7 @@ def make_problem(
         >>> costs = [1 - top1(space.decode(genotype)), *problem.cheap(genotype[None])[0]]
         >>> state = strategy.tell(state, genotype, costs)
     """
+    precision = "mixed" if space.mixed else precision
     models = latency_on(space, device, precision)
     asked = dict(limits or {}) | ({} if latency_ms is None else {"latency_ms": latency_ms})
     found, names = counted(space, models, objectives, asked, dict(costs or {}), precision)
@@ -57,7 +58,7 @@ def latency_on(space: Space, device: str | None, precision: str) -> dict[str, La
     if not space.positions:
         raise ConfigError('choices alone have no blocks that a device has times of: give costs={"latency_ms": f}.')
     try:
-        return {"latency_ms": find_model(device, "mixed" if space.mixed else precision, space)[0]}
+        return {"latency_ms": find_model(device, precision, space)[0]}
     except UnmeasuredBlock as e:
         if not load_device(device).at_hand:
             raise

@@ -19,8 +19,8 @@ def place(tmp_path_factory):
 
 
 def test_a_run_ends_with_verified_files_of_mixed_precision(place):
-    int8 = 'objectives=[{name="top1"}, {name="latency_ms"}, {name="size_bytes"}]'
-    experiment = nas.load_experiment(place / "joint_experiment.toml", overrides=[int8, "search.trials=16"])
+    asked = 'objectives=[{name="top1"}, {name="latency_ms"}, {name="size_bytes"}]'
+    experiment = nas.load_experiment(place / "joint_experiment.toml", overrides=[asked, "search.trials=16"])
     run = nas.load_run(nas.run_experiment(experiment, place / "run"))
     assert sorted(p.name for p in (place / "run" / "latency").glob("table.*.csv")) == ["table.mixed.csv"]
     for winner in run.winners.values():
@@ -35,6 +35,13 @@ def test_a_run_ends_with_verified_files_of_mixed_precision(place):
     table = run.front.setting.models["latency_ms"]
     network = run.front.setting.space.decode(mixed.genotype)
     assert mixed.latency_ms == table.network_ms(network)
+
+
+def test_bytes_are_those_of_the_precisions_that_stages_choose(place):
+    asked = 'objectives=[{name="top1"}, {name="latency_ms"}, {name="size_bytes", precision="int8"}]'
+    experiment = nas.load_experiment(place / "joint_experiment.toml", overrides=[asked])
+    with pytest.raises(ConfigError, match="choose their precision"):
+        nas.run_experiment(experiment, place / "bytes", stages=["measure"], console=Console(io.StringIO()))
 
 
 def test_int8_accuracy_cannot_be_asked_for_where_stages_choose(place):
