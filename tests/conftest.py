@@ -14,6 +14,9 @@ sys.path.insert(0, str(ROOT / "tests"))
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "xla"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 
+# Two test processes with a BLAS thread a core each wait for each other: products take many times as long.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 # Test processes measure beside each other: each of them has a lock of its own, whatever it has inherited.
 os.environ["NAS_LOCKS"] = tempfile.mkdtemp(prefix="nas-locks-")
 

@@ -18,6 +18,7 @@ def place(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow  # half a minute; `make smoke` has it
 def test_a_run_ends_with_verified_files_of_mixed_precision(place):
     asked = 'objectives=[{name="top1"}, {name="latency_ms"}, {name="size_bytes"}]'
     experiment = nas.load_experiment(place / "joint_experiment.toml", overrides=[asked, "search.trials=16"])

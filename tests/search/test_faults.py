@@ -147,7 +147,7 @@ def is_evaluating(process):
 
 @pytest.mark.parametrize(
     ("executor", "kills"),
-    [("ray", 2), *(pytest.param(name, 20, marks=pytest.mark.slow) for name in ("ray", "processes"))],
+    [("processes", 2), *(pytest.param(name, 20, marks=pytest.mark.slow) for name in ("ray", "processes"))],
 )
 def test_workers_killed_at_random_points(tmp_path, whole, executor, kills):
     path, stop, found = tmp_path / "journal", threading.Event(), []
@@ -162,7 +162,7 @@ def test_workers_killed_at_random_points(tmp_path, whole, executor, kills):
     assert found == [kills]
 
 
-@pytest.mark.parametrize("executor", ["ray", "processes"])
+@pytest.mark.parametrize("executor", [pytest.param("ray", marks=pytest.mark.slow), "processes"])
 def test_a_search_completes_whatever_its_candidates_do(tmp_path, executor):
     """They crash, hang, run out of memory politely or not, and count in NaN."""
     log = tmp_path / "log"
