@@ -142,6 +142,7 @@ class RayExecutor:
         self._evaluation_seconds = math.inf  # a moving average; not yet known
         self._watched_at = self._placed_at = 0.0  # monotonic times: of the last look, and of a worker that had room
         self._silences = 0  # looks in a row without an answer
+        self._doomed: list[Any] = []  # actors that are to end
         self._told = False  # that there are fewer workers than asked for
 
     @property
@@ -180,12 +181,11 @@ class RayExecutor:
         self._answers.clear()
         self._open = 0
         if self._ray is not None:
-            for seat in self._seats:
-                with contextlib.suppress(Exception):  # of a cluster that is gone
-                    self._ray.kill(seat.actor)
+            self._kill(*(seat.actor for seat in self._seats))
             self._seats.clear()
+            self._doomed.clear()
             self._cluster.close()
-            self._ray = None
+            self._ray, self._silences = None, 0
 
     def __enter__(self) -> Self:
         return self
@@ -298,24 +298,38 @@ class RayExecutor:
                 self._answers.append((trial, Result(None, 0.0, f"{what} {attempts} times")))
         self._pending.extendleft(reversed(again))
         seat.calls.clear()
-        with contextlib.suppress(Exception):  # it may be dead already
-            self._ray.kill(seat.actor)
+        self._kill(seat.actor)
         self._occupy(seat)
+
+    def _kill(self, *actors: Any) -> None:
+        """Ends what is not dead, now or when the head answers: Ray could wait a minute for it, and then abort."""
+        self._doomed += actors
+        if self._doomed and not self._silences and self._heard():
+            for actor in self._doomed:
+                with contextlib.suppress(Exception):  # of many types; it may be dead already
+                    self._ray.kill(actor)
+            self._doomed.clear()
+
+    def _heard(self) -> bool:
+        """Looks whether the head answers."""
+        heard = reachable(self._ray, within_seconds=_WATCH_SECONDS)
+        self._silences = 0 if heard else self._silences + 1
+        self._watched_at = time.monotonic()
+        return heard
 
     def _watch(self) -> None:
         """Looks from time to time whether the cluster is there and has room for a worker at least."""
         now = time.monotonic()
         if now - self._watched_at < _WATCH_SECONDS:
             return
-        self._silences = 0 if reachable(self._ray, within_seconds=_WATCH_SECONDS) else self._silences + 1
-        self._watched_at = time.monotonic()
-        if self._silences >= _SILENCES:
+        if self._heard():
+            self._kill()
+            self._look_for_room(now)
+        elif self._silences >= _SILENCES:
             raise ExecutorError(
                 "The Ray cluster is lost: its head does not answer, or has given this machine up. Every trial that was "
                 "finished is in the journal: the same command goes on, with a cluster that runs."
             )
-        if not self._silences:
-            self._look_for_room(now)
 
     def _look_for_room(self, now: float) -> None:
         """Tells of workers that wait for room; an error where that is all of them, for long, or none starts."""
