@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from nas.search.blas import on_one_blas_thread
 from nas.search.pareto import order
 from nas.search.strategy import Costs, Genotype, Genotypes, Population, Strategy, check_population, neighbours, uniform
 
@@ -67,6 +68,7 @@ def bananas(sizes: tuple[int, ...], *, population: int) -> Strategy:
         plain = np.broadcast_to(one_hot, (_MEMBERS, *one_hot.shape))
         return np.concatenate([plain, inner, np.ones((_MEMBERS, len(genotypes), 1))], axis=2)
 
+    @on_one_blas_thread
     def fitted(trials: Population, told: int) -> _Ensemble:
         mean, scale = trials.costs.mean(axis=0), trials.costs.std(axis=0)
         scale = np.where(scale > 0, scale, 1.0)

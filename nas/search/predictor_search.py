@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from nas.search.blas import on_one_blas_thread
 from nas.search.gaussian_process import GaussianProcess, fit
 from nas.search.improvement import expected_improvement, front_of
 from nas.search.inner_search import search_within
@@ -207,6 +208,7 @@ def predictor_search(
     check_population(population)
     known = _Knowledge(sizes, problem, features)
 
+    @on_one_blas_thread
     def ask(rng: np.random.Generator, state: _State, n: int) -> Genotypes:
         if state.plan is None:
             return _space_filling(rng, known, state.trials, n)

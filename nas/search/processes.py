@@ -172,6 +172,11 @@ class ProcessExecutor:
             os.set_blocking(stream.fileno(), False)
             self._selector.register(stream, selectors.EVENT_READ, seat)
 
+    def _ignore(self, stream: IO[bytes] | None) -> None:
+        assert stream is not None
+        if stream.fileno() in self._selector.get_map():
+            self._selector.unregister(stream)
+
     def _allowed(self, seat: _Seat) -> float:
         """Seconds that the oldest call of `seat` may take."""
         return self._setup_seconds if seat.calls[0] is None else self._timeout_seconds
@@ -196,8 +201,8 @@ class ProcessExecutor:
         """Takes what a worker has answered and printed, and replaces one that has died."""
         words = _read(seat.process.stderr)
         seat.words = (seat.words + (words or b""))[-_LAST_WORDS:]
-        if words == b"":
-            self._selector.unregister(seat.process.stderr)  # pyright: ignore[reportArgumentType]
+        if words == b"":  # a dying worker's streams need not end together
+            self._ignore(seat.process.stderr)
         data = _read(seat.process.stdout)
         if data is None:
             return
@@ -258,8 +263,7 @@ class ProcessExecutor:
         seat.words = (seat.words + (_read(process.stderr) or b""))[-_LAST_WORDS:]
         for stream in (process.stdin, process.stdout, process.stderr):
             assert stream is not None
-            if stream.fileno() in self._selector.get_map():
-                self._selector.unregister(stream)
+            self._ignore(stream)
             stream.close()
         how = f"signal {-status}, {signal.strsignal(-status)}" if status < 0 else f"exit status {status}"
         said = seat.words.decode(errors="replace").strip().splitlines()

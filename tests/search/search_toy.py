@@ -1,5 +1,6 @@
 """A toy problem, one-max under a latency limit, and evaluators that break on purpose."""
 
+import contextlib
 import ctypes
 import json
 import os
@@ -124,6 +125,19 @@ def rude_evaluator():
         os.write(2, b"y" * 300_000)
         assert sys.stdin.read() == ""
         subprocess.Popen(["sleep", "77.77"])
+        return [correct(g) for g in genotypes]
+
+    return evaluate
+
+
+def silent_evaluator():
+    """Closes what it could print on."""
+
+    def evaluate(genotypes):
+        for descriptor in (1, 2):
+            with contextlib.suppress(OSError):  # the second time
+                os.close(descriptor)
+        time.sleep(0.05)
         return [correct(g) for g in genotypes]
 
     return evaluate

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import search_toy as toy
 from test_strategies import lived
+from threadpoolctl import threadpool_info, threadpool_limits
 
 from nas.search import Problem, nsga2, predictor_search, trial_rng
 from nas.search.pareto import hypervolume, nondominated
@@ -123,6 +124,26 @@ def test_it_learns_the_same_from_the_same_trials_however_often_it_is_asked():
         genotype = np.array([k % 3, k % 4, k % 2, k % 5], np.uint8)
         asked, state = strategy.tell(asked, genotype, row), strategy.tell(state, genotype, row)
     np.testing.assert_array_equal(strategy.ask(trial_rng(0, 20), asked, 9), strategy.ask(trial_rng(0, 20), state, 9))
+
+
+def test_its_linear_algebra_runs_on_one_thread_and_leaves_the_setting_as_it_was():
+    def threads():
+        return {library["num_threads"] for library in threadpool_info() if library["user_api"] == "blas"}
+
+    seen = []
+
+    def features(genotypes):
+        seen.append(threads())
+        return 1.0 + genotypes
+
+    with threadpool_limits(2, "blas"):
+        before = threads()
+        strategy = predictor_search((3, 4, 2, 5), population=6, features=features)
+        state = lived(strategy, np.random.default_rng(2).random((8, 2)))
+        strategy.ask(trial_rng(0, 8), state, 3)
+        assert threads() == before
+    assert seen
+    assert all(count == {1} for count in seen)
 
 
 def test_one_objective_alone():

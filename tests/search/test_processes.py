@@ -42,6 +42,13 @@ def children():
     return [p for p in psutil.Process().children(recursive=True) if "search/_worker.py" in " ".join(p.cmdline())]
 
 
+def test_a_worker_that_can_no_longer_say_anything_still_answers():
+    """Its standard error ends before it does, as that of a dying one may."""
+    genotypes = [genotype(first) for first in range(4)]
+    found = results(ProcessExecutor("search_toy:silent_evaluator", workers=1), genotypes)
+    assert [found[trial].correct for trial in range(4)] == [toy.correct(g) for g in genotypes]
+
+
 def test_weights_reach_the_factory_bit_for_bit_and_read_only(tmp_path):
     executor = ProcessExecutor("search_toy:evaluator", {}, {"bonus": np.full(1000, 2)}, workers=1)
     assert results(executor, [genotype(0)])[0].correct == toy.correct(genotype(0)) + 2000
