@@ -13,7 +13,7 @@ from nas.console import Console
 from nas.errors import ConfigError, DeviceError, LatencyError
 from nas.files import write_json, write_text
 from nas.latency import (
-    LatencyModel,
+    Learned,
     Proof,
     Table,
     find_sources,
@@ -270,7 +270,7 @@ def _evaluated(
     sources: list[tuple[str, Table]],
     *,
     command: str,
-) -> tuple[LatencyModel, Proof]:
+) -> tuple[Table | Learned, Proof]:
     """A table where blocks were timed, else a model learned from the networks and from `sources`."""
     if plan.blocks:
         return evaluate(plan, recording, settings, command=command)
@@ -351,11 +351,13 @@ def settings_of(overrides: tuple[str, ...]) -> config.Latency:
     return settings
 
 
-def keep(table: LatencyModel, proof: Proof, space: Space, device: Device, folder: Path, *, console: Console) -> None:
+def keep(table: Table | Learned, proof: Proof, space: Space, device: Device, folder: Path, *, console: Console) -> None:
     """Writes a table or learned model, its proof beside those of other precisions, and device.toml."""
     where = place(folder, space)
     _require_same(folder.name, device, hardware=table.hardware)
     known = load_device(str(folder)) if (folder / "device.toml").exists() else None
+    if known is not None:
+        table = msgspec.structs.replace(table, device=known.device)  # its owner may have called it something better
     keep_proof(proof, table.precision, table.save(where).parent)
     precisions = (*(known.precision if known else ()), table.precision)
     now = msgspec.structs.replace(

@@ -189,6 +189,14 @@ def test_tables_say_what_machine_they_are_of_and_nothing_of_the_one_they_were_mo
     assert load_device("again").notes == "on the balcony"  # the same machine
 
 
+def test_what_is_measured_later_bears_the_name_that_the_device_has_by_then(laptop, here):
+    toml = here / "latency_models" / "laptop" / "device.toml"
+    toml.write_text(toml.read_text().replace(laptop.device, "the kitchen's laptop"))
+    measured.measure_space(tiny.space(here), "host_onnxruntime", QUICK, name="laptop", precisions=("int8",))
+    assert find_table("laptop", "int8", tiny.space(here))[0].device == "the kitchen's laptop"
+    assert load_device("laptop").device == "the kitchen's laptop"
+
+
 def test_another_form_of_a_space_has_a_folder_of_its_own(laptop, here):
     larger = tiny.space(here, (12, 12, 1))
     where = measured.measure_space(larger, "host_onnxruntime", QUICK, name="laptop", precisions=("float32",))
