@@ -61,8 +61,8 @@ class SubnetEvaluator:
 
     `cache_bytes` bounds what is kept for subnets that begin alike; with 0, each is computed from its images on. With
     `precision` "int8" a subnet is computed as its int8 file will, quantised by what its values are on the calibration
-    images: `nas.quantise.calibrate` and `simulate` of all subnets in one program (`nas.supernet.int8`). With "mixed" so
-    are the blocks that the space has in int8.
+    images: `nas.quantise.calibrate` and `simulate` of all subnets in one program (`nas.supernet.quantised`). With
+    "mixed" each block is computed in the precision that the space has it in.
     """
 
     supernet: Supernet
@@ -174,7 +174,9 @@ class SubnetEvaluator:
     def _deployed(self, block: Block | None) -> _Mode:
         """How a block is computed where answers are counted."""
         graph = Graph(()) if block is None else block.graph
-        return "int8" if has_integers(graph, self.precision) else "infer"
+        if not has_integers(graph, self.precision):
+            return "infer"
+        return "int8" if graph.precision == "float32" else graph.precision
 
     def _with(self, side: int, start: int, statistics: Statistics) -> Statistics:
         """The arrays of the layers from `start` on with their statistics."""

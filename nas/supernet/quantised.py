@@ -1,9 +1,11 @@
-"""Subnets as their int8 files compute them, one compiled program for all of them.
+"""Subnets as their quantised files compute them, one compiled program for all of them.
 
-A position is an int8 network of its own: it rounds what it reads to numbers of the range that this had on calibration
-images. The position before has rounded it by the same range, so nothing is rounded twice; and since what goes from one
-position to the next is real numbers, a float position may stand beside an int8 one. What a runtime fuses across two
-positions (a block that begins with a norm or a ReLU) is rounded between them here.
+An int8 position is an int8 network of its own: it rounds what it reads to numbers of the range that this had on
+calibration images. The position before has rounded it by the same range, so nothing is rounded twice; and since what
+goes from one position to the next is real numbers, a float position may stand beside an int8 one. What a runtime fuses
+across two positions (a block that begins with a norm or a ReLU) is rounded between them here.
+
+With narrow weights a position is a float one whose kernels, norms folded into them, are rounded.
 """
 
 from collections.abc import Callable
@@ -12,8 +14,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from nas.fold import fold
-from nas.ops import Block
-from nas.quantise import fake_quantise, observe
+from nas.ops import Block, Quantised, in_precision
+from nas.quantise import fake_quantise, observe, with_narrow_weights
 from nas.space import Position
 from nas.supernet.switch import Arrays, weights_of, widen
 
@@ -34,12 +36,18 @@ def observed(position: Position) -> Callable[[Array, Arrays, Array], Made]:
     return _switched(position, of, {RANGES: jnp.zeros((rows, 2))})
 
 
-def integer(position: Position) -> Callable[[Array, Arrays, Array], Made]:
-    """(branch number, weights, statistics and ranges by name below the position, x) -> (y, nothing)."""
+def quantised(position: Position, precision: Quantised) -> Callable[[Array, Arrays, Array], Made]:
+    """(branch number, weights, statistics and ranges by name below the position, x) -> (y, nothing).
+
+    Args:
+        precision: of all branches. Only int8 reads the ranges.
+    """
 
     def of(block: Block, params: Arrays, x: Array) -> Made:
         graph, arrays = fold(block.graph, weights_of(position, block, params), xp=jnp)
-        return fake_quantise(graph, arrays, params[RANGES], x), {}
+        if precision == "int8":
+            return fake_quantise(graph, arrays, params[RANGES], x), {}
+        return with_narrow_weights(in_precision(graph, precision), arrays, x), {}
 
     return _switched(position, of, {})
 
