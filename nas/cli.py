@@ -490,7 +490,9 @@ def footprint(
 
 
 @cli.command("list")
-@click.argument("what", type=click.Choice(["spaces", "devices", "blocks", "strategies", "runtimes", "data"]))
+@click.argument(
+    "what", type=click.Choice(["spaces", "devices", "blocks", "precisions", "strategies", "runtimes", "data"])
+)
 def list_(what: str) -> None:
     """Names that experiment and space files may use.
 

@@ -7,11 +7,22 @@ import msgspec
 import numpy as np
 import pytest
 from export.networks import GRAPHS, images_of, params_of, recorded
+from msgspec.structs import replace
 
 from nas.errors import ExportError
 from nas.fold import fold
-from nas.ops import Conv, Dense
-from nas.quantise import Quantisation, Scale, calibrate, check, integer_weights, placeholder, simulate, sources
+from nas.ops import WEIGHT_BITS, Conv, Dense
+from nas.quantise import (
+    Quantisation,
+    Scale,
+    calibrate,
+    check,
+    integer_weights,
+    narrow_weights,
+    placeholder,
+    simulate,
+    sources,
+)
 from nas.quantise import _accumulate as accumulate  # exact by a hair's breadth: worth a test of its own
 from nas.run import run
 
@@ -143,6 +154,10 @@ def test_weights_in_numpy_are_weights_in_jax(name):
             arrays = {k: jnp.asarray(v) for k, v in params.items()}
             pairs = zip(integer_weights(op, params, 0.013), integer_weights(op, arrays, 0.013), strict=True)
             assert all((a == b).all() for a, b in pairs)
+            for precision in WEIGHT_BITS:
+                narrow = replace(op, precision=precision)
+                pairs = zip(narrow_weights(narrow, params), narrow_weights(narrow, arrays), strict=True)
+                assert all((a == b).all() for a, b in pairs)
 
 
 def test_jit_changes_nothing():

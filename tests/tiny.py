@@ -197,8 +197,8 @@ parity_images = 16
 
 
 def write_joint_experiment(folder: Path) -> Path:
-    """The experiment in the space of mixed precision."""
-    write_joint_space(folder)
+    """The experiment in a space of mixed precision."""
+    write_joint_space(folder, ("float32", "int8", "int4_weights"))
     write_data(folder)
     path = folder / "joint_experiment.toml"
     path.write_text(EXPERIMENT.replace("tiny", "joint"))
