@@ -411,7 +411,8 @@ def fidelity(
     "--precision",
     "precisions",
     multiple=True,
-    help="float32, float16, bfloat16, int8, as the runtime has them; float32 and calibrated int8 if not given.",
+    help="float32, float16, bfloat16, int8, mixed, as the runtime has them; float32 and what else is calibrated if not "
+    "given.",
 )
 @click.option("--out", type=click.Path(path_type=Path), help="File to write, or, for an experiment, its run folder.")
 @click.option("--smoke", is_flag=True, help="As for `nas run`.")

@@ -44,7 +44,7 @@ class _Batches:
     """What the first layers of a subnet make of all images: lists of [n, h, w, c]."""
 
     calibration: list[Array]
-    observed: list[Array]  # of calibration images again, normalised as in inference; only for int8
+    observed: list[Array]  # of calibration images again, normalised as in inference; only where some are in int8
     validation: list[Array]
 
     def __iter__(self) -> Iterator[Array]:
@@ -128,7 +128,7 @@ class SubnetEvaluator:
                     continue
                 calibration, statistics = self._calibrate(side, row, start, stop, batches.calibration)
                 observed: list[Array] = []
-                if self.precision != "float32":
+                if self._quantises:
                     observed, ranges = self._observe(side, row, start, statistics, batches.observed)
                     statistics = [s | r for s, r in zip(statistics, ranges, strict=True)]
                 validation = self._infer(side, row, start, statistics, batches.validation)
@@ -170,6 +170,13 @@ class SubnetEvaluator:
             self._deployed(position.branches[row[start + i]]) for i, (_, position) in enumerate(layers)
         ]
         return self._pass(side, row, start, modes, self._with(side, start, statistics), batches)[0]
+
+    @functools.cached_property
+    def _quantises(self) -> bool:
+        """Whether activations of some subnet are, so that their ranges must be known."""
+        blocks = (b for p in self.supernet.space.positions for b in p.branches if b is not None)
+        in_int8 = any(block.graph.precision == "int8" for block in blocks)
+        return self.precision == "int8" or (self.precision == "mixed" and in_int8)
 
     def _deployed(self, block: Block | None) -> _Mode:
         """How a block is computed where answers are counted."""
@@ -241,7 +248,7 @@ class SubnetEvaluator:
             calibration = calibration_batches(self.data, images=self.calibration_images, batch_size=batch, size=size)
             images, labels = labelled_batches(self.data, part, batch_size=batch, size=size)
             calibration = [*map(jnp.asarray, calibration)]
-            observed = calibration if self.precision != "float32" else []
+            observed = calibration if self._quantises else []
             self._inputs[side] = _Batches(calibration, observed, [*map(jnp.asarray, images)])
             self._targets[side] = [*map(jnp.asarray, labels)]
         return self._inputs[side]

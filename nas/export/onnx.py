@@ -7,7 +7,12 @@ In models of mixed precision only ops in int8 are such.
 Attention is one op in this sense: what happens inside it stays in float.
 
 Where weights alone are narrow (`nas.ops.WEIGHT_BITS`) kernels are whole numbers behind a Cast and a Mul by their scale,
-which ONNX Runtime computes once, when it loads the file. MEASURED
+which ONNX Runtime computes once, when it loads the file: what runs is the float network. Not behind a DequantizeLinear,
+which is computed anew at every call, and keeps convolutions out of the blocked layout that needs constant weights.
+Measured with 1.31 on a Zen 5 core, interleaved, four networks of 12 to 18 convolutions with 32 to 192 channels, in int8
+and int4, against float32: latency .99 to 1.01 with Cast and Mul, 2.5 to 5.3 with DequantizeLinear. Files are alike: 2.2
+and 1.1 of 8.3 MB in the largest network, whose process grew by 41 and 40 MB to run it, by 35 in float32, by 22 and 17
+with DequantizeLinear.
 """
 
 import functools

@@ -9,14 +9,17 @@ import onnx
 import onnxruntime
 import pytest
 import tiny
+from export import networks
+from export.networks import GRAPHS
 
 from nas.errors import ExportError
 from nas.export import RUNTIMES
 from nas.export.onnx import to_onnx
 from nas.export.size import onnx_bytes
 from nas.fold import fold
-from nas.ops import PRECISIONS, WEIGHT_BITS, Conv, Dense, Graph, activations, weights
+from nas.ops import PRECISIONS, WEIGHT_BITS, Conv, Dense, Graph, activations, in_precision, weights
 from nas.quantise import calibrate, narrow_weights, placeholder, simulate, sources
+from nas.run import run
 
 PAIRS = [pair for pair in itertools.product(PRECISIONS, repeat=2) if pair != ("float32", "float32")]
 
@@ -88,6 +91,20 @@ def test_narrow_kernels_are_stored_in_as_many_bits_with_one_scale_an_output_chan
         error = np.abs(kernel * scale - params[name])
         assert (error <= scale / 2 * (1 + 1e-5)).all()
     assert seen
+
+
+@pytest.mark.parametrize("precision", WEIGHT_BITS)
+@pytest.mark.parametrize("name", ["everything", "two dense", "dense over an image", "rectifiers", "attention"])
+def test_any_ops_may_have_narrow_weights(name, precision):
+    graph, params = in_precision(GRAPHS[name], precision), networks.params_of(GRAPHS[name])
+    folded, arrays = fold(graph, params)
+    scales, runtime, images = placeholder(folded), RUNTIMES["onnxruntime"](), networks.images_of(graph)
+    assert set(scales.values) == {None}
+    got = runtime.open(runtime.emit(graph, params, precision="mixed", quantisation=scales))(images)
+    expected = np.asarray(simulate(folded, arrays, scales, images))
+    np.testing.assert_allclose(got, expected, atol=1e-4 * np.abs(expected).max())
+    with pytest.raises(AssertionError):
+        np.testing.assert_allclose(got, run(graph, params, images)[0], atol=1e-4 * np.abs(expected).max())
 
 
 @pytest.mark.parametrize("precision", WEIGHT_BITS)
