@@ -229,6 +229,12 @@ class Network(msgspec.Struct, frozen=True):
         return f"Network({'x'.join(map(str, self.input))} -> {self.classes}: {inner})"
 
 
+def in_float32(network: Network) -> Network:
+    """`network` with all ops in float32, as they were recorded."""
+    blocks = network.blocks
+    return Network(tuple(msgspec.structs.replace(b, graph=in_precision(b.graph, "float32")) for b in blocks))
+
+
 def flatten(blocks: tuple[Block, ...]) -> Graph:
     """A chain of blocks as one graph; weight names are prefixed by the block's."""
     ops: list[AnyOp] = []

@@ -16,6 +16,7 @@ from nas.evaluate import Standalone
 from nas.files import read_as, write_json
 from nas.fold import fold
 from nas.measure import Call, Timing, measure_files, prepare
+from nas.ops import in_float32
 from nas.pipeline.export import file_name
 from nas.pipeline.finish import Finished, finished
 from nas.pipeline.job import Job
@@ -202,7 +203,8 @@ def check(job: Job, made: Finished, precision: str) -> Verdict:
     if quantised:
         expected = _simulated(made, images, job.experiment.train.eval_batch_size)
     else:
-        alone = Standalone(made.architecture.network, job.data, batch_size=job.experiment.train.eval_batch_size)
+        network = in_float32(made.architecture.network)  # whatever its stages chose, that is its file
+        alone = Standalone(network, job.data, batch_size=job.experiment.train.eval_batch_size)
         expected = alone.logits(made.params, test)
     session = job.runtime.open(path, threads=job.device.threads)
     got = np.concatenate([session(images[i : i + 256]) for i in range(0, len(images), 256)])

@@ -12,9 +12,9 @@ import numpy as np
 from jax import Array, lax
 
 from nas import config
-from nas.ops import Block, Network, Quantised, Weight
+from nas.ops import Block, Network, Precision, Weight
 from nas.space import Position, Space
-from nas.supernet.quantised import observed, quantised
+from nas.supernet.int8 import integer, observed
 from nas.supernet.sharing import read, store_shapes
 from nas.supernet.switch import Manner, Mode, Step, elastic
 
@@ -23,7 +23,7 @@ from nas.supernet.switch import Manner, Mode, Step, elastic
 # compilation takes as long for 8 as for 4.
 WRITTEN_OUT = 3
 
-LayerMode = Literal[Mode, "observe", Quantised]
+LayerMode = Literal[Mode, "observe", "int8"]
 Params = Mapping[str, Any]  # arrays of JAX or NumPy
 Layer = Callable[[Array, Mapping[str, Array], Array], tuple[Array, dict[str, Array]]]
 
@@ -142,20 +142,23 @@ class Supernet:
         """
         return [(kind, position) for kind, group in enumerate(self._stages_at(resolution)) for position in group]
 
-    def layer(self, resolution: int, kind: int, mode: LayerMode) -> Layer:
+    def layer(self, resolution: int, kind: int, mode: LayerMode, weights_in: Precision = "float32") -> Layer:
         """One position alone, as `apply` computes it: (branch number, `params_of` the position, x) -> (y, statistics).
 
         A network is its layers in turn. `x` and `y` have the position's widest shapes, statistics are named below it.
-        Some modes are known of layers alone. "observe" is "infer" and gives the ranges of values besides. A precision
-        computes what a file will that has the layer in it (see `nas.supernet.quantised`), int8 with these ranges among
-        its arrays.
+        Two modes are known of layers alone. "observe" is "infer" and gives the ranges of values besides; with these
+        among its arrays, "int8" computes what the int8 file will (see `nas.supernet.int8`).
+
+        Args:
+            weights_in: float32, or a precision of narrow weights (`nas.quantise.narrowed`) but in mode "int8", whose
+                weights are its own.
         """
         position = self._stages_at(resolution)[kind][0]
         if mode == "observe":
-            return observed(position)
-        if mode not in ("train", "calibrate", "infer"):
-            return quantised(position, mode)
-        step = elastic(position, self._relative(position), Manner(mode))
+            return observed(position, weights_in)
+        if mode == "int8":
+            return integer(position)
+        step = elastic(position, self._relative(position), Manner(mode, weights_in=weights_in))
         chance = (jnp.zeros(2, jnp.uint32), jnp.zeros((), jnp.float32))
         return lambda branch, params, x: step(branch, chance, params, x)
 

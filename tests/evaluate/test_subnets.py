@@ -186,7 +186,7 @@ def test_scores_in_a_precision_order_networks_as_their_files_do_in_the_runtime(s
     part = data.val
     images, files = data.normalise(part.images[:], data.image_shape[:2]), []
     for genotype in genotypes:
-        network, arrays, scales = quantised(in_float, genotype)
+        network, arrays, scales = quantised(as_filed, genotype)
         needed = scales if has_integers(network.flat(), precision) else None
         file = runtime.emit(network.flat(), arrays, precision=precision, quantisation=needed)
         files.append(int((runtime.open(file)(images).argmax(-1) == part.labels[:]).sum()))

@@ -1,11 +1,9 @@
-"""Subnets as their quantised files compute them, one compiled program for all of them.
+"""Subnets as their int8 files compute them, one compiled program for all of them.
 
-An int8 position is an int8 network of its own: it rounds what it reads to numbers of the range that this had on
-calibration images. The position before has rounded it by the same range, so nothing is rounded twice; and since what
-goes from one position to the next is real numbers, a float position may stand beside an int8 one. What a runtime fuses
-across two positions (a block that begins with a norm or a ReLU) is rounded between them here.
-
-With narrow weights a position is a float one whose kernels, norms folded into them, are rounded.
+A position is an int8 network of its own: it rounds what it reads to numbers of the range that this had on calibration
+images. The position before has rounded it by the same range, so nothing is rounded twice; and since what goes from one
+position to the next is real numbers, a float position may stand beside an int8 one. What a runtime fuses across two
+positions (a block that begins with a norm or a ReLU) is rounded between them here.
 """
 
 from collections.abc import Callable
@@ -14,8 +12,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from nas.fold import fold
-from nas.ops import Block, Quantised, in_precision
-from nas.quantise import fake_quantise, observe, with_narrow_weights
+from nas.ops import Block, Precision, in_precision
+from nas.quantise import fake_quantise, narrowed, observe
 from nas.space import Position
 from nas.supernet.switch import Arrays, weights_of, widen
 
@@ -24,30 +22,24 @@ RANGES = "ranges"  # [values, 2]: stands among the arrays of a position, as its 
 Made = tuple[Array, dict[str, Array]]
 
 
-def observed(position: Position) -> Callable[[Array, Arrays, Array], Made]:
-    """(branch number, weights and statistics by name below the position, x) -> (y, ranges), of the float network."""
+def observed(position: Position, weights_in: Precision) -> Callable[[Array, Arrays, Array], Made]:
+    """(branch number, weights and statistics by name below the position, x) -> (y, ranges), activations in float32."""
     rows = 1 + max(len(block.graph.ops) for block in position.branches if block is not None)
 
     def of(block: Block, params: Arrays, x: Array) -> Made:
         graph, arrays = fold(block.graph, weights_of(position, block, params), xp=jnp)
-        y, ranges = observe(graph, arrays, x)
+        y, ranges = observe(graph, narrowed(in_precision(graph, weights_in), arrays), x)
         return y, {RANGES: jnp.pad(ranges, [(0, rows - len(ranges)), (0, 0)])}
 
     return _switched(position, of, {RANGES: jnp.zeros((rows, 2))})
 
 
-def quantised(position: Position, precision: Quantised) -> Callable[[Array, Arrays, Array], Made]:
-    """(branch number, weights, statistics and ranges by name below the position, x) -> (y, nothing).
-
-    Args:
-        precision: of all branches. Only int8 reads the ranges.
-    """
+def integer(position: Position) -> Callable[[Array, Arrays, Array], Made]:
+    """(branch number, weights, statistics and ranges by name below the position, x) -> (y, nothing)."""
 
     def of(block: Block, params: Arrays, x: Array) -> Made:
         graph, arrays = fold(block.graph, weights_of(position, block, params), xp=jnp)
-        if precision == "int8":
-            return fake_quantise(graph, arrays, params[RANGES], x), {}
-        return with_narrow_weights(in_precision(graph, precision), arrays, x), {}
+        return fake_quantise(graph, arrays, params[RANGES], x), {}
 
     return _switched(position, of, {})
 
