@@ -265,7 +265,9 @@ def narrow_weights(op: Conv | Dense, params: Arrays) -> tuple[Any, Any]:
     """Kernel of an op with narrow weights as whole numbers in float32, in its shape, and its scale [channels].
 
     The numbers are within -127..127 in 8 bits and -7..7 in 4, the channel's largest weight at an end. NumPy and JAX as
-    in `integer_weights`.
+    in `integer_weights`. Scales of least squared error were tried and gain nothing: 30 subnets of `digits_joint` (10
+    epochs) with both stages in 4 bits had 7.0 of 288 images less right than in float32, and 7.1 with these; .7 once the
+    moments of norms are measured with the narrow weights.
     """
     kernel = params[f"{op.name}/kernel"]
     xp, divide, whole, fixed = _arithmetic(kernel)
