@@ -1,7 +1,7 @@
 """architecture.json: one network, complete. It rebuilds the network without the space that it came from.
 
 The file is canonical JSON of `Architecture`; its JSON Schema is nas/schemas/architecture.v2.schema.json. Version 2 is
-version 1 with ops that are in int8; networks without such are written as version 1.
+version 1 with ops that say what precision they are in; networks all in float32 are written as version 1.
 """
 
 import itertools
@@ -125,8 +125,8 @@ def _check(architecture: Architecture, path: Path) -> None:
             raise fail(f"block {block.name}: {e}") from e
     if architecture.schema != schema_of(architecture.network):
         raise fail(f"the schema is {architecture.schema!r}, but its ops are of {schema_of(architecture.network)!r}")
-    made_in = ["float32", *(block.graph.precision for block in blocks)]
-    for block, before in zip(blocks, made_in, strict=False):
+    held = ["float32", *(block.graph.activations for block in blocks)]
+    for block, before in zip(blocks, held, strict=False):
         if block.graph.source != before or len({op.precision for op in block.graph.ops}) > 1:
             raise fail(f"block {block.name} is of two precisions, or reads another than what is before it gives")
     names = [w.name for w in weights(architecture.network.flat())]

@@ -411,7 +411,8 @@ def fidelity(
     "--precision",
     "precisions",
     multiple=True,
-    help="float32, float16, bfloat16, int8, as the runtime has them; float32 and calibrated int8 if not given.",
+    help="float32, float16, bfloat16, int8, mixed, as the runtime has them; float32 and what else is calibrated if not "
+    "given.",
 )
 @click.option("--out", type=click.Path(path_type=Path), help="File to write, or, for an experiment, its run folder.")
 @click.option("--smoke", is_flag=True, help="As for `nas run`.")
@@ -490,7 +491,9 @@ def footprint(
 
 
 @cli.command("list")
-@click.argument("what", type=click.Choice(["spaces", "devices", "blocks", "strategies", "runtimes", "data"]))
+@click.argument(
+    "what", type=click.Choice(["spaces", "devices", "blocks", "precisions", "strategies", "runtimes", "data"])
+)
 def list_(what: str) -> None:
     """Names that experiment and space files may use.
 

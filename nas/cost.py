@@ -3,7 +3,11 @@
 import functools
 import math
 
-from nas.ops import Act, Add, AnyOp, Conv, Dense, Graph, LinearAttention, Norm, weights
+import msgspec
+
+from nas.ops import Act, Add, AnyOp, Conv, Dense, Graph, Held, LinearAttention, Norm, Split, activations, weights
+
+_HELD_BYTES: dict[Held, int] = {"float32": 4, "int8": 1}  # of one element
 
 
 @functools.lru_cache(maxsize=65536)
@@ -33,7 +37,7 @@ def parameters(graph: Graph) -> int:
 
 
 @functools.lru_cache(maxsize=65536)
-def working_bytes(graph: Graph, *, count_input: bool, bytes_per_element: int = 4) -> int:
+def working_bytes(graph: Graph, *, count_input: bool) -> int:
     """Largest sum of live values while the ops of a block run, as `peak_activation_bytes` has them.
 
     The largest of all blocks of a chain, and the chain's input beside it, is that of the whole network, wherever no
@@ -42,23 +46,46 @@ def working_bytes(graph: Graph, *, count_input: bool, bytes_per_element: int = 4
     Args:
         count_input: the block's input, while it is still read. Of the first block it is the chain's input.
     """
-    return max(_live(graph, count_input=count_input), default=0) * bytes_per_element
+    return max(_live(_with_conversions(graph), count_input=count_input), default=0)
 
 
 @functools.lru_cache(maxsize=65536)
-def peak_activation_bytes(graph: Graph, *, bytes_per_element: int = 4) -> int:
+def peak_activation_bytes(graph: Graph) -> int:
     """Largest sum of live values while the ops run in order, for one image, as a runtime plans memory for inference.
 
-    The input stays, since whoever runs the network owns it. A norm folded into the layer that it reads, and a ReLU that
-    alone reads a layer or a sum, have no value of their own; nothing else is done in place. What kernels need for
-    themselves (im2col of large dense convolutions) is not counted.
+    A value takes four bytes an element, or one where an int8 op makes it. Where an op of the other kind reads it there
+    are two copies while it is converted, and then those that are still read. The input is float32 and stays, since
+    whoever runs the network owns it. A norm folded into the layer that it reads, and a ReLU that alone reads a layer or
+    a sum, have no value of their own; nothing else is done in place. What kernels need for themselves (im2col of large
+    dense convolutions) is not counted.
     """
-    beside = max(_live(graph, count_input=False), default=0)
-    return (math.prod(graph.input) + beside) * bytes_per_element
+    beside = max(_live(_with_conversions(graph), count_input=False), default=0)
+    return _HELD_BYTES["float32"] * math.prod(graph.input) + beside
+
+
+def _with_conversions(graph: Graph) -> Graph:
+    """`graph` with a copy, which is a `Split` of all channels, of each value that ops of another precision read."""
+    held = _held(graph)
+    ops: list[AnyOp] = []
+    number, copies = [0], dict[int, int]()
+    for op, wanted in zip(graph.ops, held[1:], strict=True):
+        for v in op.inputs:
+            if held[v] != wanted and v not in copies:
+                ops.append(Split((number[v],), graph.shape_of(v), 0, precision=wanted))
+                copies[v] = len(ops)
+        inputs = tuple(number[v] if held[v] == wanted else copies[v] for v in op.inputs)
+        ops.append(msgspec.structs.replace(op, inputs=inputs))
+        number.append(len(ops))
+    return Graph(graph.input, tuple(ops), graph.reads)
+
+
+def _held(graph: Graph) -> list[Held]:
+    """What each value is made in."""
+    return [graph.source, *(activations(op.precision) for op in graph.ops)]
 
 
 def _live(graph: Graph, *, count_input: bool) -> list[int]:
-    """Elements that live while each op runs."""
+    """Bytes that live while each op runs."""
     readers = graph.consumers()
     holder = list(range(len(graph.ops) + 1))  # the value in whose memory each value lies
     for index, op in enumerate(graph.ops):
@@ -73,6 +100,6 @@ def _live(graph: Graph, *, count_input: bool) -> list[int]:
     last_use = [0] * len(holder)
     for value, users in enumerate(readers):
         last_use[holder[value]] = max(last_use[holder[value]], *users, len(graph.ops) if not users else 0)
-    sizes = [math.prod(graph.shape_of(v)) for v in range(len(holder))]
+    sizes = [_HELD_BYTES[of] * math.prod(graph.shape_of(v)) for v, of in enumerate(_held(graph))]
     live = [{v for v in holder[: index + 2] if last_use[v] >= index} for index in range(len(graph.ops))]
     return [sum(sizes[v] for v in values if v or count_input) for values in live]

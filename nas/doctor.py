@@ -16,6 +16,7 @@ from pathlib import Path
 
 from nas import catalog
 from nas.errors import NasError
+from nas.ops import PRECISIONS
 
 # module, its package, what it is for, the extra of this project that brings it
 _PARTS = (
@@ -197,6 +198,9 @@ def listing(what: str) -> Iterator[str]:
             path = catalog.find(name, kind="device", file="device.toml", known=[name], error=NasError)
             raw, _ = load_toml(path, what="device")
             yield f"{name:<24} {raw.get('device', '')}"
+    elif what == "precisions":
+        for name, meaning in PRECISIONS.items():
+            yield f"{name:<24} of a stage: {meaning}"
     else:
         module, table = {
             "blocks": ("nas.blocks", "BLOCKS"),

@@ -16,8 +16,20 @@ from typing import Literal
 import msgspec
 
 Shape = tuple[int, ...]
-Precision = Literal["float32", "int8"]
+Held = Literal["float32", "int8"]  # what values are in
+Quantised = Literal["int8", "int8_weights", "int4_weights"]  # what ops may be in, beside float32
+Precision = Literal["float32", Quantised]
 Activation = Literal["relu", "relu6", "hard_swish", "hard_sigmoid", "swish", "sigmoid", "gelu"]
+
+# What ops may be in where files are of mixed precision. A mere number is of weights and activations, as in the names of
+# whole files; `_weights` says that weights alone are so narrow.
+PRECISIONS: dict[Precision, str] = {
+    "float32": "weights and activations in float32",
+    "int8": "weights and activations in 8 bits, computed on integers",
+    "int8_weights": "weights stored in 8 bits, one scale an output channel; activations and arithmetic in float32",
+    "int4_weights": "weights stored in 4 bits, two to a byte, one scale an output channel; the rest in float32",
+}
+WEIGHT_BITS: dict[Precision, int] = {"int8_weights": 8, "int4_weights": 4}  # of those that narrow weights alone
 
 NORM_EPSILON = 1e-5
 ATTENTION_EPSILON = 1e-6
@@ -115,7 +127,7 @@ class Graph(msgspec.Struct, frozen=True):
 
     input: Shape
     ops: tuple[AnyOp, ...] = ()
-    reads: Precision | msgspec.UnsetType = msgspec.UNSET  # of what makes the input, where that is not `precision`
+    reads: Held | msgspec.UnsetType = msgspec.UNSET  # what the input is held in, where not as all other values
 
     @property
     def precision(self) -> Precision:
@@ -123,13 +135,18 @@ class Graph(msgspec.Struct, frozen=True):
         return self.ops[0].precision if self.ops else "float32"
 
     @property
-    def source(self) -> Precision:
-        """Of what makes the input."""
-        return self.precision if self.reads is msgspec.UNSET else self.reads
+    def activations(self) -> Held:
+        """What the values of a block are held in."""
+        return activations(self.precision)
+
+    @property
+    def source(self) -> Held:
+        """What the input is held in by what makes it."""
+        return self.activations if self.reads is msgspec.UNSET else self.reads
 
     @property
     def mixed(self) -> bool:
-        """Whether some op is computed in int8, and a file therefore of mixed precision."""
+        """Whether some op is in another precision than float32, and a file therefore of mixed precision."""
         return any(op.precision != "float32" for op in self.ops)
 
     @property
@@ -160,10 +177,19 @@ def _key(graph: Graph) -> str:
     return hashlib.sha256(msgspec.json.encode(graph)).hexdigest()[:16]
 
 
+def activations(precision: Precision) -> Held:
+    """What ops in `precision` make, and what they read. Narrow weights alone leave it float32."""
+    return "int8" if precision == "int8" else "float32"
+
+
 def in_precision(graph: Graph, precision: Precision, source: Precision | None = None) -> Graph:
-    """`graph` with all ops in that precision, after `source`, or what else is in it. float32 is as it was recorded."""
+    """`graph` with all ops in that precision, after ops in `source`, or in the same. float32 is as it was recorded.
+
+    What precedes a block is told only where its values are held in something else, and so have to be converted.
+    """
     ops = tuple(msgspec.structs.replace(op, precision=precision) for op in graph.ops)
-    return Graph(graph.input, ops, msgspec.UNSET if source in (None, precision) else source)
+    held = activations(precision if source is None else source)
+    return Graph(graph.input, ops, msgspec.UNSET if held == activations(precision) else held)
 
 
 class Block(msgspec.Struct, frozen=True):
@@ -201,6 +227,12 @@ class Network(msgspec.Struct, frozen=True):
     def __repr__(self) -> str:
         inner = ", ".join(b.label for b in self.blocks)
         return f"Network({'x'.join(map(str, self.input))} -> {self.classes}: {inner})"
+
+
+def in_float32(network: Network) -> Network:
+    """`network` with all ops in float32, as they were recorded."""
+    blocks = network.blocks
+    return Network(tuple(msgspec.structs.replace(b, graph=in_precision(b.graph, "float32")) for b in blocks))
 
 
 def flatten(blocks: tuple[Block, ...]) -> Graph:

@@ -7,11 +7,23 @@ import msgspec
 import numpy as np
 import pytest
 from export.networks import GRAPHS, images_of, params_of, recorded
+from msgspec.structs import replace
 
 from nas.errors import ExportError
 from nas.fold import fold
-from nas.ops import Conv, Dense
-from nas.quantise import Quantisation, Scale, calibrate, check, integer_weights, placeholder, simulate, sources
+from nas.ops import WEIGHT_BITS, Conv, Dense, in_precision
+from nas.quantise import (
+    Quantisation,
+    Scale,
+    calibrate,
+    check,
+    integer_weights,
+    narrow_weights,
+    narrowed,
+    placeholder,
+    simulate,
+    sources,
+)
 from nas.quantise import _accumulate as accumulate  # exact by a hair's breadth: worth a test of its own
 from nas.run import run
 
@@ -143,6 +155,10 @@ def test_weights_in_numpy_are_weights_in_jax(name):
             arrays = {k: jnp.asarray(v) for k, v in params.items()}
             pairs = zip(integer_weights(op, params, 0.013), integer_weights(op, arrays, 0.013), strict=True)
             assert all((a == b).all() for a, b in pairs)
+            for precision in WEIGHT_BITS:
+                narrow = replace(op, precision=precision)
+                pairs = zip(narrow_weights(narrow, params), narrow_weights(narrow, arrays), strict=True)
+                assert all((a == b).all() for a, b in pairs)
 
 
 def test_jit_changes_nothing():
@@ -158,3 +174,30 @@ def test_weights_are_read_by_name():
     quantisation = Quantisation((Scale(0.5, 0), None))
     images = np.full((1, 2, 2, 1), 1.5, np.float32)
     np.testing.assert_allclose(simulate(graph, params, quantisation, images), [[6, 6]], rtol=1e-6)
+
+
+@pytest.mark.parametrize("precision", WEIGHT_BITS)
+def test_narrow_weights_are_the_same_before_and_after_norms_are_folded(precision):
+    graph, params = in_precision(GRAPHS["residual"], precision), params_of(GRAPHS["residual"])
+    params |= {n: -a for n, a in params.items() if n.endswith("/scale")}  # a norm may turn signs
+    before, (folded, arrays) = fold(graph, narrowed(graph, params))[1], fold(graph, params)
+    after = narrowed(folded, arrays)
+    assert before.keys() == after.keys()
+    for name in after:
+        np.testing.assert_allclose(after[name], before[name], rtol=1e-5, atol=1e-6)
+    assert any(np.abs(after[n] - arrays[n]).max() > 1e-3 for n in after)
+
+
+@pytest.mark.parametrize("precision", WEIGHT_BITS)
+def test_gradients_pass_narrow_weights_as_if_they_were_not_rounded(precision):
+    graph, params = in_precision(GRAPHS["residual"], precision), params_of(GRAPHS["residual"])
+    images = images_of(graph)
+
+    def loss(params):
+        return (run(graph, params, images)[0] ** 2).sum()
+
+    rounded = {name: jnp.asarray(a) for name, a in narrowed(graph, params).items()}
+    arrays = {name: jnp.asarray(a) for name, a in params.items()}
+    through, there = jax.grad(lambda p: loss(narrowed(graph, p)))(arrays), jax.grad(loss)(rounded)
+    for name, gradient in there.items():
+        np.testing.assert_allclose(through[name], gradient, rtol=1e-4, atol=1e-4 * np.abs(gradient).max())

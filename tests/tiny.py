@@ -1,5 +1,6 @@
 """A space, a data set and an experiment small enough to compile in seconds. Not a test: other tests import it."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -98,16 +99,16 @@ width = 8
 """
 
 
-def write_joint_space(folder: Path) -> Path:
-    """A space of mixed precision as a file in `folder`."""
+def write_joint_space(folder: Path, precisions: Iterable[str] = ("float32", "int8")) -> Path:
+    """A space of mixed precision as a file in `folder`; what both stages choose among."""
     path = folder / "joint.toml"
-    path.write_text(JOINT)
+    path.write_text(JOINT.replace('["float32", "int8"]', str(list(precisions))))
     return path
 
 
-def joint_space(folder: Path) -> Space:
+def joint_space(folder: Path, precisions: Iterable[str] = ("float32", "int8")) -> Space:
     """The same over tiny images."""
-    return load_space(str(write_joint_space(folder)), input_shape=(8, 8, 1), classes=3)
+    return load_space(str(write_joint_space(folder, precisions)), input_shape=(8, 8, 1), classes=3)
 
 
 RESOLUTIONS = """
@@ -196,8 +197,8 @@ parity_images = 16
 
 
 def write_joint_experiment(folder: Path) -> Path:
-    """The experiment in the space of mixed precision."""
-    write_joint_space(folder)
+    """The experiment in a space of mixed precision."""
+    write_joint_space(folder, ("float32", "int8", "int4_weights"))
     write_data(folder)
     path = folder / "joint_experiment.toml"
     path.write_text(EXPERIMENT.replace("tiny", "joint"))

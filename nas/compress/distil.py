@@ -15,6 +15,7 @@ from nas import config
 from nas.data import Dataset
 from nas.data.resize import resize
 from nas.ops import Network
+from nas.quantise import narrowed
 from nas.run import run
 from nas.train import losses, optimiser
 from nas.train.augment import augment, mix
@@ -37,7 +38,8 @@ def finetune(
     """Trained arrays of `network` after fine-tuning; batch-norm statistics are to be measured afterwards.
 
     The loss is (1 - w) cross-entropy + w KL to the teacher at a temperature (Hinton et al. 2015, arXiv:1503.02531).
-    The teacher runs in inference mode on the same augmented images; `teacher_params` hold its statistics.
+    The teacher runs in inference mode on the same augmented images; `teacher_params` hold its statistics. Weights that
+    `network` has narrow are rounded in every step, and gradients pass as if they were not (`nas.quantise`).
     """
     graph, teacher_graph = network.flat(), teacher.flat()
     steps = steps_of(data.train, settings.epochs, settings.batch_size)
@@ -46,7 +48,7 @@ def finetune(
     weight = settings.distill_weight
 
     def loss(trained: Any, x: Array, goal: Array, targets: Array) -> tuple[Array, Array]:
-        logits, _ = run(graph, trained, x, batch_stats=True)
+        logits, _ = run(graph, narrowed(graph, trained), x, batch_stats=True)
         hard = losses.cross_entropy(logits, targets)
         soft = losses.distillation(logits, goal, temperature=settings.temperature)
         return (1 - weight) * hard + weight * soft, (logits.argmax(-1) == targets.argmax(-1)).mean()

@@ -14,12 +14,16 @@ from numpy.typing import NDArray
 from nas.data import Dataset, Part
 from nas.evaluate.batches import calibration_batches, labelled_batches
 from nas.ops import Network
+from nas.quantise import narrowed
 from nas.run import run
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Standalone:
-    """One network over one data set; parameters are passed to every method."""
+    """One network over one data set; parameters are passed to every method.
+
+    Activations are float32; weights that the network has narrow are rounded as in its file (`nas.quantise.narrowed`).
+    """
 
     network: Network
     data: Dataset
@@ -52,7 +56,7 @@ class Standalone:
         @jax.jit
         def measure(params: Any, batches: Array) -> dict[str, Array]:
             def one(_: None, images: Array) -> tuple[None, dict[str, Array]]:
-                return None, run(graph, params, images, batch_stats=True)[1]
+                return None, run(graph, narrowed(graph, params), images, batch_stats=True)[1]
 
             return jax.tree.map(lambda a: a.mean(0), lax.scan(one, None, batches)[1])
 
@@ -61,4 +65,4 @@ class Standalone:
     @functools.cached_property
     def _infer(self) -> Any:
         graph = self.network.flat()
-        return jax.jit(lambda params, images: run(graph, params, images)[0])
+        return jax.jit(lambda params, images: run(graph, narrowed(graph, params), images)[0])

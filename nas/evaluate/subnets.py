@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from nas.data import Dataset, Part
 from nas.evaluate.batches import calibration_batches, labelled_batches
-from nas.ops import Block, Graph
+from nas.ops import WEIGHT_BITS, Block, Graph, Precision
 from nas.quantise import has_integers
 from nas.space import Position
 from nas.supernet import LayerMode, Supernet
@@ -35,6 +35,7 @@ CONCURRENT = 4  # batches at most: each needs the memory of its activations
 T = TypeVar("T")
 
 _Mode = Literal[LayerMode, "measure"]  # "measure" is "calibrate" without what the layer makes
+_Key = tuple[int, int, _Mode, Precision]  # of a program: resolution, kind of layer, mode, what weights are held in
 
 Statistics = list[dict[str, Array]]  # of each layer, by name below it, in the stored shapes; ranges of values likewise
 
@@ -44,7 +45,7 @@ class _Batches:
     """What the first layers of a subnet make of all images: lists of [n, h, w, c]."""
 
     calibration: list[Array]
-    observed: list[Array]  # of calibration images again, normalised as in inference; only for int8
+    observed: list[Array]  # of calibration images again, normalised as in inference; only where some are in int8
     validation: list[Array]
 
     def __iter__(self) -> Iterator[Array]:
@@ -62,7 +63,7 @@ class SubnetEvaluator:
     `cache_bytes` bounds what is kept for subnets that begin alike; with 0, each is computed from its images on. With
     `precision` "int8" a subnet is computed as its int8 file will, quantised by what its values are on the calibration
     images: `nas.quantise.calibrate` and `simulate` of all subnets in one program (`nas.supernet.int8`). With "mixed" so
-    are the blocks that the space has in int8.
+    are the blocks that the space has in int8; those with narrow weights have them from the moments of norms on.
     """
 
     supernet: Supernet
@@ -128,7 +129,7 @@ class SubnetEvaluator:
                     continue
                 calibration, statistics = self._calibrate(side, row, start, stop, batches.calibration)
                 observed: list[Array] = []
-                if self.precision != "float32":
+                if self._quantises:
                     observed, ranges = self._observe(side, row, start, statistics, batches.observed)
                     statistics = [s | r for s, r in zip(statistics, ranges, strict=True)]
                 validation = self._infer(side, row, start, statistics, batches.validation)
@@ -171,10 +172,23 @@ class SubnetEvaluator:
         ]
         return self._pass(side, row, start, modes, self._with(side, start, statistics), batches)[0]
 
+    @functools.cached_property
+    def _quantises(self) -> bool:
+        """Whether activations of some subnet are, so that their ranges must be known."""
+        blocks = (b for p in self.supernet.space.positions for b in p.branches if b is not None)
+        in_int8 = any(block.graph.precision == "int8" for block in blocks)
+        return self.precision == "int8" or (self.precision == "mixed" and in_int8)
+
+    def _weights_in(self, block: Block | None) -> Precision:
+        """What a block's weights are held in wherever its activations are float32."""
+        own: Precision = "float32" if block is None else block.graph.precision
+        return own if self.precision == "mixed" and own in WEIGHT_BITS else "float32"
+
     def _deployed(self, block: Block | None) -> _Mode:
         """How a block is computed where answers are counted."""
         graph = Graph(()) if block is None else block.graph
-        return "int8" if has_integers(graph, self.precision) else "infer"
+        integers = has_integers(graph, self.precision) and graph.precision not in WEIGHT_BITS
+        return "int8" if integers else "infer"
 
     def _with(self, side: int, start: int, statistics: Statistics) -> Statistics:
         """The arrays of the layers from `start` on with their statistics."""
@@ -193,8 +207,8 @@ class SubnetEvaluator:
         """What the layers from `start` on, as many as there are `params`, make of each batch; and for each layer what
         was seen in each batch, nothing if it is skipped."""
         layers = self._layers(side)[start : start + len(params)]
-        present: dict[int, tuple[int, int, _Mode]] = {
-            i: (side, kind, modes[i])
+        present: dict[int, _Key] = {
+            i: (side, kind, modes[i], self._weights_in(position.branches[row[start + i]]))
             for i, (kind, position) in enumerate(layers)
             if not _skipped(position, row[start + i])
         }
@@ -220,13 +234,14 @@ class SubnetEvaluator:
 
     # made once
 
-    def _program(self, side: int, kind: int, mode: _Mode) -> Any:
+    def _program(self, side: int, kind: int, mode: _Mode, weights_in: Precision) -> Any:
         """Makes (y, statistics)."""
-        if (side, kind, mode) not in self._programs:
-            layer = self.supernet.layer(side, kind, "calibrate" if mode == "measure" else mode)
+        key = (side, kind, mode, weights_in)
+        if key not in self._programs:
+            layer = self.supernet.layer(side, kind, "calibrate" if mode == "measure" else mode, weights_in)
             measure = jax.jit(lambda *args: (None, layer(*args)[1]))
-            self._programs[side, kind, mode] = measure if mode == "measure" else jax.jit(layer)
-        return self._programs[side, kind, mode]
+            self._programs[key] = measure if mode == "measure" else jax.jit(layer)
+        return self._programs[key]
 
     def _layers(self, side: int) -> list[Any]:
         return self.supernet.layers(side)
@@ -239,7 +254,7 @@ class SubnetEvaluator:
             calibration = calibration_batches(self.data, images=self.calibration_images, batch_size=batch, size=size)
             images, labels = labelled_batches(self.data, part, batch_size=batch, size=size)
             calibration = [*map(jnp.asarray, calibration)]
-            observed = calibration if self.precision != "float32" else []
+            observed = calibration if self._quantises else []
             self._inputs[side] = _Batches(calibration, observed, [*map(jnp.asarray, images)])
             self._targets[side] = [*map(jnp.asarray, labels)]
         return self._inputs[side]
@@ -249,7 +264,7 @@ class SubnetEvaluator:
         return self._targets[side]
 
     @functools.cached_property
-    def _programs(self) -> dict[tuple[int, int, _Mode], Any]:
+    def _programs(self) -> dict[_Key, Any]:
         return {}
 
     @functools.cached_property

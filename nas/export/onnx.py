@@ -5,6 +5,14 @@ around every op (QDQ), weights as s8 and biases as s32 initialisers behind a Deq
 dequantised values and its result is quantised again, also where numbers are only moved: runtimes look for that shape.
 In models of mixed precision only ops in int8 are such.
 Attention is one op in this sense: what happens inside it stays in float.
+
+Where weights alone are narrow (`nas.ops.WEIGHT_BITS`) kernels are whole numbers behind a Cast and a Mul by their scale,
+which ONNX Runtime computes once, when it loads the file: what runs is the float network. Not behind a DequantizeLinear,
+which is computed anew at every call, and keeps convolutions out of the blocked layout that needs constant weights.
+Measured with 1.31 on a Zen 5 core, interleaved, four networks of 12 to 18 convolutions with 32 to 192 channels, in int8
+and int4, against float32: latency .99 to 1.01 with Cast and Mul, 2.5 to 5.3 with DequantizeLinear. Files are alike: 2.2
+and 1.1 of 8.3 MB in the largest network, whose process grew by 41 and 40 MB to run it, by 35 in float32, by 22 and 17
+with DequantizeLinear.
 """
 
 import functools
@@ -20,6 +28,7 @@ from nas.fold import fold
 from nas.ops import (
     ATTENTION_EPSILON,
     NORM_EPSILON,
+    WEIGHT_BITS,
     Act,
     Add,
     AnyOp,
@@ -38,6 +47,7 @@ from nas.ops import (
 from nas.quantise import Quantisation, Scale
 
 OPSET, IR_VERSION = 20, 9  # the first opset with Gelu; an IR that runtimes of 2024 read
+INT4_OPSET, INT4_IR_VERSION = 21, 10  # the first with numbers of 4 bits, and only for files that have some
 INPUT = "images"
 
 _ACTIVATIONS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -59,7 +69,8 @@ def to_onnx(
 
     Args:
         params: name -> array, as `nas.ops.weights(graph)` lists them.
-        quantisation: of the folded graph; the model is int8 then, or of mixed precision, if the graph is.
+        quantisation: of the folded graph; the model is int8 then, or of mixed precision, if the graph is. Without, it
+            is float32 whatever ops say.
         metadata: written into the model's properties.
 
     Raises:
@@ -80,8 +91,10 @@ def to_onnx(
         [_value(onnx, output, folded.shape)],
         writer.initialisers,
     )
-    opset = onnx.helper.make_opsetid("", OPSET)
-    model = onnx.helper.make_model(body, opset_imports=[opset], ir_version=IR_VERSION, producer_name="nas")
+    int4 = any(i.data_type == onnx.TensorProto.INT4 for i in writer.initialisers)
+    opset = onnx.helper.make_opsetid("", INT4_OPSET if int4 else OPSET)
+    version = INT4_IR_VERSION if int4 else IR_VERSION
+    model = onnx.helper.make_model(body, opset_imports=[opset], ir_version=version, producer_name="nas")
     for key, value in sorted((metadata or {}).items()):
         model.metadata_props.add(key=key, value=value)
     return model
@@ -133,6 +146,7 @@ class _Writer:
         self.onnx, self.graph, self.params = onnx, graph, params
         self.scales: Sequence[Scale | None] = quantisation.values if quantisation else [None] * (len(graph.ops) + 1)
         self.integer = quantise.integer(graph) if quantisation else [False] * len(graph.ops)
+        self.narrow = quantisation is not None  # weights are, where ops say so
         self.nodes: list[Any] = []
         self.initialisers: list[Any] = []
         self.constants: set[str] = set()
@@ -194,7 +208,8 @@ class _Writer:
         """Kernel, output channels first, and bias: names of floats, dequantised ones where the input has a `scale`."""
         if scale is None:
             kernel, bias = self.params[f"{op.name}/kernel"], self.params.get(f"{op.name}/bias")
-            out = [self.constant(f"{op.name}/kernel", self.layout(op, kernel))]
+            narrow = self.narrow and op.precision in WEIGHT_BITS
+            out = [self.widened(op) if narrow else self.constant(f"{op.name}/kernel", self.layout(op, kernel))]
             return out if bias is None else [*out, self.constant(f"{op.name}/bias", bias)]
         kernel, bias, unit = quantise.integer_weights(op, self.params, scale.scale)
         out = [self.stored(f"{op.name}/kernel", self.layout(op, kernel).astype(np.int8), unit)]
@@ -208,6 +223,24 @@ class _Writer:
             self.constant(f"{name}/zero_point", np.zeros(scale.shape, whole.dtype)),
         ]
         return self.node("DequantizeLinear", name, inputs, axis=0)
+
+    def widened(self, op: Conv | Dense) -> str:
+        """A narrow kernel: whole numbers as an initialiser, made real by their scales, one an output channel."""
+        kernel, unit = quantise.narrow_weights(op, self.params)
+        name, whole = f"{op.name}/kernel", self.layout(op, kernel).astype(np.int8)
+        if WEIGHT_BITS[op.precision] == 4:
+            self.initialisers.append(self.int4(f"{name}/narrow", whole))
+        else:
+            self.constant(f"{name}/narrow", whole)
+        scale = self.constant(f"{name}/scale", unit.reshape(-1, *[1] * (whole.ndim - 1)))
+        real = self.node("Cast", f"{name}/real", [f"{name}/narrow"], to=self.onnx.TensorProto.FLOAT)
+        return self.node("Mul", name, [real, scale])
+
+    def int4(self, name: str, whole: np.ndarray) -> Any:
+        """An initialiser of numbers within -8..7: two to a byte, the first in its lower half."""
+        halves = np.append(whole.ravel(), np.zeros(whole.size % 2, np.int8)).astype(np.uint8) & 15
+        packed = halves[::2] | halves[1::2] << 4
+        return self.onnx.helper.make_tensor(name, self.onnx.TensorProto.INT4, whole.shape, packed.tobytes(), raw=True)
 
     def layout(self, op: Conv | Dense, kernel: np.ndarray) -> np.ndarray:
         """HWIO as OIHW; a dense kernel as [out, in] with `in` counted in the order of NCHW."""

@@ -12,7 +12,7 @@ from nas.ondevice.sessions import Session
 from nas.ops import Graph
 from nas.quantise import Quantisation, has_integers
 
-# What weights and most of the arithmetic are in; mixed: int8 where ops say so (`nas.ops.Graph.mixed`), else float32.
+# What weights and most of the arithmetic are in; mixed: what each op says (`nas.ops.Graph.mixed`).
 PRECISIONS = ("float32", "float16", "bfloat16", "int8", "mixed")
 
 
@@ -46,7 +46,7 @@ class Runtime(Protocol):
 
         Args:
             precision: one of `precisions`. Images and outputs are float32 in all of them.
-            quantisation: of the folded graph (`nas.fold.fold`); for int8, for mixed where ops are int8, and else not.
+            quantisation: of the folded graph (`nas.fold.fold`); for int8, for mixed where the graph is, and else not.
 
         Raises:
             ExportError: the graph cannot be written, the runtime does not have the precision, or `quantisation` is
@@ -84,7 +84,7 @@ def check_precision(graph: Graph, precision: str, known: Sequence[str], quantisa
             f"precision `{precision}`: this runtime does not have it.{nearest(precision, known, kind='precision')}"
         )
     if precision == "int8" and graph.mixed:
-        raise ExportError("the ops of this network say which of them are in int8: ask for `mixed`, or for a float one.")
+        raise ExportError("the ops of this network say which precision they have: ask for `mixed`, or a float one.")
     needed = has_integers(graph, precision)
     if needed and quantisation is None:
         raise ExportError(f"{precision} without a quantisation: give the ranges that `nas.quantise.calibrate` finds.")

@@ -5,7 +5,7 @@ from numpy.typing import NDArray
 
 from nas.export.onnx import to_onnx
 from nas.fold import fold
-from nas.ops import Act, Block, Graph, Precision, Shape, flatten, weights
+from nas.ops import Act, Block, Graph, Held, Shape, flatten, weights
 from nas.quantise import has_integers, placeholder
 from nas.space import Space
 
@@ -30,7 +30,7 @@ def onnx_bytes(space: Space, precision: str) -> list[NDArray[np.float64]]:
 
     def added(block: Block, number: int) -> int:
         graph = block.graph
-        before, after = _beside(graph.input, graph.source), _beside(graph.shape, graph.precision)
+        before, after = _beside(graph.input, graph.source), _beside(graph.shape, graph.activations)
         alone = _written((before,), precision)
         if number == last:
             return _written((before, block), precision) - alone
@@ -53,7 +53,7 @@ def onnx_bytes(space: Space, precision: str) -> list[NDArray[np.float64]]:
     ]
 
 
-def _beside(shape: Shape, precision: Precision) -> Block:
+def _beside(shape: Shape, precision: Held) -> Block:
     """A neighbour without weights that runtimes and folding leave as it is."""
     return Block("beside", "", Graph(shape, (Act((0,), shape, "sigmoid", precision=precision),)))
 

@@ -32,13 +32,15 @@ def precisions_of(device: Device, space: Space) -> tuple[str, ...]:
     """Those that networks of `space` have latencies in on a device: its own, or mixed, where the space's blocks are.
 
     Raises:
-        DeviceError: the blocks of the space are in float32 and int8, and the device does not have both.
+        DeviceError: blocks of the space are held in float32 or int8, and the device does not have it.
     """
     if not space.mixed:
         return tuple(p for p in device.precision if p != "mixed") or device.precision
-    if "mixed" not in device.precision and not {"float32", "int8"} <= set(device.precision):
+    held = {block.graph.activations for block, _ in space.blocks().values()}
+    if "mixed" not in device.precision and (lacks := sorted(held - set(device.precision))):
         raise DeviceError(
-            f"stages of space {space.name!r} may be in int8, others are in float32; device {device.device!r} has "
-            f"{', '.join(device.precision)}. Choose a device that has both, or leave `precision` out of the space."
+            f"stages of space {space.name!r} may be in {' and '.join(lacks)}; device {device.device!r} has "
+            f"{', '.join(device.precision)}. Choose a device that has {' and '.join(sorted(held))}, or leave "
+            f"{' and '.join(lacks)} out of the `precision` of the space's stages."
         )
     return ("mixed",)

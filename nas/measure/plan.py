@@ -24,14 +24,14 @@ from nas.fold import fold
 from nas.latency import op_counts
 from nas.ondevice.stopping import ANCHOR
 from nas.ondevice.timing import Call
-from nas.ops import Block, Graph, Precision, Recorder, Shape, flatten, in_precision, weights
+from nas.ops import Block, Graph, Held, Recorder, Shape, flatten, in_precision, weights
 from nas.quantise import has_integers, placeholder
 from nas.space import Space
 from nas.space.space import Genotypes
 
 REFERENCE = ("one conv ", "two convs ")  # how names of what blocks are compared with begin
 REFERENCES = 3  # sessions of each reference: all blocks at a shape share its error, and sessions differ by 1-2 %
-Side = tuple[Shape, Precision]  # of a block: what goes in or out there, and what the neighbour is computed in
+Side = tuple[Shape, Held]  # of a block: what goes in or out there, and what the neighbour is computed in
 _CANDIDATES = 512  # random networks that anchors are chosen from
 
 
@@ -86,8 +86,8 @@ class Plan:
             match role:
                 case "first":
                     convs = [(two_convs, out, -1.0), (one_conv, out, 1.0)]
-                case "last" if into[1] != block.graph.precision:
-                    own = (into[0], block.graph.precision)
+                case "last" if into[1] != block.graph.activations:
+                    own = (into[0], block.graph.activations)
                     convs = [(two_convs, into, -0.5), (one_conv, own, -1.0), (two_convs, own, 0.5)]
                 case "last":
                     convs = [(one_conv, into, -1.0)]
@@ -136,10 +136,19 @@ def for_table(space: Space, device: Device, precision: str, settings: config.Lat
 
     Raises:
         LatencyError: the space has fewer than three networks, or networks of another precision.
+        DeviceError: the precision is mixed, and the runtime writes no such files.
     """
     if space.mixed != (precision == "mixed"):
         wanted = "mixed, as its stages choose" if space.mixed else "one for all its blocks, which `mixed` is not"
         raise LatencyError(f"the precision of space {space.name!r} is {wanted}; it cannot be measured in {precision}.")
+    if precision == "mixed" and precision not in getattr(RUNTIMES.get(device.runtime), "precisions", ()):
+        used = sorted({b.graph.precision for b, _ in space.blocks().values()} - {"float32"})
+        able = [name for name, runtime in RUNTIMES.items() if "mixed" in runtime.precisions]
+        raise DeviceError(
+            f"stages of space {space.name!r} choose {' and '.join(used)}, and runtime `{device.runtime}` of device "
+            f"{device.device!r} has no files of mixed precision ({' and '.join(able)} has). Choose a device with that "
+            f"runtime, or leave `precision` out of the space."
+        )
     networks = choose_networks(space, settings.anchors, settings.holdout, np.random.default_rng(seed))
     return Plan(space, device, precision, *networks, blocks=True, seed=seed)
 
@@ -271,7 +280,7 @@ def _worded(side: Side) -> str:
 
 def _sides(graph: Graph) -> tuple[Side, Side]:
     """Before a block and after it."""
-    return (graph.input, graph.source), (graph.shape, graph.precision)
+    return (graph.input, graph.source), (graph.shape, graph.activations)
 
 
 def sides_of(space: Space) -> list[Side]:

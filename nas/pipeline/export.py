@@ -143,10 +143,12 @@ def _interval(model: LatencyModel, made: Finished) -> str:
 def _usage(job: Job, spec: Input) -> str:
     """Lines of Python that run the file; without this package where another program is sure to read it."""
     height, width, channels = spec.shape
+    first, *others = (file_name(precision, job.runtime.suffix) for precision in job.files)
+    also = f"  # or {' or '.join(others)}" if others else ""
     if job.runtime.layout == "NCHW":
         return f"""import numpy as np, onnxruntime
 
-session = onnxruntime.InferenceSession("model.onnx")  # or model.int8.onnx
+session = onnxruntime.InferenceSession("{first}"){also}
 mean = np.array({list(spec.mean)}, np.float32).reshape(1, -1, 1, 1)
 std = np.array({list(spec.std)}, np.float32).reshape(1, -1, 1, 1)
 pixels = np.zeros((1, {channels}, {height}, {width}), np.uint8)  # your images: batch, channels, height, width
@@ -156,7 +158,7 @@ logits = session.run(None, {{session.get_inputs()[0].name: (pixels / np.float32(
 import numpy as np
 from nas.export import RUNTIMES
 
-session = RUNTIMES["{job.device.runtime}"]().open(Path("model{job.runtime.suffix}"))
+session = RUNTIMES["{job.device.runtime}"]().open(Path("{first}"))
 mean, std = np.array({list(spec.mean)}, np.float32), np.array({list(spec.std)}, np.float32)
 pixels = np.zeros((1, {height}, {width}, {channels}), np.uint8)  # your images: batch, height, width, channels
 logits = session((pixels / np.float32(255) - mean) / std)"""

@@ -18,6 +18,7 @@ from nas.errors import CheckpointError, RunError
 from nas.evaluate import Standalone, SubnetEvaluator
 from nas.fidelity import Fidelity, draw, judge, table
 from nas.files import write_json
+from nas.ops import in_float32
 from nas.pipeline.job import Job
 from nas.report import write_report
 from nas.space.space import Genotypes
@@ -206,7 +207,7 @@ def train_alone(job: Job, recipe: Recipe, training: Training, progress: Progress
             f"{training.folder}: network {training.network} alone, as the supernet was trained: {e} Here: remove that "
             f"folder to train this network anew, or ask for fewer than {training.network} networks; others are kept."
         ) from e
-    network = Standalone(space.decode(()), job.data, batch_size=recipe.train.eval_batch_size)
+    network = Standalone(in_float32(space.decode(())), job.data, batch_size=recipe.train.eval_batch_size)
     params = network.calibrate(params, images=recipe.train.calibration_images)
     return network.logits(params, job.data.val).argmax(-1) == job.data.val.labels
 

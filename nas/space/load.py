@@ -13,7 +13,7 @@
     stride = 2                  # of the stage's first layer; the others have stride 1
     depth = [1, 2, 3]           # number of layers
     width = 24                  # output channels of every layer
-    precision = ["float32", "int8"]   # what the stage is computed in: one choice for all its layers
+    precision = ["float32", "int8", "int4_weights"]   # one choice for all its layers: a name in nas.ops.PRECISIONS
     kernel = [3, 5]             # options of the blocks; chosen anew for every layer ...
     tied = ["kernel"]           # ... unless they are tied over the stage
     [head]
@@ -31,7 +31,7 @@ import importlib.util
 import inspect
 import itertools
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -39,7 +39,7 @@ import numpy as np
 from nas import blocks, catalog, config
 from nas.errors import ConfigError, SpaceError
 from nas.files import write_text
-from nas.ops import Block, Precision, Shape, in_precision
+from nas.ops import PRECISIONS, Block, Precision, Shape, activations, in_precision
 from nas.space.space import Choice, Position, Space
 
 _STAGE_KEYS = ("block", "stride", "depth", "width", "precision", "tied")
@@ -225,8 +225,8 @@ class _Builder:
         depths = self._values(keys, table, "depth", 1, kind=int)
         widths = self._values(keys, table, "width", None, kind=int)
         precisions = self._values(keys, table, "precision", "float32", kind=str)
-        if unknown := [p for p in precisions if p not in get_args(Precision)]:
-            hint = config.nearest(unknown[0], get_args(Precision), kind="precision")
+        if unknown := [p for p in precisions if p not in PRECISIONS]:
+            hint = config.nearest(unknown[0], PRECISIONS, kind="precision")
             raise self.source.fail([*keys, "precision"], f"unknown precision `{unknown[0]}`.{hint}")
         stage = _Stage(
             keys, name, kinds, options, depths, widths, precisions, self._choose(f"{name}/depth", depths),
@@ -324,7 +324,7 @@ class _Builder:
         precision: Precision,
         before: Precision,
     ) -> Block:
-        """One block in `precision`; what it reads was made in `before`."""
+        """One block in `precision`; what it reads was made by a block in `before`."""
         defaults = {k: v for k, v in blocks.options(kind.function).items() if v is not inspect.Parameter.empty}
         try:
             graph = blocks.record(kind.function, input_shape, tuple(sorted(arguments.items())))
@@ -334,6 +334,7 @@ class _Builder:
             ) from e
         told = {k: v for k, v in {**defaults, **arguments}.items() if k not in ("width", "stride", "classes")}
         words = [f"{k}={_word(v)}" for k, v in sorted(told.items())]
+        before = activations(before)
         if (precision, before) != ("float32", "float32"):
             if not graph.ops:
                 raise self.source.fail(
@@ -341,7 +342,7 @@ class _Builder:
                     f"block `{kind.block}` may leave its input as it is, and so has no precision. Leave out either.",
                 )
             graph = in_precision(graph, precision, before)
-            words += [f"precision={precision}"] + [f"after={before}"] * (before != precision)
+            words += [f"precision={precision}"] + [f"after={before}"] * (before != activations(precision))
         return Block(f"{layer}/{kind.scope}", " ".join([kind.block, *words]), graph)
 
     def _kinds(self, keys: list[str], table: dict[str, Any]) -> tuple[_Kind, ...]:

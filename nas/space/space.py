@@ -147,7 +147,7 @@ class Space:
 
     @functools.cached_property
     def mixed(self) -> bool:
-        """Whether some blocks are computed in int8, others in float32: files of its networks are of mixed precision."""
+        """Whether some blocks are in another precision than float32: files of its networks are of mixed precision."""
         return any(b is not None and b.graph.mixed for p in self.positions for b in p.branches)
 
     def __repr__(self) -> str:

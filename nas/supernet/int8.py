@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from nas.fold import fold
-from nas.ops import Block
-from nas.quantise import fake_quantise, observe
+from nas.ops import Block, Precision, in_precision
+from nas.quantise import fake_quantise, narrowed, observe
 from nas.space import Position
 from nas.supernet.switch import Arrays, weights_of, widen
 
@@ -22,13 +22,13 @@ RANGES = "ranges"  # [values, 2]: stands among the arrays of a position, as its 
 Made = tuple[Array, dict[str, Array]]
 
 
-def observed(position: Position) -> Callable[[Array, Arrays, Array], Made]:
-    """(branch number, weights and statistics by name below the position, x) -> (y, ranges), of the float network."""
+def observed(position: Position, weights_in: Precision) -> Callable[[Array, Arrays, Array], Made]:
+    """(branch number, weights and statistics by name below the position, x) -> (y, ranges), activations in float32."""
     rows = 1 + max(len(block.graph.ops) for block in position.branches if block is not None)
 
     def of(block: Block, params: Arrays, x: Array) -> Made:
         graph, arrays = fold(block.graph, weights_of(position, block, params), xp=jnp)
-        y, ranges = observe(graph, arrays, x)
+        y, ranges = observe(graph, narrowed(in_precision(graph, weights_in), arrays), x)
         return y, {RANGES: jnp.pad(ranges, [(0, rows - len(ranges)), (0, 0)])}
 
     return _switched(position, of, {RANGES: jnp.zeros((rows, 2))})

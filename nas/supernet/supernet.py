@@ -12,7 +12,7 @@ import numpy as np
 from jax import Array, lax
 
 from nas import config
-from nas.ops import Block, Network, Weight
+from nas.ops import Block, Network, Precision, Weight
 from nas.space import Position, Space
 from nas.supernet.int8 import integer, observed
 from nas.supernet.sharing import read, store_shapes
@@ -142,17 +142,23 @@ class Supernet:
         """
         return [(kind, position) for kind, group in enumerate(self._stages_at(resolution)) for position in group]
 
-    def layer(self, resolution: int, kind: int, mode: LayerMode) -> Layer:
+    def layer(self, resolution: int, kind: int, mode: LayerMode, weights_in: Precision = "float32") -> Layer:
         """One position alone, as `apply` computes it: (branch number, `params_of` the position, x) -> (y, statistics).
 
         A network is its layers in turn. `x` and `y` have the position's widest shapes, statistics are named below it.
         Two modes are known of layers alone. "observe" is "infer" and gives the ranges of values besides; with these
         among its arrays, "int8" computes what the int8 file will (see `nas.supernet.int8`).
+
+        Args:
+            weights_in: float32, or a precision of narrow weights (`nas.quantise.narrowed`) but in mode "int8", whose
+                weights are its own.
         """
         position = self._stages_at(resolution)[kind][0]
-        if mode in ("observe", "int8"):
-            return (observed if mode == "observe" else integer)(position)
-        step = elastic(position, self._relative(position), Manner(mode))
+        if mode == "observe":
+            return observed(position, weights_in)
+        if mode == "int8":
+            return integer(position)
+        step = elastic(position, self._relative(position), Manner(mode, weights_in=weights_in))
         chance = (jnp.zeros(2, jnp.uint32), jnp.zeros((), jnp.float32))
         return lambda branch, params, x: step(branch, chance, params, x)
 

@@ -20,7 +20,8 @@ from jax import Array, lax
 
 from nas import config
 from nas.fusion import Tape
-from nas.ops import Block, Shape, Weight, weights
+from nas.ops import Block, Precision, Shape, Weight, in_precision, weights
+from nas.quantise import narrowed
 from nas.run import Noisy, run
 from nas.space import Position
 from nas.supernet.sharing import unshare, weight_of
@@ -40,6 +41,7 @@ class Manner:
     norm_images: int | None = None  # see nas.run.run
     noise: config.Noise = NO_NOISE
     tapes: bool = False  # see `elastic`
+    weights_in: Precision = "float32"  # or narrow: see `nas.quantise.narrowed`
 
     @property
     def noisy(self) -> bool:
@@ -108,7 +110,7 @@ def _branch(position: Position, block: Block | None, stored: Mapping[str, Weight
             noisy = Noisy(manner.noise, jax.random.wrap_key_data(key), drop_path) if manner.noisy else None
             y, moments = run(
                 block.graph,
-                weights_of(position, block, params),
+                narrowed(in_precision(block.graph, manner.weights_in), weights_of(position, block, params)),
                 x[..., : block.graph.input[-1]],
                 batch_stats=manner.mode != "infer",
                 norm_images=manner.norm_images,

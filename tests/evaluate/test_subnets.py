@@ -14,7 +14,7 @@ from nas.evaluate.batches import calibration_batches
 from nas.export import RUNTIMES
 from nas.fold import fold
 from nas.ops import Network
-from nas.quantise import Quantisation, calibrate, simulate
+from nas.quantise import Quantisation, calibrate, has_integers, simulate
 from nas.space import load_space
 from nas.supernet import Supernet
 from nas.train import train_supernet
@@ -153,51 +153,52 @@ def test_int8_scores_do_not_depend_on_order_or_company(in_int8, genotypes):
 
 
 def test_a_subnet_is_counted_in_the_precisions_that_its_stages_choose(tmp_path):
-    space = tiny.joint_space(tmp_path)
+    chosen = ("float32", "int8", "int4_weights")  # `test_mixed` has all
+    space = tiny.joint_space(tmp_path, precisions=chosen)
     supernet = Supernet(space)
     mixed = SubnetEvaluator(
         supernet, supernet.init(2), tiny.data(tmp_path), calibration_images=64, batch_size=32, precision="mixed"
     )
     in_float = dataclasses.replace(mixed, precision="float32")
     images = mixed.data.normalise(mixed.data.val.images[:], space.input[:2])
-    labels = mixed.data.val.labels[:]
+    labels, runtime = mixed.data.val.labels[:], RUNTIMES["onnxruntime"]()
     genotypes = np.unique(space.sample(np.random.default_rng(0), 12), axis=0)
-    for genotype, count, plain in zip(genotypes, mixed(genotypes), in_float(genotypes), strict=True):
+    assert {b.graph.precision for g in genotypes for b in space.decode(g).blocks} == set(chosen)
+    for genotype, count in zip(genotypes, mixed(genotypes), strict=True):
         network, params, scales = quantised(mixed, genotype)
-        graph, folded = fold(network.flat(), params)
-        if not graph.mixed:
-            assert count == plain
+        if not network.flat().mixed:
+            assert [count] == in_float(genotype[None])
         else:
-            alone = np.asarray(simulate(graph, folded, scales, images))
-            assert abs(count - (alone.argmax(-1) == labels).sum()) <= 1
+            file = runtime.emit(network.flat(), params, precision="mixed", quantisation=scales)
+            assert abs(count - (runtime.open(file)(images).argmax(-1) == labels).sum()) <= 1
 
 
-@pytest.mark.slow  # two minutes: trains a supernet
-def test_int8_scores_order_networks_as_their_int8_files_do_in_the_runtime(tmp_path, capsys):
+@pytest.mark.slow  # two minutes each: trains a supernet
+@pytest.mark.parametrize(("space", "precision"), [("digits_mixed", "int8"), ("digits_joint", "mixed")])
+def test_scores_in_a_precision_order_networks_as_their_files_do_in_the_runtime(space, precision, capsys):
     experiment = config.load_experiment("experiments/quickstart.toml", overrides=["train.epochs=10"])
     data = load_data(experiment.data)
-    space = load_space("digits_mixed", input_shape=data.image_shape, classes=data.classes)
+    space = load_space(space, input_shape=data.image_shape, classes=data.classes)
     supernet, runtime = Supernet(space), RUNTIMES["onnxruntime"]()
     params = train_supernet(supernet, data, experiment.train, seed=0)
     genotypes = space.sample(np.random.default_rng(5), 24)
     in_float = SubnetEvaluator(supernet, params, data)
-    in_int8 = dataclasses.replace(in_float, precision="int8")
+    as_filed = dataclasses.replace(in_float, precision=precision)
     part = data.val
     images, files = data.normalise(part.images[:], data.image_shape[:2]), []
     for genotype in genotypes:
-        network, arrays, scales = quantised(in_float, genotype)
-        path = tmp_path / "model.int8.onnx"
-        made = runtime.emit(network.flat(), arrays, precision="int8", quantisation=scales, metadata={})
-        path.write_bytes(made)
-        files.append(int((runtime.open(path, threads=1)(images).argmax(-1) == part.labels[:]).sum()))
-    for name, counts in (("int8", in_int8(genotypes)), ("float32", in_float(genotypes))):
+        network, arrays, scales = quantised(as_filed, genotype)
+        needed = scales if has_integers(network.flat(), precision) else None
+        file = runtime.emit(network.flat(), arrays, precision=precision, quantisation=needed)
+        files.append(int((runtime.open(file)(images).argmax(-1) == part.labels[:]).sum()))
+    for name, counts in ((precision, as_filed(genotypes)), ("float32", in_float(genotypes))):
         apart, tau = np.subtract(counts, files), kendall_tau(np.array(counts, float), np.array(files, float))
         with capsys.disabled():
             print(
-                f"\n{name} of {len(part)} images: {np.abs(apart).mean():.2f} from the file's on average, "
-                f"{np.abs(apart).max()} at most, mean {apart.mean():+.2f}, tau {tau:.3f}"
+                f"\n{space.name}, {name}, {len(part)} images: {np.abs(apart).mean():.2f} from the file's on average, "
+                f"{np.abs(apart).max()} at most, {(apart == 0).sum()} equal, mean {apart.mean():+.2f}, tau {tau:.3f}"
             )
-        if name == "int8":
+        if name == precision:
             assert np.abs(apart).max() <= 2
             assert np.abs(apart).mean() <= 0.5
             assert tau >= 0.98

@@ -424,7 +424,7 @@ def test_help_has_an_example_for_every_command():
         assert f"Example: nas {name}" in text, name
 
 
-@pytest.mark.parametrize("what", ["spaces", "devices", "blocks", "strategies", "runtimes", "data"])
+@pytest.mark.parametrize("what", ["spaces", "devices", "blocks", "precisions", "strategies", "runtimes", "data"])
 def test_lists_name_things_with_a_word_about_each(what):
     shown = CliRunner().invoke(cli.cli, ["list", what])
     assert shown.exit_code == 0, shown.output

@@ -3,10 +3,12 @@
 import io
 import json
 
+import numpy as np
 import pytest
 import tiny
 
 import nas
+from nas import cost
 from nas.console import Console
 from nas.errors import ConfigError, UnmeasuredBlock
 
@@ -20,7 +22,7 @@ def place(tmp_path_factory):
 
 @pytest.mark.slow  # half a minute; `make smoke` has it
 def test_a_run_ends_with_verified_files_of_mixed_precision(place):
-    asked = 'objectives=[{name="top1"}, {name="latency_ms"}, {name="size_bytes"}]'
+    asked = 'objectives=[{name="top1"}, {name="latency_ms"}, {name="size_bytes"}, {name="memory_bytes"}]'
     experiment = nas.load_experiment(place / "joint_experiment.toml", overrides=[asked, "search.trials=16"])
     run = nas.load_run(nas.run_experiment(experiment, place / "run"))
     assert sorted(p.name for p in (place / "run" / "latency").glob("table.*.csv")) == ["table.mixed.csv"]
@@ -31,11 +33,22 @@ def test_a_run_ends_with_verified_files_of_mixed_precision(place):
         assert winner.architecture.schema == f"nas.architecture/{2 if mixed else 1}"
         assert json.loads((winner.folder / "architecture.json").read_text())["choices"]["stage1/precision"]
     used = {run.front.setting.space.describe(t.genotype)["stage1/precision"] for t in run.trials}
-    assert used == {"float32", "int8"}
+    assert used == {"float32", "int8", "int4_weights"}
     mixed = next(t for t in run.trials if run.front.setting.space.decode(t.genotype).flat().mixed)
     table = run.front.setting.models["latency_ms"]
     network = run.front.setting.space.decode(mixed.genotype)
     assert mixed.latency_ms == table.network_ms(network)
+    assert mixed.costs["memory_bytes"] == cost.peak_activation_bytes(network.flat())
+
+
+def test_file_size_and_peak_memory_follow_the_precisions_that_stages_choose():
+    space = nas.load_space("digits_joint", input_shape=(16, 16, 1), classes=10)
+    problem = nas.make_problem(space, objectives=("size_bytes", "memory_bytes"))
+    names = ("float32", "int8", "int4_weights")
+    rows = [space.uniform(depth=max, expand=max, precision=lambda _, name=name: name) for name in names]
+    in_float, in_int8, in_4_bits = ({"memory": m, "size": s} for m, s in problem.cheap(np.stack(rows)))
+    assert in_4_bits["size"] < in_int8["size"] < 0.6 * in_float["size"]
+    assert in_int8["memory"] < in_float["memory"] == in_4_bits["memory"]
 
 
 def test_bytes_are_those_of_the_precisions_that_stages_choose(place):

@@ -2,6 +2,7 @@
 
 import hashlib
 
+import msgspec
 import numpy as np
 import pytest
 import tiny
@@ -9,18 +10,17 @@ import tiny
 from nas import cost
 from nas.catalog import list_spaces
 from nas.config import Latency
-from nas.errors import ConfigError, DeviceError, LatencyError, SpaceError
+from nas.errors import ConfigError, DeviceError, LatencyError
 from nas.latency import load_device, precisions_of
 from nas.measure import for_table
-from nas.ops import Norm
+from nas.ops import PRECISIONS, Norm, activations
 from nas.space import load_space, space_file
-from nas.space.memory import activation_bytes
 from nas.supernet import Supernet
 
 
 @pytest.fixture(scope="module")
 def space(tmp_path_factory):
-    return tiny.joint_space(tmp_path_factory.mktemp("joint"))
+    return tiny.joint_space(tmp_path_factory.mktemp("joint"), precisions=PRECISIONS)
 
 
 def with_lines(text: str, lines: str) -> str:
@@ -61,6 +61,19 @@ def test_precision_is_one_gene_of_its_stage_and_stem_and_head_stay_float(space):
     assert cost.macs(network.flat()) < cost.macs(whole.flat())
 
 
+@pytest.mark.parametrize("first", PRECISIONS)
+@pytest.mark.parametrize("second", PRECISIONS)
+def test_a_block_says_what_it_reads_only_where_that_has_to_be_converted(space, first, second):
+    network = space.decode(space.encode({"stage1/depth": 2, "stage1/precision": first, "stage2/precision": second}))
+    held = ["float32", *(activations(b.graph.precision) for b in network.blocks)]
+    assert [b.graph.precision for b in network.blocks] == ["float32", first, first, second, "float32"]
+    assert [b.graph.source for b in network.blocks] == held[:-1]
+    for block, before in zip(network.blocks, held, strict=False):
+        converts = before != activations(block.graph.precision)
+        assert ("after=" in block.label) == converts == (block.graph.reads is not msgspec.UNSET)
+        assert (f"precision={block.graph.precision}" in block.label) == (converts or block.graph.precision != "float32")
+
+
 def test_weights_and_what_is_counted_know_nothing_of_precision(space):
     genotypes = space.sample(np.random.default_rng(0), 64)
     plain = genotypes.copy()
@@ -86,11 +99,12 @@ def timed(graph) -> float:
     def of(*what) -> float:
         return int(hashlib.sha256(repr(what).encode()).hexdigest()[:6], 16) / 2**24
 
-    made = ["float32", *(op.precision for op in graph.ops)]
+    made = ["float32", *(activations(op.precision) for op in graph.ops)]
     total, converted = 3.0, set()
     for op in graph.ops:
         total += 0.0 if isinstance(op, Norm) else of(type(op), op.shape, op.precision, getattr(op, "kernel", 0))
-        converted |= {(v, op.precision) for v in op.inputs if made[v] != op.precision}
+        wanted = activations(op.precision)
+        converted |= {(v, wanted) for v in op.inputs if made[v] != wanted}
     converted |= {(len(graph.ops), "float32")} if made[-1] != "float32" else set()
     return total + sum(of("convert", graph.shape_of(v), to) for v, to in converted)
 
@@ -111,7 +125,7 @@ def test_a_table_prices_conversions_between_stages_as_they_were_measured(space):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ('precision = ["float32", "int4"]', "unknown precision `int4`.*float32, int8"),
+        ('precision = ["float32", "int4"]', "unknown precision `int4`.*int4_weights"),
         ('precision = "int8"\nblock = ["mbconv", "identity"]', "leave its input as it is"),
         ("prune = [0.5, 1.0]", r"prune 1.0 is not within \[0, 1\)"),
     ],
@@ -128,11 +142,18 @@ def test_what_is_not_known_of_mixed_precision_is_refused(space, tmp_path):
     both = load_device("host_onnxruntime")
     assert precisions_of(both, space) == ("mixed",)
     assert precisions_of(both, tiny.space(tmp_path)) == both.precision
-    with pytest.raises(DeviceError, match="Choose a device that has both"):
+    with pytest.raises(DeviceError, match=r"stages of space 'joint' may be in int8.*Choose a device that has"):
         precisions_of(load_device("host_xla"), space)
     with pytest.raises(LatencyError, match="cannot be measured in float32"):
         for_table(space, both, "float32", Latency(), seed=0)
     with pytest.raises(LatencyError, match="cannot be measured in mixed"):
         for_table(tiny.space(tmp_path), both, "mixed", Latency(), seed=0)
-    with pytest.raises(SpaceError, match="mixed precision"):
-        activation_bytes(space, "mixed")
+
+
+@pytest.mark.parametrize("device", ["host_openvino", "host_xla", "tpu_v4_estimate"])
+def test_a_runtime_without_files_of_mixed_precision_is_refused_before_anything_is_built(device, tmp_path):
+    space = tiny.joint_space(tmp_path, precisions=("float32", "int4_weights"))
+    about = load_device(device)
+    assert precisions_of(about, space) == ("mixed",)  # a table may have been measured elsewhere
+    with pytest.raises(DeviceError, match=r"choose int4_weights, and runtime .* no files of mixed.*onnxruntime has"):
+        for_table(space, about, "mixed", Latency(), seed=0)
