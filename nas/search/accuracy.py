@@ -4,6 +4,7 @@ Costs are minimised, so a strategy and a front see errors. A limit on accuracy i
 cannot keep networks from being evaluated, as limits on exact costs do, but those that reach it are preferred.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -28,7 +29,11 @@ class Least:
 
     def needed(self, total: int) -> int:
         """The fewest right answers of `total` that reach it."""
-        return -int(-(self.tolerated * total - 1e-9) // 1)
+        return math.ceil(self.tolerated * total - 1e-9)
+
+    def missing(self, count: int, total: int) -> int:
+        """How many more right answers would reach it."""
+        return max(0, self.needed(total) - count)
 
     def most_error(self, total: int) -> float:
         """The error that the error of a network which reaches it lies below: half an image above what is possible."""

@@ -8,9 +8,9 @@ proposed in disguise. Before the first fit a space-filling design is evaluated.
 
 Where an error has a limit, improvement counts below it alone; where no error is minimised, the improvement of the other
 costs counts by the probability that the limit is reached (constrained expected improvement: Schonlau et al. 1998,
-doi:10.1214/lnms/1215456182; Gardner et al. 2014). As long as no trial reaches it, that probability is all that counts
-(Gelbart et al. 2014, arXiv:1403.5607, sec. 2.2). A second error, as of int8 networks, has a process of its own: as an
-objective it is taken to be what is predicted, as a limit it enters by its probability.
+doi:10.1214/lnms/1215456182; Gardner et al. 2014). As long as no trial reaches it, the improvement of the error that
+misses it is all that counts. A second error, as of int8 networks, has a process of its own: as an objective it is taken
+to be what is predicted, as a limit it enters by its probability.
 """
 
 import functools
@@ -21,10 +21,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import log_ndtr, ndtr
+from scipy.special import ndtr
 
 from nas.search.gaussian_process import GaussianProcess, fit
-from nas.search.improvement import Front, expected_improvement, front_of
+from nas.search.improvement import Front, expected_improvement, expected_shortfall, front_of
 from nas.search.inner_search import search_within
 from nas.search.pareto import nondominated
 from nas.search.problem import Problem
@@ -109,9 +109,13 @@ class _Aim:
         """Which rows [n] are on the front; as long as none is within the limits, the one that misses them by least."""
         front = nondominated(self.rows(costs))
         if self.limited and not front.any() and len(costs):
-            missing = np.maximum(costs[:, : self.errors] - np.array(self.most), 0.0).sum(axis=1)
-            front[np.nan_to_num(missing, nan=np.inf).argmin()] = True
+            front[self.nearest(costs)] = True
         return front
+
+    def nearest(self, costs: Floats) -> int:
+        """The row that misses the limits by the least."""
+        missing = np.maximum(costs[:, : self.errors] - np.array(self.most), 0.0).sum(axis=1)
+        return int(np.nan_to_num(missing, nan=np.inf).argmin())
 
 
 @dataclass(frozen=True)
@@ -213,26 +217,30 @@ class _Plan:
         further = [np.exp(beliefs[i][0]) for i in aim.minimised_errors if i != aim.main]
         return np.column_stack([*further, cheap[:, aim.cheap(cheap.shape[1])]])
 
-    def front(self, rows: Floats) -> Front | None:
-        """Of rows [n, 1 + others] of what is minimised; None while there are limits that none of them is within."""
-        unreached = self.known.aim.limited and not np.isfinite(rows).all(axis=1).any()
-        return None if unreached else front_of(rows, self.reference)
-
-    def gain(self, front: Front | None, beliefs: Beliefs, others: Floats) -> Floats:
-        """What is expected [n] of networks beside a front; the more, the better. Without one, the logarithm of the
-        probability that they are within the limits."""
+    def beside(self, rows: Floats, costs: Floats) -> Front | Floats:
+        """What others are to improve on: the front of `rows` [n, 1 + others] of what is minimised; while none of them
+        is within the limits, the errors [errors] of the nearest of `costs`."""
         aim = self.known.aim
-        with np.errstate(divide="ignore"):
-            margins = {i: (np.log(aim.most[i]) - beliefs[i][0]) / np.maximum(beliefs[i][1], 1e-9) for i in aim.limited}
-        if front is None:
-            return np.sum([log_ndtr(margin) for margin in margins.values()], axis=0)
-        if not aim.minimised_errors:
-            out = expected_improvement(front, np.full(len(others), _CERTAIN), np.zeros(len(others)), others)
-        else:  # the main error's limit is where the reference is
-            out = expected_improvement(front, *beliefs[aim.main], others)
-            margins.pop(aim.main, None)
-        for margin in margins.values():
-            out = out * ndtr(margin)
+        if aim.limited and not np.isfinite(rows).all(axis=1).any():
+            return costs[aim.nearest(costs), : aim.errors]
+        return front_of(rows, self.reference)
+
+    def gain(self, known: Front | Floats, beliefs: Beliefs, others: Floats) -> Floats:
+        """How much of an improvement is expected [n] of networks on what is known (`beside`)."""
+        aim = self.known.aim
+        limited = set(aim.limited)
+        if not isinstance(known, Front):
+            missed = {i for i in limited if not known[i] < aim.most[i]}
+            out = np.sum([expected_shortfall(*beliefs[i], known[i]) for i in sorted(missed)], axis=0)
+            limited -= missed
+        elif aim.minimised_errors:  # the main error's limit is where the reference is
+            out = expected_improvement(known, *beliefs[aim.main], others)
+            limited -= {aim.main}
+        else:
+            out = expected_improvement(known, np.full(len(others), _CERTAIN), np.zeros(len(others)), others)
+        for i in sorted(limited):
+            mean, deviation = beliefs[i]
+            out = out * ndtr((np.log(aim.most[i]) - mean) / np.maximum(deviation, 1e-9))
         return out
 
     @functools.cached_property
@@ -253,8 +261,11 @@ class _Plan:
         """[n, 2]: as the process has it, and were it twice as unsure."""
         cheap = self.cheap(genotypes)
         beliefs = self.beliefs(genotypes, self.features(genotypes, cheap))
-        others, front = self.others(beliefs, cheap), self.front(self.known.aim.rows(self.trials.costs))
-        return np.stack([self.gain(front, _doubted(beliefs, k), others) for k in (1, 2)], axis=1)
+        others, known = (
+            self.others(beliefs, cheap),
+            self.beside(self.known.aim.rows(self.trials.costs), self.trials.costs),
+        )
+        return np.stack([self.gain(known, _doubted(beliefs, k), others) for k in (1, 2)], axis=1)
 
     def _searched(self, rng: np.random.Generator) -> Genotypes:
         """Candidates at least as cheap as a network of the front, that may well be more accurate."""
@@ -434,12 +445,13 @@ def _believer(plan: _Plan, new: Population, pool: Genotypes, n: int, doubt: floa
     expected = np.where(reached[:, None], np.column_stack([predicted, others]), np.inf)
     variance = (deviation / model.scale) ** 2
     standard = model.standardised(features)
-    believed = aim.rows(np.concatenate([plan.trials.costs, new.costs]))
+    costs = np.concatenate([plan.trials.costs, new.costs])
+    believed = aim.rows(costs)
     order: list[int] = []
     gain = np.zeros(len(pool))
     for _ in range(min(_BELIEVED, n, len(pool))):
         beliefs[aim.main] = mean, np.sqrt(variance) * model.scale
-        gain = plan.gain(plan.front(believed), _doubted(beliefs, doubt), others)
+        gain = plan.gain(plan.beside(believed, costs), _doubted(beliefs, doubt), others)
         gain[order] = -np.inf
         pick = int(gain.argmax())
         order.append(pick)

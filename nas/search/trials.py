@@ -44,6 +44,10 @@ class Trial:
     def latency_ms(self) -> float:
         return self.cheap["latency_ms"]
 
+    def count(self, accuracy: str) -> int | None:
+        """Images classified correctly, by the name of what is counted; None if the trial failed."""
+        return self.also.get(accuracy, self.correct)
+
     @property
     def shares(self) -> dict[str, float]:
         """Shares of images classified correctly by further counts; NaN if the trial failed."""
