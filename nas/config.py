@@ -550,14 +550,17 @@ def load_experiment(
     made(overlay(raw, small or {}))  # the overlay is checked even when it is not used
     if smoke:
         raw = overlay(raw, small or {})
-    experiment = made(raw)
-    for item in overrides:
+    experiment, message = made(raw), ""
+    blamed: dict[str, str] = {}  # by what is wrong, the override that it came with
+    for item in overrides:  # one may be right only with a later one
         raw = overlay(raw, _nested(item))
         try:
-            experiment = made(raw)
+            experiment, message = made(raw), ""
         except ConfigError as e:
-            _, _, message = str(e).partition(": ")
-            raise ConfigError(f"--set {item}: {message}") from e
+            message = str(e).partition(": ")[2]
+            blamed.setdefault(message, item)
+    if message:
+        raise ConfigError(f"--set {blamed[message]}: {message}")
     # Paths in the file are relative to it; paths on the command line to where the command is given.
     overridden = {item.partition("=")[0].strip() for item in overrides}
 
