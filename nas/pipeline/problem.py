@@ -46,7 +46,7 @@ def make_problem(
         >>> state, rng, seen = strategy.init(), np.random.default_rng(0), set()
         >>> genotype = nas.search.choose(problem, rng, strategy.ask(rng, state, 64), seen)  # new, within the limits
         >>> costs = [1 - top1(space.decode(genotype)), *problem.cheap(genotype[None])[0]]
-        >>> state = strategy.tell(state, genotype, costs)
+        >>> state = strategy.tell(state, genotype, problem.told(strategy, np.array(costs)))
     """
     precision = "mixed" if space.mixed else precision
     models = latency_on(space, device, precision)

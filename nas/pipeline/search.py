@@ -80,7 +80,10 @@ def search(job: Job) -> None:
         )
     nearest = None if len(front) else front.nearest
     winner = front.best() if nearest is None else nearest
-    best = f"best within {job.limit.ms:.4g} ms" if len(front) else f"NONE reaches {told_limits(least)}, the nearest has"
+    word = "best" if job.experiment.maximised else "cheapest"
+    best = (
+        f"{word} within {job.limit.ms:.4g} ms" if len(front) else f"NONE reaches {told_limits(least)}, the nearest has"
+    )
     in_int8 = ", int8" * (job.experiment.counted == "int8")
     further = "".join(f", {name} {share:.1%}" for name, share in winner.shares.items())
     job.console.say(

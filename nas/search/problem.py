@@ -73,6 +73,10 @@ class Problem:
         """
         if strategy.heeds_limits or (not self.least and self.objectives == self.cost_names):
             return costs
+        if len(costs) != len(self.cost_names):
+            raise ValueError(
+                f"costs of a trial are {costs.tolist()}: one of each is needed: {', '.join(self.cost_names)}"
+            )
         values = dict(zip(self.cost_names, costs.tolist(), strict=True))
         told = np.array([values[name] for name in self.objectives])
         if np.isnan(costs).any():
