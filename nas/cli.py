@@ -276,7 +276,7 @@ _stage_command(
     "limits",
     multiple=True,
     metavar="[COST=]VALUE",
-    help="Such as 20 or 50% (latency_ms), macs=3e8. Repeatable.",
+    help="Such as 20 or 50% (latency_ms), macs=3e8, top1=90% (at least). Repeatable.",
 )
 @click.option("--address", metavar="HOST:PORT", help="Search on this Ray cluster; `auto` finds one on this machine.")
 @click.option("--out", type=click.Path(path_type=Path), help="Run folder; runs/<name> if not given.")

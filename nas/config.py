@@ -240,15 +240,22 @@ _CALLED_HERE = {
 }
 
 
+ACCURACIES = ("top1", "top1_int8")  # what may be counted, as journal and tables call it
+
+# What top1 may be limited in, or be an objective in.
+_COUNTED = {None: "top1", "float32": "top1", "int8": "top1_int8"}
+
+
 class Limit(Strict, frozen=True):
     """What a cost may be. `at_most` is in the cost's unit, or "50%" of the space's reachable range."""
 
     at_most: float | str | None = None
-    tolerance: float | str | None = None  # beyond `at_most`: in the cost's unit, or "5%" of `at_most`; reported as such
+    tolerance: float | str | None = None  # beyond the limit: in its unit, or "5%" of it; reported as such
     precision: str | None = None
     """Of latencies: which of the device's tables; float32 if it has that, else its first. Of `size_bytes` and
     `memory_bytes`: float32 or int8; that of `latency_ms` if it is one of them, else float32. Of top1: what networks are
     computed in when their answers are counted, float32 or int8; float32 if None."""
+    at_least: float | str | None = None  # of top1 in place of `at_most`: 0.9 or "90%"; known only after an evaluation
 
 
 class Objective(Limit, frozen=True, kw_only=True):
@@ -295,7 +302,8 @@ class Experiment(Strict, frozen=True, kw_only=True):
     device: str = "host_onnxruntime"  # a name in latency_models/, or a path to a folder with device.toml
     data: Data
     objectives: tuple[Objective, ...]
-    limits: dict[str, float | int | str | Limit] = {}  # of costs (`COSTS`) that are no objectives: `at_most`, or all
+    limits: dict[str, float | int | str | Limit] = {}
+    """Of what is no objective: of costs (`COSTS`) `at_most`, of accuracies (`ACCURACIES`) `at_least`, or all."""
     latency: Latency = Latency()
     train: Train = Train()
     search: Search = Search()
@@ -304,26 +312,59 @@ class Experiment(Strict, frozen=True, kw_only=True):
     fidelity: Fidelity = Fidelity()
 
     @property
-    def limit(self) -> Objective:
-        """The latency objective."""
-        return next(o for o in self.objectives if o.name == "latency_ms")
+    def limit(self) -> Limit:
+        """What is asked of latency."""
+        return self.asked.get("latency_ms", Limit())
+
+    @property
+    def accuracies(self) -> tuple[str, ...]:
+        """What the search counts of every network, that of float32 first."""
+        return tuple(name for name in ACCURACIES if name in {*self.maximised, *self.least})
+
+    @property
+    def maximised(self) -> tuple[str, ...]:
+        """The accuracies that are objectives."""
+        return tuple(accuracy_of(o.name, o) for o in self.objectives if o.name in ACCURACIES)
+
+    @property
+    def least(self) -> dict[str, Limit]:
+        """The limits on accuracies, by their names."""
+        asked = [(o.name, o) for o in self.objectives] + [(name, as_limit(name, v)) for name, v in self.limits.items()]
+        return {accuracy_of(name, o): o for name, o in asked if name in ACCURACIES and o.at_least is not None}
 
     @property
     def counted(self) -> typing.Literal["float32", "int8"]:
-        """The precision in which the search counts right answers: of subnets as trained, or as their int8 files."""
-        in_int8 = any(o.name == "top1" and o.precision == "int8" for o in self.objectives)
-        return "int8" if in_int8 else "float32"
+        """The precision in which the search counts right answers: of subnets as trained, or as their int8 files. Where
+        it counts both, that of the first."""
+        return "int8" if self.accuracies == ("top1_int8",) else "float32"
 
     @property
     def accuracy(self) -> str:
-        """What the search counts, as journal and tables call it: top1, or top1_int8."""
-        return "top1" if self.counted == "float32" else f"top1_{self.counted}"
+        """What the search counts first."""
+        return self.accuracies[0]
 
     @property
     def asked(self) -> dict[str, Limit]:
-        """What is asked of each cost: of the objectives but top1, then of what only has a limit."""
-        limits = {n: limit if isinstance(limit, Limit) else Limit(limit) for n, limit in self.limits.items()}
-        return {o.name: o for o in self.objectives if o.name != "top1"} | limits
+        """What is asked of each cost: of the objectives but accuracies, then of what only has a limit."""
+        limits = {n: as_limit(n, limit) for n, limit in self.limits.items() if n not in ACCURACIES}
+        return {o.name: o for o in self.objectives if o.name not in ACCURACIES} | limits
+
+
+def as_limit(name: str, limit: float | int | str | Limit) -> Limit:
+    """As `limits` has it, where a value alone stands for the limit."""
+    if isinstance(limit, Limit):
+        return limit
+    return Limit(at_least=limit) if name in ACCURACIES else Limit(limit)
+
+
+def accuracy_of(name: str, asked: Limit) -> str:
+    """What is counted, by name and precision."""
+    return _COUNTED.get(asked.precision, name) if name == "top1" else name
+
+
+def share_of(value: float | str) -> float:
+    """An accuracy from 0 to 1: as it is, or "90%"."""
+    return float(value.rstrip("% ")) / 100 if isinstance(value, str) else float(value)
 
 
 class Device(Strict, frozen=True):
@@ -509,14 +550,17 @@ def load_experiment(
     made(overlay(raw, small or {}))  # the overlay is checked even when it is not used
     if smoke:
         raw = overlay(raw, small or {})
-    experiment = made(raw)
-    for item in overrides:
+    experiment, message = made(raw), ""
+    blamed: dict[str, str] = {}  # by what is wrong, the override that it came with
+    for item in overrides:  # one may be right only with a later one
         raw = overlay(raw, _nested(item))
         try:
-            experiment = made(raw)
+            experiment, message = made(raw), ""
         except ConfigError as e:
-            _, _, message = str(e).partition(": ")
-            raise ConfigError(f"--set {item}: {message}") from e
+            message = str(e).partition(": ")[2]
+            blamed.setdefault(message, item)
+    if message:
+        raise ConfigError(f"--set {blamed[message]}: {message}")
     # Paths in the file are relative to it; paths on the command line to where the command is given.
     overridden = {item.partition("=")[0].strip() for item in overrides}
 
@@ -723,57 +767,68 @@ def _check_objectives(objectives: typing.Sequence[Objective], path: Path | str, 
         raise ConfigError(f"{path}, line {line_of(text, ['objectives', str(index), key])}: {message}")
 
     for index, objective in enumerate(objectives):
-        if objective.name != "top1" and (wrong := _wrong_cost(objective.name, kind="objective")):
+        if objective.name not in ACCURACIES and (wrong := _wrong_cost(objective.name, kind="objective")):
             fail(index, "name", wrong)
-        if objective.name == "top1" and (objective.at_most, objective.tolerance) != (None, None):
-            key = "at_most" if objective.at_most is not None else "tolerance"
-            fail(index, key, f"top1 has an {key}, but {_NO_LIMIT}")
         if wrong := _wrong_limit(objective.name, objective):
             fail(index, wrong[0], wrong[1])
-    names = [o.name for o in objectives]
-    if len(set(names)) < len(names) or not {"latency_ms", "top1"}.issubset(names):
+    names = [accuracy_of(o.name, o) for o in objectives]
+    if not names or len(set(names)) < len(names):
         raise ConfigError(
-            f"{path}, line {line_of(text, ['objectives'])}: `objectives` names {names}: exactly one top1 and one "
-            f"latency_ms are needed, and of others each at most once."
+            f"{path}, line {line_of(text, ['objectives'])}: `objectives` names {names}: at least one is needed, and "
+            f"each at most once (top1 once in each precision)."
         )
 
 
 def _check_limits(experiment: Experiment, path: Path | str, text: str) -> None:
-    objectives = {o.name for o in experiment.objectives}
+    objectives = {accuracy_of(o.name, o) for o in experiment.objectives}
     for name, limit in experiment.limits.items():
-        asked, key = limit if isinstance(limit, Limit) else Limit(limit), ""
-        wrong = f"top1 has a limit, but {_NO_LIMIT}" if name == "top1" else _wrong_cost(name, kind="cost")
-        if name in objectives and name != "top1":
-            wrong = f"`{name}` is an objective: give it `at_most` there."
-        elif asked.at_most is None:
-            wrong = wrong or f"`limits.{name}` has no at_most: give it one, or make it an objective."
+        asked, key = as_limit(name, limit), ""
+        bound = "at_least" if name in ACCURACIES else "at_most"
+        wrong = "" if name in ACCURACIES else _wrong_cost(name, kind="cost")
+        if accuracy_of(name, asked) in objectives:
+            wrong = f"`{accuracy_of(name, asked)}` is an objective: give it `{bound}` there."
+        elif getattr(asked, bound) is None and not (name in ACCURACIES and asked.at_most is not None):
+            wrong = wrong or f"`limits.{name}` has no {bound}: give it one, or make it an objective."
         elif not wrong and (found := _wrong_limit(name, asked)):
             key, wrong = found[0] if isinstance(limit, Limit) else "", f"`limits.{name}`: {found[1]}"
         if wrong:
             keys = ["limits", name, key] if key else ["limits", name]
             raise ConfigError(f"{path}, line {line_of(text, keys)}: {wrong}")
+    named = [accuracy_of(name, as_limit(name, limit)) for name, limit in experiment.limits.items()]
+    if twice := [name for name in named if named.count(name) > 1]:
+        raise ConfigError(f"{path}, line {line_of(text, ['limits'])}: `limits` has {twice[0]} twice: leave one out.")
+    for missing, needed in (
+        (not experiment.accuracies, 'top1, for example { name = "top1" } or limits = { top1 = 0.9 }'),
+        ("latency_ms" not in experiment.asked, 'latency_ms, for example { name = "latency_ms", at_most = "50%" }'),
+    ):
+        if missing:
+            raise ConfigError(
+                f"{path}, line {line_of(text, ['objectives'])}: neither an objective nor a limit is {needed}: every "
+                f"experiment needs it as one or the other."
+            )
 
 
-def check_costs(limits: typing.Mapping[str, float | int | str | None]) -> None:
-    """Nothing, if every name is that of a cost (`COSTS`) and its limit, unless None, has the right form.
+def check_costs(limits: typing.Mapping[str, float | int | str | Limit | None]) -> None:
+    """Nothing, if every name is that of a cost (`COSTS`) or an accuracy (`ACCURACIES`), and its limit, unless None,
+    has the right form.
 
     Raises:
         ConfigError: one does not.
     """
     for name, limit in limits.items():
-        if wrong := _wrong_cost(name, kind="cost"):
+        if name not in ACCURACIES and (wrong := _wrong_cost(name, kind="cost")):
             raise ConfigError(wrong)
         if limit is not None:
             check_limit(name, limit)
 
 
-def check_limit(name: str, limit: float | int | str, *, positive: bool = True) -> None:
-    """Nothing, if a limit of the cost `name` has the right form.
+def check_limit(name: str, limit: float | int | str | Limit, *, positive: bool = True) -> None:
+    """Nothing, if a limit of the cost or accuracy `name` has the right form.
 
     Raises:
         ConfigError: it has not.
     """
-    if found := _wrong_limit(name, Limit(limit), positive=positive):
+    if found := _wrong_limit(name, as_limit(name, limit), positive=positive):
         raise ConfigError(f"limit of {name}: {found[1]}")
 
 
@@ -788,14 +843,12 @@ def _wrong_cost(name: str, *, kind: str) -> str:
     return f"unknown {kind} `{name}`.{nearest(name, known, kind=kind)}"
 
 
-_NO_LIMIT = (
-    f"accuracy is what is made as high as it can be, and needs an evaluation; limits are for costs that are known "
-    f"without: {', '.join(COSTS)}."
-)
-
-
 def _wrong_limit(name: str, asked: Limit, *, positive: bool = True) -> tuple[str, str] | None:
-    """Which key of what is asked of the cost `name` is wrong, and what is needed; None if none is."""
+    """Which key of what is asked of the cost or accuracy `name` is wrong, and what is needed; None if none is."""
+    if name in ACCURACIES:
+        return _wrong_least(name, asked)
+    if asked.at_least is not None:
+        return "at_least", f"{name} has an at_least, but costs are made small: give it an at_most."
     what = "milliseconds" if name.startswith("latency_ms") else name
     unit = "ms" if what == "milliseconds" else what
     for key, value, share in (("at_most", asked.at_most, "50%"), ("tolerance", asked.tolerance, "5%")):
@@ -811,6 +864,37 @@ def _wrong_limit(name: str, asked: Limit, *, positive: bool = True) -> tuple[str
     if asked.precision not in (None, "float32", "int8") and not name.startswith("latency_ms"):
         return "precision", f"precision is {asked.precision!r}: of {name} there is float32 and int8."
     return None
+
+
+def _wrong_least(name: str, asked: Limit) -> tuple[str, str] | None:
+    """As `_wrong_limit`, of an accuracy."""
+    if asked.at_most is not None:
+        return "at_most", f"{name} has an at_most, but accuracy is made high: give it an at_least."
+    for key, value, example in (("at_least", asked.at_least, "90%"), ("tolerance", asked.tolerance, "1%")):
+        if isinstance(value, str) and not re.fullmatch(r"\d+(\.\d+)?\s*%", value):
+            return key, f'{key} is {value!r}: a share from 0 to 1, or one like "{example}", is needed.'
+        number = None if value is None or isinstance(value, bool) else share_of(value)
+        if value is not None and (number is None or not (0 <= number <= 1) or (number == 0 and key == "at_least")):
+            hint = f' (in percent: "{value:g}%")' if isinstance(value, float | int) and 1 < value <= 100 else ""
+            return key, f'{key} is {value}: no accuracy is that; a share above 0, up to 1 or "100%", is needed{hint}.'
+    if asked.tolerance is not None:
+        if asked.at_least is None:
+            return "tolerance", "tolerance is that of a limit: give it an at_least."
+        least = share_of(asked.at_least)
+        if tolerated_least(least, asked.tolerance) <= 0:
+            return "tolerance", f"tolerance is {asked.tolerance}: it leaves nothing of an at_least of {asked.at_least}."
+    if name == "top1" and asked.precision not in _COUNTED:
+        return "precision", f"precision is {asked.precision!r}: of top1 there is float32 and int8."
+    if name != "top1" and asked.precision not in (None, "int8"):
+        return "precision", f"precision is {asked.precision!r}, but {name} is that of int8: leave it out."
+    return None
+
+
+def tolerated_least(least: float, tolerance: float | str | None) -> float:
+    """What still counts as having reached `least`: `tolerance` below it, or "1%" of it."""
+    if isinstance(tolerance, str):
+        return least * (1 - share_of(tolerance))
+    return least - (tolerance or 0.0)
 
 
 def _leaves(value: Any, key: str = "") -> typing.Iterator[tuple[str, Any]]:

@@ -12,6 +12,7 @@ from nas.errors import NasError, RunError
 from nas.fidelity import Fidelity, read_fidelity
 from nas.files import read_json
 from nas.latency import LatencyModel, load_model
+from nas.pipeline.costs import least_of, minimised
 from nas.report.folder import run_space
 from nas.search import Front, Setting, Trials, read_trials
 
@@ -44,8 +45,8 @@ class Run:
 
     @functools.cached_property
     def front(self) -> Front:
-        """The trials that no other beats in accuracy (validation, inherited weights) and every cost."""
-        return Front.of(self.trials, setting=self._setting)
+        """The trials that no other beats in all objectives: accuracy (validation, inherited weights) and costs."""
+        return Front.of(self.trials, minimised(self.experiment), self._setting)
 
     @functools.cached_property
     def _setting(self) -> Setting | None:
@@ -58,7 +59,8 @@ class Run:
         with contextlib.suppress(NasError):  # the front can be read without it
             models["latency_ms"] = load_model(self.path / "latency", self.summary["precision"], space)
         limits = {} if limit.at_most is None else {"latency_ms": self.summary["limit_ms"]}
-        return Setting(space, Path(self.experiment.device).name, models, limits, self.experiment.accuracy)
+        device, least = Path(self.experiment.device).name, least_of(self.experiment.least)
+        return Setting(space, device, models, limits, self.experiment.accuracy, least)
 
     @functools.cached_property
     def winners(self) -> dict[str, Winner]:

@@ -80,7 +80,7 @@ def test_a_resolved_experiment_reads_back_as_itself(tmp_path):
         ("train = { epochs = 1 }", "train = { epoch = 1 }", r"unknown key `train.epoch`. Did you mean `epochs`\?"),
         ('"latency_ms"', '"latency"', r"line 5: unknown objective `latency`. Did you mean `latency_ms`"),
         ("at_most = 0.5", 'at_most = "half"', r'a share like "50%" is needed'),
-        ('{ name = "top1" },', "", "exactly one top1"),
+        ('{ name = "top1" },', "", "neither an objective nor a limit is top1"),
         ('name = "x"', 'name = "a/b"', "it names the run folder"),
         ('source = "digits"', 'source = "digits"\nvalidation = 1.5', "a share between 0 and 1"),
         ("[data]", "[data", "not valid TOML"),

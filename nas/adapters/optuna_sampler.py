@@ -55,6 +55,6 @@ def sampler(space: Space, problem: Problem, strategy: Strategy, *, seed: int = 0
                     maximised = study.directions[0] == optuna.study.StudyDirection.MAXIMIZE
                     error = 1 - values[0] if maximised else values[0]
                 costs = np.array([error, *problem.cheap(genotype[None])[0]])
-                self.state = strategy.tell(self.state, genotype, costs)
+                self.state = strategy.tell(self.state, genotype, problem.told(strategy, costs))
 
     return Sampler()

@@ -51,6 +51,6 @@ def searcher(space: Space, problem: Problem, strategy: Strategy, *, seed: int = 
             if (genotype := self.asked.pop(trial_id, None)) is not None:
                 value = np.nan if error or result is None else float(result.get("error", np.nan))
                 costs = np.array([value, *problem.cheap(genotype[None])[0]])
-                self.state = strategy.tell(self.state, genotype, costs)
+                self.state = strategy.tell(self.state, genotype, problem.told(strategy, costs))
 
     return Proposals()

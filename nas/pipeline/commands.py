@@ -15,17 +15,16 @@ from nas.config import Experiment
 from nas.errors import ConfigError
 from nas.pipeline import load_experiment, run_experiment
 from nas.pipeline.direct import search
-from nas.pipeline.problem import Limit
 from nas.search import Front
 
 
-def parsed(limits: Sequence[str]) -> dict[str, Limit]:
+def parsed(limits: Sequence[str]) -> dict[str, float | str]:
     """`["20", "macs=3e8"]` as `{"latency_ms": 20.0, "macs": 3e8}`.
 
     Raises:
         ConfigError: one is neither a number nor a share, or its cost is unknown.
     """
-    found: dict[str, Limit] = {}
+    found: dict[str, float | str] = {}
     for item in limits:
         name, _, text = item.rpartition("=")
         try:
@@ -36,15 +35,26 @@ def parsed(limits: Sequence[str]) -> dict[str, Limit]:
     return found
 
 
-def limited(experiment: Experiment, limits: Mapping[str, Limit]) -> Experiment:
-    """The experiment with these limits in place of its own on the same costs."""
-    objectives = tuple(msgspec.structs.replace(o, at_most=limits.get(o.name, o.at_most)) for o in experiment.objectives)
-    names = {o.name for o in objectives}
+def limited(experiment: Experiment, limits: Mapping[str, float | str]) -> Experiment:
+    """The experiment with these limits in place of its own on the same costs and accuracies.
+
+    Raises:
+        ConfigError: a tolerance of the experiment does not go with a new limit.
+    """
+
+    def changed(name: str, was: config.Limit, limit: float | str) -> Any:
+        key = "at_least" if name in config.ACCURACIES else "at_most"
+        now = msgspec.structs.replace(was, **{key: limit})
+        config.check_limit(name, now)
+        return now
+
+    named = {config.accuracy_of(o.name, o): o for o in experiment.objectives}
+    objectives = tuple(changed(o.name, o, limits[n]) if n in limits else o for n, o in named.items())
     others = dict(experiment.limits)
     for name, limit in limits.items():
-        if name not in names:
+        if name not in named:
             was = others.get(name)
-            others[name] = msgspec.structs.replace(was, at_most=limit) if isinstance(was, config.Limit) else limit
+            others[name] = changed(name, was, limit) if isinstance(was, config.Limit) else limit
     return msgspec.structs.replace(experiment, objectives=objectives, limits=others)
 
 
@@ -55,12 +65,13 @@ def experiment_of(
     device: str | None,
     strategy: str | None,
     trials: int | None,
-    limits: Mapping[str, Limit],
+    limits: Mapping[str, float | str],
     overrides: Sequence[str] = (),
 ) -> Experiment:
     """The experiment that a space, a device and images make, all else as it comes."""
     name = "-".join(Path(part).stem for part in (space, device) if part)
     chosen = {"strategy": strategy, "trials": trials}
+    accurate = {name: limit for name, limit in limits.items() if name in config.ACCURACIES}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "experiment.toml"
         content = {
@@ -68,7 +79,9 @@ def experiment_of(
             "space": os.path.abspath(space) if space.endswith(".toml") else space,
             **({} if device is None else {"device": os.path.abspath(device) if os.sep in device else device}),
             "data": {"source": data if data == "digits" else os.path.abspath(data)},
-            "objectives": [{"name": "top1"}, {"name": "latency_ms"}],
+            # as `nas.search` has it: a limit on accuracy is all that is asked of it
+            "objectives": [*([] if accurate else [{"name": "top1"}]), {"name": "latency_ms"}],
+            "limits": accurate,
             "search": {key: value for key, value in chosen.items() if value is not None},
         }
         path.write_text(tomli_w.dumps(content), encoding="utf-8")
@@ -90,7 +103,7 @@ def search_by(
     device: str | None,
     strategy: str | None,
     trials: int | None,
-    limits: Mapping[str, Limit],
+    limits: Mapping[str, float | str],
     address: str | None = None,
 ) -> Front:
     """A search by a function "module:function", of the current folder too; leaves its journal and front in `out`.
@@ -104,5 +117,6 @@ def search_by(
     chosen: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     front = search(space, evaluate=evaluate, limits=limits, journal=out / "journal.jsonl", **chosen)
     front.write_csv(out / "front.csv")
-    front.plot().save(out / "front.svg")
+    if len(front):
+        front.plot().save(out / "front.svg")
     return front

@@ -14,12 +14,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nas import cost
+from nas import config, cost
 from nas.config import Experiment, Limit
 from nas.errors import ConfigError, LimitError
 from nas.export.size import onnx_bytes
 from nas.latency import LatencyModel, Table, find_model, find_models, preferred
 from nas.pipeline.job import Job, LatencyLimit, in_unit, limit_on, tolerated
+from nas.search.accuracy import Least, error_of
 from nas.search.strategy import children
 from nas.space import Space
 from nas.space.memory import activation_bytes
@@ -76,7 +77,7 @@ class Cost:
 
 
 def exact_costs(job: Job | Searched) -> tuple[Cost, ...]:
-    """The objectives beside top1, latency_ms first, then what only has a limit.
+    """The costs that trials tell, latency_ms first, then what only has a limit.
 
     Raises:
         LimitError: no network of the space can meet one of the limits; it has what the space can reach.
@@ -85,7 +86,7 @@ def exact_costs(job: Job | Searched) -> tuple[Cost, ...]:
     names = cost_names(job.experiment)
     asked = job.experiment.asked
     found = []
-    for name in (*names, *job.experiment.limits):
+    for name in (*names, *(n for n in asked if n not in names)):
         if name == "latency_ms":
             found.append(_latency(job))
         else:
@@ -94,8 +95,31 @@ def exact_costs(job: Job | Searched) -> tuple[Cost, ...]:
 
 
 def cost_names(experiment: Experiment) -> tuple[str, ...]:
-    """The objectives that need no evaluation, by name, as a journal has them: `latency_ms` is the first."""
-    return tuple(sorted(o.name for o in experiment.objectives if o.name != "top1"))
+    """What trials tell that needs no evaluation, as a journal has it: `latency_ms` first, then other objectives."""
+    told = {o.name for o in experiment.objectives} | ({"latency_ms"} & experiment.asked.keys())
+    return tuple(sorted(told - set(config.ACCURACIES)))
+
+
+def minimised(experiment: Experiment) -> tuple[str, ...]:
+    """The objectives as costs, errors first, in the order of `Problem.cost_names`."""
+    objectives = {o.name for o in experiment.objectives}
+    errors = errors_of(experiment.accuracies, experiment.maximised)
+    return (*errors, *(name for name in cost_names(experiment) if name in objectives))
+
+
+def errors_of(accuracies: Sequence[str], maximised: Sequence[str]) -> tuple[str, ...]:
+    """What is minimised of the errors of all that is counted."""
+    return tuple("error" if name == accuracies[0] else error_of(name) for name in accuracies if name in maximised)
+
+
+def least_of(asked: Mapping[str, Limit]) -> dict[str, Least]:
+    """Limits on accuracies as the search has them, by their names; of limits that are right."""
+    out = {}
+    for name, limit in asked.items():
+        assert limit.at_least is not None
+        least = config.share_of(limit.at_least)
+        out[name] = Least(least, config.tolerated_least(least, limit.tolerance))
+    return out
 
 
 def say_costs(job: Job) -> None:
@@ -103,6 +127,8 @@ def say_costs(job: Job) -> None:
     costs = exact_costs(job)
     for made in costs[1:]:
         job.console.say(f"  {made}")
+    for name, least in least_of(job.experiment.least).items():
+        job.console.say(f"  {name}: {least}; which networks reach that is known when they are evaluated")
     within(job.space, costs)
 
 

@@ -21,14 +21,15 @@ from nas.config import Experiment, nearest
 from nas.console import Console
 from nas.errors import ConfigError, ExecutorError, NasError
 from nas.latency import LatencyModel, Table, device_folder, find_model
-from nas.pipeline.costs import Cost, cost_names, exact_costs
+from nas.pipeline.costs import Cost, errors_of, exact_costs, least_of, minimised
 from nas.pipeline.job import Job
-from nas.pipeline.problem import Limit, counted, features_of, latency_on, name_of
-from nas.pipeline.search import problem_of, sizes_of
+from nas.pipeline.problem import Limit, accuracies_of, counted, features_of, latency_on, limits_of, name_of
+from nas.pipeline.search import accuracy_digest, problem_of, sizes_of
 from nas.runfolder import RunFolder
 from nas.search import EXECUTORS, STRATEGIES, Front, Setting, Trial, feasible_only, make_strategy, read_trials
 from nas.search import search as run_search
-from nas.search.executor import Evaluate
+from nas.search.accuracy import Least
+from nas.search.executor import Count, Evaluate
 from nas.search.problem import without_share
 from nas.search.strategy import Genotypes
 from nas.space import Space, load_space
@@ -74,6 +75,7 @@ def search(
 
     Examples:
         >>> nas.search("ofa_mobilenet_v3_w12", evaluate=top1, device="note10", latency_ms=20, trials=500)
+        >>> nas.search("ofa_mobilenet_v3_w12", evaluate=top1, device="note10", limits={"top1": 0.78})  # the fastest
         >>> nas.search("runs/quickstart", latency_ms="30%", strategy="nsga2")  # by the supernet trained there
         >>> nas.search({"op1": ["conv", "pool"], "op2": ["conv", "pool"]}, evaluate=top1, costs={"latency_ms": price})
         >>> nas.search(nas.load_experiment("experiments/quickstart.toml"))  # as `nas search`
@@ -82,7 +84,8 @@ def search(
         space: a name of `nas.list_spaces()`, a path or a `nas.Space`; a run folder, whose trained supernet then
             evaluates; a mapping of choices to their values, where no network needs to be built; or an experiment,
             which says all the rest but `out`, the run folder.
-        evaluate: gives the top-1 accuracy, 0 to 1, of one network (`nas.Network`; of a mapping: of {choice: value}).
+        evaluate: gives the top-1 accuracy, 0 to 1, of one network (`nas.Network`; of a mapping: of {choice: value});
+            or {"top1": ..., "top1_int8": ...}, where `objectives` or `limits` name both.
             Or "package.module:function"; executor "processes" needs one that can be imported under such a name. An
             exception is that trial's failure. A strategy that evaluates on shares of the images passes `share=` too.
         decode: with False, `evaluate` is given the genotype, uint8 [genes].
@@ -93,8 +96,11 @@ def search(
         precision: of latencies: float32 if None; of a run folder, that of its limit.
         latency_ms: the limit on it, in ms or as "50%" of the reachable range.
         objectives: further costs to minimise: macs, params, latency_ms@DEVICE and what else experiments may name.
-            Without any, and without device and costs: macs.
-        limits: of objectives, of other costs, and of those in `costs`.
+            Without any, and without device and costs: macs. And which accuracies to maximise, "top1", "top1_int8":
+            the former if none is named, unless an accuracy has a limit, which then is all that is asked of it.
+        limits: of objectives, of other costs, of those in `costs`, and of accuracies: {"macs": 3e8, "top1": 0.9} looks
+            for costs as low as can be with at most 300 million MACs and a top-1 of at least .9. With tolerance:
+            {"latency_ms": {"at_most": 20, "tolerance": "5%"}, "top1": {"at_least": 0.9, "tolerance": 0.01}}.
         costs: of one's own, each an objective: [n, genes] genotypes to [n] values, exact and quick.
         features: what else is known of networks without evaluating them, [n, genes] to [n, k], above 0: strategy
             "predictor" learns from their logarithms too. MACs and parameters if None, where networks are built.
@@ -142,9 +148,7 @@ def search(
         if not isinstance(number, int | np.integer) or number < least:
             raise ConfigError(f"{name} {number!r}: a whole number from {least} on is needed.")
 
-    own, limits = dict(costs or {}), dict(limits or {})
-    if latency_ms is not None:
-        limits["latency_ms"] = latency_ms
+    own, asked = dict(costs or {}), limits_of(limits, latency_ms)
     with contextlib.ExitStack() as stack:
         if journal is None:
             journal = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "journal.jsonl"
@@ -152,19 +156,26 @@ def search(
             space, evaluate, device=device, precision=precision, images=images, decode=decode,
             input_shape=input_shape, classes=classes, console=console,
         )  # fmt: skip
-        found, names = counted(source.space, source.models, objectives, limits, own, source.precision)
+        accuracies, maximised, least = accuracies_of(objectives, asked, source.accuracies)
+        found, names = counted(source.space, source.models, objectives, asked, own, source.precision)
+        aims = (*errors_of(accuracies, maximised), *names)
         for cost in found:
             console.say(f"  {cost}")
+        for name, limit in least.items():
+            console.say(f"  {name}: {limit}; which networks reach that is known when they are evaluated")
         meaning = [
             source.space.digest,
             source.meaning,
             source.images,
-            [[c.name, c.digest, c.limit if math.isfinite(c.limit) else None] for c in found],
+            [[c.name, c.digest, *_limits(c)] for c in found],
             population,
+            *accuracy_digest(accuracies, least, aims, names),
         ]
         digest = hashlib.sha256(json.dumps(meaning).encode()).hexdigest()[:16]
-        problem = problem_of(source.space, found, names, digest=digest, total=source.images)
-        problem = dataclasses.replace(problem, accuracy=source.accuracy)
+        problem = problem_of(
+            source.space, found, names, digest=digest, total=source.images, accuracies=accuracies, least=least,
+            objectives=aims,
+        )  # fmt: skip
         known = None if features is None else features_of(source.space, features)
         if known is None and source.space.positions:
             known = sizes_of(source.space)
@@ -179,7 +190,7 @@ def search(
         arguments = _portable(source.arguments, source.told) if executor == "processes" else source.arguments
         with EXECUTORS[executor](
             source.factory,
-            {**arguments, "shares": proposed.shares},
+            {**arguments, "shares": proposed.shares, "accuracies": accuracies},
             source.weights,
             workers=workers,
             address=address,
@@ -195,11 +206,21 @@ def search(
                 seed=seed,
                 journal_path=journal,
                 initial=[source.space.check(g) for g in initial],
-                on_trial=_told(console, trials, on_trial),
+                on_trial=_told(console, trials, on_trial, least),
             )
     finite = {c.name: c.limit for c in found if math.isfinite(c.limit)}
-    setting = Setting(source.space, source.device, _models(found), finite, source.accuracy)
-    return Front.of(done, ("error", *names), setting)
+    setting = Setting(source.space, source.device, _models(found), finite, problem.accuracies[0], least)
+    front = Front.of(done, aims, setting)
+    if least and not len(front) and front.evaluated:
+        console.say(repr(front))
+    return front
+
+
+def _limits(cost: Cost) -> list[float | None]:
+    """The limit of a cost, and what its tolerance lets pass, if it has one."""
+    if not math.isfinite(cost.limit):
+        return [None]
+    return [cost.limit, cost.tolerated] if cost.tolerated > cost.limit else [cost.limit]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,7 +238,7 @@ class _Source:
     models: dict[str, LatencyModel]  # {"latency_ms": ...}, or none
     _: dataclasses.KW_ONLY
     told: Any = None  # the space in JSON, as `_made` makes it again
-    accuracy: str = "top1"  # that is counted
+    accuracies: tuple[str, ...] = ("top1",)  # that are counted where nothing else is asked for
 
 
 def _source(
@@ -317,7 +338,7 @@ def _of_run(path: Path, device: str | None, precision: str | None, console: Cons
         _device_name(device or experiment.device),
         precision,
         {"latency_ms": model},
-        accuracy=experiment.accuracy,
+        accuracies=experiment.accuracies,
     )
 
 
@@ -369,22 +390,35 @@ def evaluator(
     decode: bool,
     images: int,
     shares: Sequence[float] = (1.0,),
+    accuracies: Sequence[str] = ("top1",),
 ) -> Evaluate:
     """Counts as the engine wants them, of a function that gives shares; built inside a worker."""
     function = _imported(evaluate) if isinstance(evaluate, str) else evaluate
     space = space if isinstance(space, Space) else _made(space)
 
-    def count(genotypes: Genotypes) -> list[int]:
+    def share(name: str, value: Any) -> float:
+        top1 = float(value)
+        if not 0 <= top1 <= 1:
+            of = "" if len(accuracies) == 1 else f" as {name}"
+            raise ValueError(
+                f"evaluate gave {top1:g}{of}: a top-1 accuracy from 0 to 1 is needed, not percent, no loss"
+            )
+        return top1
+
+    def count(genotypes: Genotypes) -> list[Count]:
         out = []
         for wide in genotypes:
             genotype, part = without_share(wide, shares, images)
             given = genotype if not decode else space.decode(genotype) if space.positions else space.describe(genotype)
-            top1 = float(function(given) if len(shares) == 1 else function(given, share=shares[wide[-1]]))
-            if not 0 <= top1 <= 1:
+            found = function(given) if len(shares) == 1 else function(given, share=shares[wide[-1]])
+            shown: Mapping[str, Any] = found if isinstance(found, Mapping) else dict.fromkeys(accuracies[:1], found)
+            if missing := [name for name in accuracies if name not in shown]:
                 raise ValueError(
-                    f"evaluate gave {top1:g}: a top-1 accuracy from 0 to 1 is needed, not percent, no loss"
+                    f"evaluate gave no {missing[0]}: return a dictionary of all that is asked for, "
+                    f"{{{', '.join(f'{name!r}: ...' for name in accuracies)}}}"
                 )
-            out.append(round(top1 * part))
+            counts = tuple(round(share(name, shown[name]) * part) for name in accuracies)
+            out.append(counts[0] if len(counts) == 1 else counts)
         return out
 
     return count
@@ -398,10 +432,15 @@ def _imported(name: str) -> Callable[..., float]:
         raise ConfigError(f"No function {name!r}: {e}. Expected 'package.module:function'.") from e
 
 
-def _told(console: Console, total: int, further: Callable[[Trial], None] | None) -> Callable[[Trial], None]:
+def _told(
+    console: Console, total: int, further: Callable[[Trial], None] | None, least: Mapping[str, Least]
+) -> Callable[[Trial], None]:
     """What is done after each trial: progress, and giving up where nothing works."""
     best: list[Trial] = []
     failed = 0
+
+    def missing(trial: Trial) -> int:
+        return sum(limit.missing(trial.count(name) or 0, trial.total) for name, limit in least.items())
 
     def told(trial: Trial) -> None:
         nonlocal failed
@@ -411,9 +450,10 @@ def _told(console: Console, total: int, further: Callable[[Trial], None] | None)
                 f"All of the first {failed} evaluations failed, the last one with: {trial.failure}. Correct "
                 f"`evaluate` (try it on one network), and start with a new journal: failures are kept in it."
             )
-        best[:] = [min([*best, trial], key=lambda t: (t.correct is None, -t.total, t.error))]
+        best[:] = [min([*best, trial], key=lambda t: (t.correct is None, -t.total, missing(t), t.error))]
         cheap = dict(list(best[0].cheap.items())[:2])
-        console.progress(trial.trial + 1, total, {"best top-1": best[0].top1, **cheap})
+        name = "nearest top-1" if missing(best[0]) else "best top-1"
+        console.progress(trial.trial + 1, total, {name: best[0].top1, **best[0].shares, **cheap})
         if further is not None:
             further(trial)
 
@@ -430,8 +470,9 @@ def _of_experiment(experiment: Experiment, out: str | Path | None, console: Cons
         job = Job(experiment, folder, Console(io.StringIO()))
         found = exact_costs(job)
         finite = {c.name: c.limit for c in found if math.isfinite(c.limit)}
-        setting = Setting(job.space, _device_name(experiment.device), _models(found), finite, experiment.accuracy)
-    return Front.of(trials, ("error", *cost_names(experiment)), setting)
+        least, device = least_of(experiment.least), _device_name(experiment.device)
+        setting = Setting(job.space, device, _models(found), finite, experiment.accuracy, least)
+    return Front.of(trials, minimised(experiment), setting)
 
 
 def _models(found: Sequence[Cost]) -> dict[str, LatencyModel]:

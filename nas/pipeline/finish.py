@@ -12,10 +12,10 @@ from nas.compress import finetune
 from nas.errors import NasError
 from nas.evaluate import Standalone, SubnetEvaluator
 from nas.files import damaged, read_as, write_json
-from nas.pipeline.costs import handmade
+from nas.pipeline.costs import handmade, least_of, minimised
 from nas.pipeline.job import Job
 from nas.pipeline.search import run as run_search
-from nas.search import Front, Trial
+from nas.search import Front, Setting, Trial
 
 BASELINES = ("smallest", "largest", "handmade")
 
@@ -78,19 +78,24 @@ def finish(job: Job) -> None:
 
 
 def choose(job: Job) -> list[Candidate]:
-    """The winners, from the front under the limit, then the baselines.
+    """The winners, from the front under the limits, then the baselines.
 
-    winner_1 is the most accurate trial within the limit. The others are spread evenly, by latency, over the part of
-    the front that is faster than it.
+    winner_1 is the most accurate trial within the limits; where no accuracy is an objective, the cheapest. The others
+    are spread evenly, by latency, over the rest of the front of error and latency: of faster ones, or where no accuracy
+    is an objective, of more accurate ones. If no trial reaches a limit on accuracy, the nearest is the only winner.
     """
-    front = Front.of(run_search(job), ("error", "latency_ms"))
-    best = front.best(latency_ms=job.limit.tolerated_ms)
-    faster: list[Trial] = [t for t in front if t.latency_ms < best.latency_ms]
+    trials, setting = run_search(job), Setting(job.space, least=least_of(job.experiment.least))
+    front = Front.of(trials, minimised(job.experiment), setting)
+    best = front.best() if len(front) or front.nearest is None else front.nearest
+    of = "latency_ms" if job.experiment.maximised else "error"
+    better: list[Trial] = [
+        t for t in Front.of(trials, ("error", "latency_ms"), setting) if t.costs[of] < best.costs[of]
+    ]
     picked = [best]
-    if others := min(job.experiment.finish.winners - 1, len(faster)):
-        goals = np.linspace(faster[-1].latency_ms, faster[0].latency_ms, others)
+    if others := min(job.experiment.finish.winners - 1, len(better)):
+        goals = np.linspace(better[-1].latency_ms, better[0].latency_ms, others)
         for goal in goals:
-            rest = [t for t in faster if t not in picked]
+            rest = [t for t in better if t not in picked]
             picked.append(min(rest, key=lambda t: abs(t.latency_ms - goal)))
     winners = [
         Candidate(f"winner_{i}", "winner", np.array(t.genotype, np.uint8)) for i, t in enumerate(picked, start=1)

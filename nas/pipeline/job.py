@@ -256,7 +256,7 @@ def limit_on(model: LatencyModel, space: Space, experiment: Experiment) -> Laten
         raise LimitError(
             f"the limit is {limit_ms:g} ms{beyond}, but the fastest network of space {space.name!r} takes "
             f"{fastest_ms:.4g} ms on {experiment.device} in {model.precision} (the slowest {slowest_ms:.4g} "
-            f"ms{_also(model.caveat)}). Set `at_most` of objective latency_ms between these, or choose another "
+            f"ms{_also(model.caveat)}). Set `at_most` of latency_ms between these, or choose another "
             f"space or smaller images."
         )
     told = "none" if asked is None else str(asked)

@@ -38,7 +38,7 @@ def measure(job: Job) -> None:
             f"{', '.join(job.precisions)} for this space. Change the objective's `precision` or the device."
         )
     job.space  # noqa: B018  data and space are checked, and told, before the measuring begins
-    if job.space.mixed and job.experiment.counted == "int8":
+    if job.space.mixed and "top1_int8" in job.experiment.accuracies:
         raise ConfigError(
             f"top1 asks for precision int8, but the stages of space {job.space.name!r} choose theirs, and are counted "
             f"as they choose. Leave the objective's `precision` out, or that of the stages."

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import msgspec
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
@@ -11,14 +12,17 @@ from nas import config
 from nas.config import Data, Experiment, Objective
 from nas.errors import ConfigError, LimitError, UnmeasuredBlock
 from nas.latency import LatencyModel, find_model, load_device
-from nas.pipeline.costs import Cost, Price, Searched, cost_names, exact_costs
-from nas.pipeline.job import in_unit
+from nas.pipeline.costs import Cost, Price, Searched, cost_names, errors_of, exact_costs, least_of
+from nas.pipeline.job import in_unit, tolerated
 from nas.pipeline.search import problem_of
 from nas.search import Problem
+from nas.search.accuracy import Least, is_error
 from nas.search.strategy import Genotypes, children
 from nas.space import Space
 
-Limit = float | int | str  # in the cost's unit, or "50%" of what the space can reach
+# In the cost's unit, or "50%" of what the space can reach; or as experiments have it, {"at_most": 20, "tolerance":
+# "5%"}. Of top1 at least that: 0.9, "90%", or {"at_least": 0.9, "tolerance": 0.01}.
+Limit = float | int | str | Mapping[str, Any] | config.Limit
 
 _ENUMERATE = 2**16  # own costs of spaces up to this size are gone through wholly
 
@@ -42,13 +46,61 @@ def make_problem(
         >>> state, rng, seen = strategy.init(), np.random.default_rng(0), set()
         >>> genotype = nas.search.choose(problem, rng, strategy.ask(rng, state, 64), seen)  # new, within the limits
         >>> costs = [1 - top1(space.decode(genotype)), *problem.cheap(genotype[None])[0]]
-        >>> state = strategy.tell(state, genotype, costs)
+        >>> state = strategy.tell(state, genotype, problem.told(strategy, np.array(costs)))
     """
     precision = "mixed" if space.mixed else precision
     models = latency_on(space, device, precision)
-    asked = dict(limits or {}) | ({} if latency_ms is None else {"latency_ms": latency_ms})
+    asked = limits_of(limits, latency_ms)
+    accuracies, maximised, least = accuracies_of(objectives, asked)
     found, names = counted(space, models, objectives, asked, dict(costs or {}), precision)
-    return problem_of(space, found, names, digest=space.digest, total=images)
+    return problem_of(
+        space,
+        found,
+        names,
+        digest=space.digest,
+        total=images,
+        accuracies=accuracies,
+        least=least,
+        objectives=(*errors_of(accuracies, maximised), *names),
+    )
+
+
+def limits_of(limits: Mapping[str, Limit] | None, latency_ms: Limit | None) -> dict[str, config.Limit]:
+    """Limits as experiments have them, by name of cost or accuracy.
+
+    Raises:
+        ConfigError: one has an unknown key, or a value of the wrong type.
+    """
+    out = {}
+    for name, value in {**(limits or {}), **({} if latency_ms is None else {"latency_ms": latency_ms})}.items():
+        try:
+            given = msgspec.convert(value, config.Limit) if isinstance(value, Mapping) else value
+            out[name] = config.as_limit(name, given)
+        except msgspec.ValidationError as e:
+            keys = ", ".join(config.Limit.__struct_fields__)
+            raise ConfigError(f"limits[{name!r}] is {value!r}: {e}. A number, a share or a table of {keys}.") from e
+    return out
+
+
+def accuracies_of(
+    objectives: Sequence[str], limits: Mapping[str, config.Limit], usual: tuple[str, ...] = ("top1",)
+) -> tuple[tuple[str, ...], tuple[str, ...], dict[str, Least]]:
+    """What is counted, which of it is maximised, and the limits on it.
+
+    Accuracies that `objectives` names are maximised; where it names none, `usual`, unless an accuracy has a limit: then
+    that limit is all that is asked of accuracy.
+
+    Raises:
+        ConfigError: a limit on an accuracy has the wrong form.
+    """
+    limited = {name: limit for name, limit in limits.items() if name in config.ACCURACIES}
+    for name, limit in limited.items():
+        if limit.at_least is None and limit.at_most is None:
+            raise ConfigError(f"limits[{name!r}] has no at_least: give it one, or leave it out.")
+        config.check_limit(name, limit)
+    limited = {config.accuracy_of(name, limit): limit for name, limit in limited.items()}
+    maximised = tuple(n for n in config.ACCURACIES if n in objectives) or (() if limited else usual)
+    return tuple(n for n in config.ACCURACIES if n in {*maximised, *limited}), maximised, least_of(limited)
 
 
 def latency_on(space: Space, device: str | None, precision: str) -> dict[str, LatencyModel]:
@@ -72,14 +124,19 @@ def counted(
     space: Space,
     models: Mapping[str, LatencyModel],
     objectives: Sequence[str],
-    limits: Mapping[str, Limit],
+    limits: Mapping[str, config.Limit],
     own: Mapping[str, Callable[[Genotypes], ArrayLike]],
     precision: str,
 ) -> tuple[tuple[Cost, ...], tuple[str, ...]]:
     """The costs, objectives first, and the names of these; `models` has that of `latency_ms`, or nothing."""
     has_latency = bool(models)
+    objectives = [n for n in objectives if n not in config.ACCURACIES]
+    limits = {n: limit for n, limit in limits.items() if n not in config.ACCURACIES}
+    for name, limit in limits.items():
+        if limit.at_most is None and limit.at_least is None:
+            raise ConfigError(f"limits[{name!r}] has no at_most: give it one, or leave it out.")
     for name, price in own.items():
-        if name in ("error", "top1"):
+        if is_error(name) or name in config.ACCURACIES:
             raise ConfigError(f"costs[{name!r}]: the accuracy has that name here. Give the cost another one.")
         if not callable(price):
             raise ConfigError(f"costs[{name!r}] is {price!r}: a function, [n, genes] to [n], is needed.")
@@ -104,9 +161,9 @@ def counted(
         data=Data(source=""),
         objectives=(
             Objective(name="top1"),
-            *(Objective(name=n, precision=precision, at_most=limits.get(n)) for n in sorted(wanted)),
+            *(Objective(name=n, **_in(precision, limits.get(n))) for n in sorted(wanted)),
         ),
-        limits={n: config.Limit(v, precision=precision) for n, v in limits.items() if n not in wanted and n not in own},
+        limits={n: config.Limit(**_in(precision, v)) for n, v in limits.items() if n not in wanted and n not in own},
     )
     tables = {precision: models["latency_ms"]} if has_latency else {}
     made = exact_costs(Searched(experiment, space, tables))
@@ -115,7 +172,13 @@ def counted(
     return (*first, *made[count:]), tuple(c.name for c in first)
 
 
-def _own(space: Space, name: str, price: Callable[[Genotypes], ArrayLike], asked: Limit | None) -> Cost:
+def _in(precision: str, limit: config.Limit | None) -> dict[str, Any]:
+    """What is asked of a cost, in that precision where it names none."""
+    asked = config.Limit() if limit is None else limit
+    return {"at_most": asked.at_most, "tolerance": asked.tolerance, "precision": asked.precision or precision}
+
+
+def _own(space: Space, name: str, price: Callable[[Genotypes], ArrayLike], asked: config.Limit | None) -> Cost:
     """A cost of one's own. What is reachable is exact in small spaces, and in large ones the best that was found."""
 
     def priced(genotypes: Genotypes) -> NDArray[np.float64]:
@@ -144,16 +207,19 @@ def _own(space: Space, name: str, price: Callable[[Genotypes], ArrayLike], asked
         most = -most
     if not math.isfinite(least):
         raise LimitError(f"costs[{name!r}] is {least} for every network that was looked at: none of them can be had.")
-    limit = math.inf
+    limit = within = math.inf
     if asked is not None:
         config.check_limit(name, asked, positive=False)
-        limit = in_unit(asked, least, most)
-        if limit < least and exact:
+        assert asked.at_most is not None
+        limit = in_unit(asked.at_most, least, most)
+        within = tolerated(limit, asked.tolerance)
+        if within < least and exact:
+            beyond = f" ({within:.6g} with its tolerance)" if within > limit else ""
             raise LimitError(
-                f"the limit of {name} is {limit:.6g}, but no network of the space has less than {least:.6g} (the most "
-                f"is {most:.6g}). Set it between these."
+                f"the limit of {name} is {limit:.6g}{beyond}, but no network of the space has less than {least:.6g} "
+                f"(the most is {most:.6g}). Set it between these."
             )
-    return Cost(name, priced, priced, least, most, cheapest, name_of(price), None, limit, limit)
+    return Cost(name, priced, priced, least, most, cheapest, name_of(price), None, limit, within)
 
 
 def _extreme(space: Space, price: Price) -> tuple[Genotypes, float]:

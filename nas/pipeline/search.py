@@ -4,8 +4,9 @@ import dataclasses
 import functools
 import hashlib
 import json
+import types
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 import numpy as np
@@ -16,7 +17,7 @@ from nas.data import load_data
 from nas.evaluate import SubnetEvaluator
 from nas.evaluate.proxies import additive, naswot
 from nas.files import read_as, write_json
-from nas.pipeline.costs import Cost, beyond, cost_names, exact_costs, handmade, within
+from nas.pipeline.costs import Cost, beyond, cost_names, exact_costs, handmade, least_of, minimised, within
 from nas.pipeline.job import Job
 from nas.search import (
     EXECUTORS,
@@ -34,6 +35,8 @@ from nas.search import (
     make_strategy,
 )
 from nas.search import search as run_search
+from nas.search.accuracy import Least
+from nas.search.accuracy import told as told_limits
 from nas.search.executor import Evaluate
 from nas.search.problem import images_of
 from nas.space import Space, load_space
@@ -41,6 +44,8 @@ from nas.space.space import Genotypes
 from nas.supernet import Supernet
 
 PROXIES = ("none", "naswot")
+
+_PRECISIONS: dict[str, Literal["float32", "int8"]] = {"top1": "float32", "top1_int8": "int8"}
 
 _PROXIED, _PROXY_IMAGES = 64, 32  # random networks that the proxy is computed of, and images of each
 
@@ -53,7 +58,8 @@ def search(job: Job) -> None:
     job.console.start(f"search: {settings.strategy}, {settings.trials} trials on {settings.executor}")
     start = _journalled(job)
     workers = 1 if settings.executor == "inline" else settings.workers
-    progress = Progress(_reference(job), workers=workers, start=start)
+    objectives, least = minimised(job.experiment), least_of(job.experiment.least)
+    progress = Progress(_reference(job), workers=workers, start=start, costs=objectives, least=least)
 
     def told(trial: Trial) -> None:
         progress.add(trial)
@@ -64,19 +70,25 @@ def search(job: Job) -> None:
     names, folder = followers(settings), job.path / "search"
     with following(names, folder=folder, start=start, name=job.experiment.name) as tell:
         trials = run(job, told)
-    setting = Setting(job.space, accuracy=job.experiment.accuracy)
-    front = Front.of(trials, setting=setting)
+    setting = Setting(job.space, accuracy=job.experiment.accuracy, least=least)
+    front = Front.of(trials, objectives, setting)
     front.write_csv(job.path / "search" / "front.csv")
     names = cost_names(job.experiment)
     for name in names if len(names) > 1 else ():
         Front.of(trials, ("error", name), setting).write_csv(
             job.path / "search" / f"front.{name.replace('/', '_')}.csv"
         )
-    winner = front.best(latency_ms=job.limit.tolerated_ms)
+    nearest = None if len(front) else front.nearest
+    winner = front.best() if nearest is None else nearest
+    word = "best" if job.experiment.maximised else "cheapest"
+    best = (
+        f"{word} within {job.limit.ms:.4g} ms" if len(front) else f"NONE reaches {told_limits(least)}, the nearest has"
+    )
     in_int8 = ", int8" * (job.experiment.counted == "int8")
+    further = "".join(f", {name} {share:.1%}" for name, share in winner.shares.items())
     job.console.say(
-        f"  {len(trials)} trials, {len(front)} on the front; best within {job.limit.ms:.4g} ms: top-1 "
-        f"{winner.top1:.1%} (validation, inherited weights{in_int8}) at {winner.latency_ms:.4g} ms"
+        f"  {len(trials)} trials, {len(front)} on the front; {best}: top-1 {winner.top1:.1%}{further} (validation, "
+        f"inherited weights{in_int8}) at {winner.latency_ms:.4g} ms"
     )
     for exceeded in beyond(exact_costs(job), np.array(winner.genotype, np.uint8)):
         job.console.say(f"  its {exceeded}")
@@ -94,10 +106,9 @@ def _journalled(job: Job) -> int:
 
 
 def _reference(job: Job) -> list[float]:
-    """The worst value of each objective, the error first: the limit, or the most that any network of the space has."""
-    names = cost_names(job.experiment)
+    """The worst value of each objective, errors first: the limit, or the most that any network of the space has."""
     worst = {c.name: c.tolerated if np.isfinite(c.tolerated) else c.most for c in exact_costs(job)}
-    return [1.0, *(worst[name] for name in names)]
+    return [worst.get(name, 1.0) for name in minimised(job.experiment)]
 
 
 def run(job: Job, on_trial: Callable[[Trial], None] | None = None) -> Trials:
@@ -142,7 +153,8 @@ def _cache(job: Job, weights: Mapping[str, NDArray[Any]]) -> Cache | None:
         digest.update(f"{name} {array.dtype} {array.shape}".encode() + array.tobytes())
     train = experiment.train
     meaning = [job.space.digest, job.data.digest, digest.hexdigest(), train.calibration_images, train.eval_batch_size]
-    meaning += [] if experiment.counted == "float32" else [experiment.counted]
+    counted = [_PRECISIONS[name] for name in experiment.accuracies]
+    meaning += [] if counted == ["float32"] else counted
     folder = job.path / "evaluations" if experiment.search.cache == "run" else experiment.search.cache
     return Cache(folder, json.dumps([*meaning, jax.__version__]))
 
@@ -226,18 +238,49 @@ def make_problem(job: Job) -> Problem:
         experiment.search.population,
         *([experiment.search.proxy] if experiment.search.proxy != "none" else []),
         *([experiment.counted] if experiment.counted != "float32" else []),
+        *accuracy_digest(experiment.accuracies, least_of(experiment.least), minimised(experiment), names),
     ]
     digest = hashlib.sha256(json.dumps(meaning).encode()).hexdigest()[:16]
-    made = problem_of(space, costs, names, digest=digest, total=len(job.data.val.labels))
-    return dataclasses.replace(made, accuracy=experiment.accuracy)
+    return problem_of(
+        space,
+        costs,
+        names,
+        digest=digest,
+        total=len(job.data.val.labels),
+        accuracies=experiment.accuracies,
+        least=least_of(experiment.least),
+        objectives=minimised(experiment),
+    )
 
 
-def problem_of(space: Space, costs: Sequence[Cost], names: tuple[str, ...], *, digest: str, total: int) -> Problem:
-    """The space under the limits of `costs`, of which the first, `names`, are objectives."""
-    objectives = costs[: len(names)]
+def accuracy_digest(
+    accuracies: Sequence[str], least: Mapping[str, Least], objectives: Sequence[str], names: Sequence[str]
+) -> list[Any]:
+    """What tells searches apart by their accuracies; nothing where one is counted, and all costs are objectives."""
+    limits = [[name, limit.tolerated] for name, limit in sorted(least.items())]
+    usual = len(accuracies) == 1 and not least and tuple(objectives) == ("error", *names)
+    return [] if usual else [list(accuracies), limits, list(objectives)]
+
+
+def problem_of(
+    space: Space,
+    costs: Sequence[Cost],
+    names: tuple[str, ...],
+    *,
+    digest: str,
+    total: int,
+    accuracies: tuple[str, ...] = ("top1",),
+    least: Mapping[str, Least] = types.MappingProxyType({}),
+    objectives: tuple[str, ...] | None = None,
+) -> Problem:
+    """The space under the limits of `costs`, of which the first, `names`, are told of trials; and of `least`.
+
+    `objectives` are what is minimised of errors and `names`, all if None.
+    """
+    told = costs[: len(names)]
 
     def cheap(genotypes: Genotypes) -> NDArray[np.float64]:
-        return np.stack([c.price(genotypes) for c in objectives], axis=1)
+        return np.stack([c.price(genotypes) for c in told], axis=1)
 
     def feasible(genotypes: Genotypes) -> NDArray[np.bool_]:
         out = np.ones(len(genotypes), bool)
@@ -254,11 +297,22 @@ def problem_of(space: Space, costs: Sequence[Cost], names: tuple[str, ...], *, d
         digest=digest,
         total=total,
         cheap_names=names,
+        accuracies=accuracies,
+        least=least,
+        minimised=objectives,
+        reach={c.name: (c.least, min(c.tolerated, c.most)) for c in told},
     )
 
 
-def evaluator(*, weights: Mapping[str, Any], experiment: dict[str, Any], shares: Sequence[float] = (1.0,)) -> Evaluate:
-    """Builds the evaluator inside a worker, from the experiment and the supernet's weights.
+def evaluator(
+    *,
+    weights: Mapping[str, Any],
+    experiment: dict[str, Any],
+    shares: Sequence[float] = (1.0,),
+    accuracies: Sequence[str] = (),
+) -> Evaluate:
+    """Builds the evaluator inside a worker, from the experiment and the supernet's weights; it counts `accuracies`,
+    those of the experiment if none are given.
 
     With several `shares` of the validation images, a last gene says which: the first so many of them, in the random
     order that they have.
@@ -270,16 +324,22 @@ def evaluator(*, weights: Mapping[str, Any], experiment: dict[str, Any], shares:
     space = load_space(settings.space, input_shape=data.image_shape, classes=data.classes)
     supernet, params = Supernet(space), {name: jax.device_put(a) for name, a in weights.items()}
 
-    def on(images: int) -> SubnetEvaluator:
+    def on(images: int) -> Evaluate:
         part = data if images == len(data.val) else dataclasses.replace(data, val=data.val.take(np.arange(images)))
-        return SubnetEvaluator(
-            supernet,
-            params,
-            part,
-            calibration_images=settings.train.calibration_images,
-            batch_size=settings.train.eval_batch_size,
-            precision="mixed" if space.mixed else settings.counted,
-        )
+        evaluators = [
+            SubnetEvaluator(
+                supernet,
+                params,
+                part,
+                calibration_images=settings.train.calibration_images,
+                batch_size=settings.train.eval_batch_size,
+                precision="mixed" if space.mixed else _PRECISIONS[name],
+            )
+            for name in accuracies or settings.accuracies
+        ]
+        if len(evaluators) == 1:
+            return evaluators[0]
+        return lambda genotypes: list(zip(*(evaluate(genotypes) for evaluate in evaluators), strict=True))
 
     if len(shares) == 1:
         return on(len(data.val))

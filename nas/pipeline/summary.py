@@ -1,19 +1,21 @@
 """Stage 7: summary.json and report.html."""
 
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from nas import cost
 from nas.files import damaged, write_json
-from nas.pipeline.costs import Cost, exact_costs
+from nas.pipeline.costs import Cost, exact_costs, least_of, minimised
 from nas.pipeline.export import file_name
 from nas.pipeline.finish import Finished, finished
 from nas.pipeline.job import Job
 from nas.pipeline.verify import verdicts_of
 from nas.report import write_report
-from nas.search import read_trials
+from nas.search import Front, Setting, Trials, read_trials
+from nas.search.accuracy import Least, is_error
 
 
 def report(job: Job) -> None:
@@ -35,7 +37,16 @@ def summary(job: Job) -> dict[str, Any]:
     baselines = [e for e in made if e["role"] != "winner"]
     sound = [e for e in winners if e["passed"]] or winners  # none: the verdict begins with it
     # Chosen by validation accuracy and predicted latency, neither of which is a test result or a noisy timing.
-    winner = min(sound, key=lambda e: (-e["validation_accuracy"], e["predicted_ms"]))
+    if job.experiment.maximised:
+        winner = min(sound, key=lambda e: (-e["validation_accuracy"], e["predicted_ms"]))
+    else:  # the first is the cheapest that reached the limit; fine-tuning may have cost it that
+        needed = least_of(job.experiment.least).get("top1", Least(0.0, 0.0)).tolerated
+        winner = min(
+            sound,
+            key=lambda e: (max(0.0, needed - e["validation_accuracy"]), e["name"] != "winner_1", e["predicted_ms"]),
+        )
+    trials = read_trials(job.path / "search" / "journal.jsonl")
+    least = _least(job, trials, winner)
     hand = next(e for e in baselines if e["role"] == "handmade")
     refused = [
         {"name": e["name"], "precision": precision, "reason": verdict.reason}
@@ -54,6 +65,8 @@ def summary(job: Job) -> dict[str, Any]:
         "reachable_ms": [job.limit.fastest_ms, job.limit.slowest_ms],
         "reachable_caveat": job.limit.caveat,
         "further": [_further(made, winner["genotype"]) for made in exact_costs(job)[1:]],
+        "objectives": list(minimised(job.experiment)),
+        "least": least,
         "winner": winner,
         "winners": winners,
         "baselines": baselines,
@@ -66,9 +79,11 @@ def summary(job: Job) -> dict[str, Any]:
             test_images=len(job.data.test.labels),
             trials=job.experiment.search.trials,
             precisions=(job.precision, job.file),
+            least=least,
+            objectives=minimised(job.experiment),
         ),
         "refused": refused,
-        "trials": len(read_trials(job.path / "search" / "journal.jsonl")),
+        "trials": len(trials),
         "seconds": job.folder.seconds(),
     }
 
@@ -82,6 +97,8 @@ def verdict_of(
     test_images: int,
     trials: int,
     precisions: tuple[str, str] = ("", ""),
+    least: Sequence[Mapping[str, Any]] = (),
+    objectives: Sequence[str] = ("error", "latency_ms"),
 ) -> str:
     """The answer in words, whatever it is.
 
@@ -93,6 +110,8 @@ def verdict_of(
         test_images: how many each accuracy was counted over.
         trials: of the search.
         precisions: of the latencies, and of the file, which differ where no runtime at hand has the former.
+        least: limits on accuracy, as summary.json has them.
+        objectives: what was minimised.
     """
     points = 100 * (winner["accuracy"] - hand["accuracy"])
     refused = "" if winner["passed"] else "NO network passed verification; do not deploy this one. "
@@ -101,8 +120,12 @@ def verdict_of(
     how = f"measured ({winner['predicted_ms']:.4g} predicted)" if measured else "predicted"
     if not measured and winner.get("predicted_low_ms") is not None:
         how += f" (80 % interval {winner['predicted_low_ms']:.4g} to {winner['predicted_high_ms']:.4g})"
+    accurate = any(map(is_error, objectives))
+    what = "Best" if accurate else "Fastest" if tuple(objectives) == ("latency_ms",) else "Cheapest"
+    needed = "".join(f", {limit['name']} at least {limit['asked']:.4g}" for limit in least)
     lead = (
-        f"{refused}Best network within {limit_ms:.4g} ms: top-1 {winner['accuracy']:.2%} on {test_images} test images, "
+        f"{refused}{''.join(map(missed, least))}{what} network within {limit_ms:.4g} ms{needed}: "
+        f"top-1 {winner['accuracy']:.2%} on {test_images} test images, "
         f"{ms:.4g} ms {how}, {winner['size_bytes']:,} bytes."
     )
     over = ms / limit_ms - 1
@@ -117,6 +140,7 @@ def verdict_of(
             f" The machine is {abs(level):.0%} {'slower' if level > 0 else 'faster'} now than when its table was "
             f"measured, which is left out of this; now the median is {winner['latency_ms']:.4g} ms."
         )
+    late += "".join(map(below, least))
     if winner["genotype"] == hand["genotype"]:
         return (
             f"{lead}{late} It IS the hand-made network: among {trials} trials the search found "
@@ -129,9 +153,58 @@ def verdict_of(
     images = round(abs(points) / 100 * test_images)
     by = f" by {abs(points):.2f} points ({images} images)" if points > 0 else ""
     short = f": it is {abs(points):.2f} points ({images} images) below" if points < 0 else ""
+    if not accurate:
+        by = short = ""
+        more = f"{images} images {'more' if points > 0 else 'fewer'}"
+        compared = f"classifies {more if points else 'as many images'} correctly as the hand-made network does"
+        compared += f" ({hand['accuracy']:.2%} at {hand_ms:.4g} ms)"
     faster = 1 - ms / hand_ms
     speed = f", and is {abs(faster):.0%} {'faster' if faster > 0 else 'slower'}" if abs(faster) >= 0.005 else ""
     return f"{lead}{late} It {compared}{by}{short}{speed}."
+
+
+def missed(limit: Mapping[str, Any]) -> str:
+    """That no trial reached a limit on accuracy, and how near the best came; nothing if one did."""
+    if limit["reached"]:
+        return ""
+    return (
+        f"NO trial of the search reached {limit['name']} at least {limit['asked']:.4g}: the nearest had "
+        f"{limit['nearest']:.4g} (validation, inherited weights). "
+    )
+
+
+def below(limit: Mapping[str, Any]) -> str:
+    """That the answer's file misses a limit on accuracy on the test images; nothing where it does not, or there is no
+    such file."""
+    if limit["answer"] is None or limit["answer"] >= limit["asked"]:
+        return ""
+    tolerated = ", within its tolerance" * (limit["answer"] >= limit["tolerated"])
+    return (
+        f" Its {limit['name']} on the test images, {limit['answer']:.4g}, is below the {limit['asked']:.4g} that was "
+        f"asked for{tolerated}."
+    )
+
+
+def _least(job: Job, trials: Trials, winner: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What is told of each limit on accuracy: what the trials reached, and the answer's file of that precision."""
+    out, limits = [], least_of(job.experiment.least)
+    front = Front.of(trials, setting=Setting(job.space, least=limits))
+    nearest = front.nearest
+    for name, limit in limits.items():
+        precision = "int8" if name == "top1_int8" else "float32"
+        file = winner if precision == job.file else winner.get(precision)
+        counts = [(t.count(name) or 0, t.total) for t in front.evaluated]
+        out.append(
+            {
+                "name": name,
+                "asked": limit.asked,
+                "tolerated": limit.tolerated,
+                "reached": any(limit.missing(count, total) == 0 for count, total in counts),
+                "nearest": None if nearest is None else (nearest.count(name) or 0) / nearest.total,
+                "answer": None if file is None else file["accuracy"],
+            }
+        )
+    return out
 
 
 def _further(made: Cost, genotype: list[int]) -> dict[str, Any]:

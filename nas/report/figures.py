@@ -68,9 +68,17 @@ def front(run: Run) -> Figure:
         {"type": "line", "x0": x, "x1": x, "yref": "paper", "y0": 0, "y1": 1, "layer": "below", "line": red}
         for x in limits
     ]
+    layout["shapes"] += [
+        {"type": "line", "y0": n.asked, "y1": n.asked, "xref": "paper", "x0": 0, "x1": 1, "layer": "below", "line": red}
+        for n in run.summary.least
+    ]
     beside = {"showarrow": False, "xanchor": "left", "yanchor": "bottom", "xshift": 4}
     layout["annotations"] = [
         {"x": math.log10(x), "yref": "paper", "y": 0, "text": f"limit {words.ms(x)}", **beside} for x in limits
+    ]
+    layout["annotations"] += [
+        {"xref": "paper", "x": 0, "y": n.asked, "text": f"{n.name} at least {words.percent(n.asked)}", **beside}
+        for n in run.summary.least
     ]
     return figure
 

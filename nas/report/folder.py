@@ -174,6 +174,17 @@ class Further(msgspec.Struct, frozen=True):
     reachable: tuple[float, float]
 
 
+class Least(msgspec.Struct, frozen=True):
+    """A limit on accuracy, in shares."""
+
+    name: str  # "top1" or "top1_int8"
+    asked: float
+    tolerated: float
+    reached: bool  # by a trial of the search
+    nearest: float | None  # the trial that missed by the least, or the best; None: all failed
+    answer: float | None  # test accuracy of the answer's file in that precision, if there is one
+
+
 class Summary(msgspec.Struct, frozen=True):
     """summary.json: the answer."""
 
@@ -195,6 +206,8 @@ class Summary(msgspec.Struct, frozen=True):
     file_precision: str = ""  # of the answer's file, where no runtime at hand has `precision`
     tolerated_ms: float = 0.0  # what still counts as within the limit
     further: tuple[Further, ...] = ()
+    objectives: tuple[str, ...] = ("error", "latency_ms")  # as costs
+    least: tuple[Least, ...] = ()
 
     @property
     def file(self) -> str:

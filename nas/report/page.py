@@ -16,7 +16,7 @@ from nas.fidelity import answer as answer_of
 from nas.fidelity import limits as limits_of
 from nas.files import write_text
 from nas.report import figures
-from nas.report.folder import Check, Further, Member, Run, read_run
+from nas.report.folder import Check, Further, Least, Member, Run, read_run
 
 _HERE = Path(__file__).parent
 
@@ -97,7 +97,9 @@ def _context(run: Run) -> dict[str, Any]:
         "alternative": winner.files.get(other),
         "within": None if limit is None else answer.told_ms <= limit,
         "tolerated": limit is not None and limit < answer.told_ms <= summary.tolerated_ms,
-        "further": [(cost.name, _further(cost)) for cost in summary.further],
+        "further": [(limit.name, _least(limit)) for limit in summary.least]
+        + [(cost.name, _further(cost)) for cost in summary.further],
+        "accurate": "error" in summary.objectives or "error_int8" in summary.objectives,
         "interval": words.wilson(answer.accuracy, run.environment.data.test),
         "handmade": handmade,
         "by_chance": handmade is not None and _by_chance(answer.accuracy, handmade.accuracy, run.environment.data.test),
@@ -115,6 +117,20 @@ def _context(run: Run) -> dict[str, Any]:
         "commands": _commands(run),
         "plots": plots,
     }
+
+
+def _least(limit: Least) -> str:
+    """What was asked of an accuracy, whether a trial reached it, and what the answer has."""
+    told = f"at least {words.percent(limit.asked)} was asked for"
+    if limit.tolerated < limit.asked:
+        told += f", down to {words.percent(limit.tolerated)} tolerated"
+    if not limit.reached:
+        nearest = "" if limit.nearest is None else f", the nearest has {words.percent(limit.nearest)}"
+        told += f"; NO trial of the search reached it{nearest} (validation images, inherited weights)"
+    if limit.answer is None:
+        return told
+    below = ", below it" if limit.answer < limit.tolerated else ""
+    return f"{told}; the answer's file has {words.percent(limit.answer)} on the test images{below}"
 
 
 def _further(cost: Further) -> str:
@@ -196,7 +212,9 @@ def _commands(run: Run) -> list[tuple[str, str]]:
     share = (run.summary.limit_ms - low) / (high - low) if high > low else 0.0
     lower = {"at_most": f"{50 * share:.3g}%"}
     objectives = [msgspec.to_builtins(o) | (lower if o.name == "latency_ms" else {}) for o in experiment.objectives]
-    faster = shlex.quote(f"objectives=[{','.join(map(_inline, objectives))}]")
+    faster = f"objectives=[{','.join(map(_inline, objectives))}]"
+    if "latency_ms" in experiment.limits:
+        faster = f"limits.latency_ms={_inline(msgspec.to_builtins(experiment.limit) | lower)}"
     return [
         (
             "Prove the files again, on this machine as it is now:",
@@ -204,7 +222,7 @@ def _commands(run: Run) -> list[tuple[str, str]]:
         ),
         ("Write the answer's files for your program:", f"nas export {run.winner.facts.folder} --out answer.onnx"),
         ("Search longer:", again("longer", f"search.trials={4 * experiment.search.trials}")),
-        ("Ask for a faster network:", again("faster", faster)),
+        ("Ask for a faster network:", again("faster", shlex.quote(faster))),
         ("Another seed, to see how much of this was luck:", again("seed", f"seed={experiment.seed + 1}")),
         ("Your own images, a folder for each class:", again("mine", "data.source=/path/to/images")),
         (

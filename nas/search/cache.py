@@ -1,9 +1,9 @@
 """Counts of earlier evaluations, found again by content: the same network, weights and images are not evaluated twice.
 
 A cache is a folder with one text file for each meaning, which is what decides a count beside genotype and images:
-weights, data, settings. A line is one count, `[genotype, images, correct, CRC-32 of these]`, appended by whoever made
-it; several searches may do so at once. A damaged line is left out and its network evaluated again: a cache may forget,
-and may be deleted any time.
+weights, data, settings. A line is one count, or a list of them where several accuracies are counted, `[genotype,
+images, correct, CRC-32 of these]`, appended by whoever made it; several searches may do so at once. A damaged line is
+left out and its network evaluated again: a cache may forget, and may be deleted any time.
 """
 
 import hashlib
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Self
 
 from nas.errors import RunError
+from nas.search.executor import Count
 from nas.search.strategy import Genotype
 
 logger = logging.getLogger(__name__)
@@ -33,7 +34,7 @@ class Cache:
 
     def __init__(self, folder: Path | str, meaning: str):
         self.path = Path(folder) / f"{hashlib.sha256(meaning.encode()).hexdigest()[:32]}.jsonl"
-        self._counts: dict[tuple[bytes, int], int] = {}
+        self._counts: dict[tuple[bytes, int], Count] = {}
         self._file = -1
         self._writable = True
         try:
@@ -47,7 +48,7 @@ class Cache:
                 genotype, images, correct, _ = json.loads(line)
                 if _line(bytes(genotype), images, correct) != line:
                     raise ValueError(line)
-                self._counts[bytes(genotype), images] = correct
+                self._counts[bytes(genotype), images] = tuple(correct) if isinstance(correct, list) else correct
             except (ValueError, TypeError):
                 bad += 1
         if bad:
@@ -56,11 +57,11 @@ class Cache:
     def __len__(self) -> int:
         return len(self._counts)
 
-    def get(self, genotype: Genotype, images: int) -> int | None:
+    def get(self, genotype: Genotype, images: int) -> Count | None:
         """The count of a canonical genotype on `images` images, if it was known."""
         return self._counts.get((genotype.tobytes(), images))
 
-    def put(self, genotype: Genotype, images: int, correct: int) -> None:
+    def put(self, genotype: Genotype, images: int, correct: Count) -> None:
         """Writes a count, unless it was known. Where that is impossible, it says so once and writes no more."""
         if not self._writable or (genotype.tobytes(), images) in self._counts:
             return
@@ -88,6 +89,6 @@ class Cache:
             self._file = -1
 
 
-def _line(genotype: bytes, images: int, correct: int) -> bytes:
+def _line(genotype: bytes, images: int, correct: Count) -> bytes:
     body = json.dumps([list(genotype), images, correct], separators=(",", ":"))
     return f"{body[:-1]},{zlib.crc32(body.encode())}]".encode()

@@ -49,7 +49,13 @@ _PACKAGES = {"tensorboard": ("tensorboardX", "tensorboardX>=2.6"), "mlflow": ("m
 
 def scalars(trial: Trial) -> dict[str, float]:
     """What is drawn of a trial: top1, its exact costs, the seconds it took, and whether it failed."""
-    values = {"top1": trial.top1, **trial.cheap, "seconds": trial.seconds, "failed": float(trial.failure is not None)}
+    values = {
+        "top1": trial.top1,
+        **trial.shares,
+        **trial.cheap,
+        "seconds": trial.seconds,
+        "failed": float(trial.failure is not None),
+    }
     # MLflow takes no "@" in names
     return {k.replace("@", " on "): v for k, v in values.items() if math.isfinite(v)}
 

@@ -25,8 +25,8 @@ import numpy as np
 
 from nas.errors import JournalError, LimitError
 from nas.search.cache import Cache
-from nas.search.executor import Executor, Result
-from nas.search.journal import Journal, Record
+from nas.search.executor import Count, Executor, Result
+from nas.search.journal import SEVERAL, Journal, Record
 from nas.search.problem import Problem, choose, with_shares, without_share
 from nas.search.seen import Seen
 from nas.search.strategy import Genotype, Strategy, trial_rng
@@ -85,7 +85,9 @@ def search(
         "seed": seed,
         "initial": [g.tolist() for g in first],
         "skipped": [g.tolist() for g in skipped],
-        **({} if problem.accuracy == "top1" else {"accuracy": problem.accuracy}),  # older journals say nothing of it
+        # older journals say nothing of it
+        **({} if problem.accuracies == ("top1",) else {"accuracy": "+".join(problem.accuracies)}),
+        **({} if len(problem.accuracies) == 1 else {"schema": SEVERAL}),
     }
     shares = strategy.shares
     wide = with_shares(problem, shares)
@@ -107,7 +109,7 @@ def search(
             while asked < min(trials, len(done) + lag) and done.status != "exhausted":
                 k = asked
                 while told <= k - lag:
-                    costs = np.array(list(done[told].costs.values()))
+                    costs = problem.told(strategy, np.array(list(done[told].costs.values())))
                     state, told = strategy.tell(state, untold.pop(told), costs), told + 1
                 rng = trial_rng(seed, k)
                 genotype = first[k] if k < len(first) else choose(wide, rng, strategy.ask(rng, state, proposals), seen)
@@ -142,8 +144,8 @@ def search(
                 trial = _trial(problem, k, network, images, finished.pop(k))
                 if k >= replayed:
                     journal.append(trial.record)
-                if cache is not None and trial.correct is not None:
-                    cache.put(network, images, trial.correct)
+                if cache is not None and (count := _count(trial)) is not None:
+                    cache.put(network, images, count)
                 done.append(trial)
                 if on_trial is not None:
                     on_trial(trial)
@@ -166,12 +168,25 @@ def _starters(problem: Problem, initial: Sequence[Genotype]) -> tuple[list[Genot
 
 
 def _trial(problem: Problem, number: int, genotype: Genotype, images: int, result: Result) -> Trial:
-    correct, failure = result.correct, result.failure
-    if correct is not None and not 0 <= correct <= images:
-        correct, failure = None, f"the evaluator counted {correct} of {images} images correct"
+    found, failure, names = result.correct, result.failure, problem.accuracies
+    counts = () if found is None else found if isinstance(found, tuple) else (found,)
+    if counts and (len(counts) != len(names) or not all(0 <= n <= images for n in counts)):
+        failure = f"the evaluator counted {found} of {images} images correct"
+        if len(counts) != len(names):
+            failure += f", and {len(names)} counts are needed: {', '.join(names)}"
+        counts = ()
+    correct, *further = counts or [None] * len(names)
     values = problem.cheap(genotype[None])[0]
     cheap = {name: float(value) for name, value in zip(problem.cheap_names, values, strict=True)}
-    return Trial(number, tuple(genotype.tolist()), correct, images, cheap, failure, result.seconds)
+    also = dict(zip(names[1:], further, strict=True))
+    return Trial(number, tuple(genotype.tolist()), correct, images, cheap, failure, result.seconds, also)
+
+
+def _count(trial: Trial) -> Count | None:
+    """As an executor gives it."""
+    if trial.correct is None or not trial.also:
+        return trial.correct
+    return (trial.correct, *(n for n in trial.also.values() if n is not None))
 
 
 def _replayed(journal: Journal, record: Record, number: int, genotype: Genotype, images: int) -> Result:
@@ -183,7 +198,7 @@ def _replayed(journal: Journal, record: Record, number: int, genotype: Genotype,
             f"it has {record.get('genotype')} on {record.get('total')} images, the strategy proposes "
             f"{genotype.tolist()} on {images}",
         )
-    return Result(record["correct"], record["seconds"], record["failure"])
+    return Result(_count(Trial.of(record)), record["seconds"], record["failure"])
 
 
 def _diverged(journal: Journal, number: int, how: str) -> JournalError:

@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 from nas.errors import ExecutorError
 from nas.search.strategy import Genotype, Genotypes
 
-# [n, genes] -> n counts of correct images; genotypes as the strategy has them (`Strategy.shares`)
-Evaluate = Callable[[Genotypes], Sequence[int]]
+Count = int | tuple[int, ...]  # of correct images; where a problem has several accuracies, one for each
+# [n, genes] -> n counts; genotypes as the strategy has them (`Strategy.shares`)
+Evaluate = Callable[[Genotypes], Sequence[Count]]
 Factory = Callable[..., Evaluate] | str  # "package.module:function", or the function where everything is in one process
 Weights = Mapping[str, NDArray[Any]]
 
@@ -28,7 +29,7 @@ Weights = Mapping[str, NDArray[Any]]
 class Result:
     """What came of one evaluation: a count, or a failure."""
 
-    correct: int | None
+    correct: Count | None
     seconds: float
     failure: str | None = None
 
@@ -88,7 +89,8 @@ def evaluate_one(evaluate: Evaluate, genotype: Genotype) -> Result:
     start = time.perf_counter()
     try:
         (count,) = evaluate(genotype[None])
-        return Result(operator.index(count), time.perf_counter() - start)
+        right = tuple(map(operator.index, count)) if isinstance(count, tuple) else operator.index(count)
+        return Result(right, time.perf_counter() - start)
     except Exception as e:
         return Result(None, time.perf_counter() - start, f"{type(e).__name__}: {e}")
 

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from nas import words
 from nas.drawing import FONT, WIDTH, Drawing, draw
 from nas.errors import RunError
+from nas.search.accuracy import is_error
 from nas.search.front import Front, Setting, Trial
 from nas.space import Space
 
@@ -127,7 +128,7 @@ def explain(front: Front, trial: Trial) -> Explanation:
     here = one_hot(setting.space, setting.space.check(trial.genotype)[None])[0][0]
     described = setting.space.describe(trial.genotype)
     effects, explained = {}, {}
-    for cost in front.costs:
+    for cost in dict.fromkeys(("error", *front.costs)):
         y = np.array([t.costs[cost] for t in sound])
         finite = np.isfinite(y)
         penalty, explained[cost] = _penalty(design[finite], y[finite])
@@ -272,7 +273,7 @@ def _rows(cost: str, effects: Sequence[Effect], row: int, head: int, middle: int
 
 def _signed(cost: str, value: float) -> str:
     """A difference in a cost, errors in points of a hundred."""
-    if cost == "error":
+    if is_error(cost):
         return f"{100 * value:+.2f} points"
     if abs(value) >= 1000:
         return ("+" if value > 0 else "-") + words.count(abs(value))

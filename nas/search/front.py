@@ -2,6 +2,7 @@
 
 import csv
 import html
+import math
 import types
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ import numpy as np
 
 from nas.errors import LimitError, RunError
 from nas.latency import LatencyModel
+from nas.search.accuracy import Least, is_error, told
 from nas.search.pareto import nondominated
 from nas.search.trials import Trial
 from nas.space import Space
@@ -33,7 +35,8 @@ class Setting:
     device: str | None = None  # whose latency `latency_ms` is
     models: Mapping[str, LatencyModel] = field(default_factory=dict)  # by cost: "latency_ms", "latency_ms@note10"
     limits: Mapping[str, float] = field(default_factory=dict)  # by cost, in its unit
-    accuracy: str = "top1"  # what was counted, see `Problem.accuracy`
+    accuracy: str = "top1"  # what was counted first, see `Problem.accuracies`
+    least: Mapping[str, Least] = field(default_factory=dict)  # limits on accuracies
 
 
 @dataclass(frozen=True, repr=False)
@@ -54,7 +57,8 @@ class Front:
     def of(cls, trials: Iterable[Trial], costs: Sequence[str] | None = None, setting: Setting | None = None) -> "Front":
         """The front of any trials; failed ones and later copies of equal costs are left out.
 
-        So are those on fewer images than others: their errors do not compare.
+        So are those on fewer images than others: their errors do not compare; and those that miss a limit on accuracy
+        of the `setting`.
 
         Args:
             trials: with the same costs.
@@ -73,9 +77,10 @@ class Front:
         counted = known if costs is None else tuple(costs)
         if unknown := [name for name in counted if name not in known]:
             raise LimitError(f"No cost is called {unknown[0]!r}. A front can be made of: {', '.join(known)}.")
-        matrix = np.array([[t.costs[name] for name in counted] for t in trials])
-        order = sorted(counted, key="error".__eq__)  # fastest first, error last
-        front = [trials[i] for i in np.flatnonzero(nondominated(matrix))]
+        compared = [t for t in trials if _missing(t, setting) <= 0]
+        matrix = np.array([[t.costs[name] for name in counted] for t in compared]).reshape(-1, len(counted))
+        order = sorted(counted, key=is_error)  # fastest first, errors last
+        front = [compared[i] for i in np.flatnonzero(nondominated(matrix))]
         ordered = sorted(front, key=lambda t: [t.costs[name] for name in order])
         return cls(tuple(ordered), counted, tuple(trials), setting)
 
@@ -91,6 +96,8 @@ class Front:
 
     def best(self, *, device: str | None = None, **at_most: float) -> Trial:
         """The most accurate trial within limits, for example `front.best(latency_ms=5)`; the cheaper one of equals.
+
+        Of a front that counts no error, the cheapest: in the first of its costs, then in the next.
 
         Only costs that were counted can be limited: within a limit on another one, a trial that is not on this front
         may be better than all that are.
@@ -122,7 +129,8 @@ class Front:
             least = ", ".join(f"{name} >= {min(t.costs[name] for t in self):.4g}" for name in at_most)
             wanted = ", ".join(f"{name} <= {limit:g}" for name, limit in at_most.items())
             raise LimitError(f"No trial of the front has {wanted}: it has {least}. Raise the limit or search on.")
-        return min(within, key=lambda t: (t.error, *(t.costs[name] for name in self.costs)))
+        order = sorted(self.costs, key=lambda name: not is_error(name))
+        return min(within, key=lambda t: (*(t.costs[name] for name in order), t.error))
 
     def _of_device(self, device: str, at_most: Mapping[str, float]) -> dict[str, float]:
         """`at_most` with the cost that is the latency on `device` in place of `latency_ms`."""
@@ -140,7 +148,7 @@ class Front:
         """Where the front bends most: the least sum of error and cost, each scaled to 0..1 over the front.
 
         With two objectives that is the trial farthest below the line through the two ends (Das 1999). Of
-        several costs the mean counts: they mostly grow together.
+        several costs the mean counts, and of several errors: they mostly grow together.
 
         Example:
             >>> space.describe(Front.of(trials).knee().genotype)
@@ -149,8 +157,8 @@ class Front:
         costs = np.array([[t.costs[name] for name in self.costs] for t in self])
         low, span = costs.min(axis=0), np.ptp(costs, axis=0)
         scaled = (costs - low) / np.where(span > 0, span, 1)
-        is_error = np.array([name == "error" for name in self.costs])
-        weight = np.where(is_error, 1.0, 1 / max(1, (~is_error).sum()))
+        errors = np.array([is_error(name) for name in self.costs])
+        weight = np.where(errors, 1 / max(1, errors.sum()), 1 / max(1, (~errors).sum()))
         return self.trials[int((scaled @ weight).argmin())]
 
     def plot(self, against: Mapping[str, "Front"] = types.MappingProxyType({})) -> "Drawing":
@@ -166,24 +174,43 @@ class Front:
 
         return plot(self, against)
 
-    def explain(self, trial: Trial) -> "Explanation":
-        """Which choices drive the costs of the evaluated trials, and where `trial` spends its milliseconds.
+    def explain(self, trial: Trial | int) -> "Explanation":
+        """Which choices drive the costs of the evaluated trials, and where `trial`, or the one of that number, spends
+        its milliseconds.
 
         Raises:
-            RunError: it is not known what was searched (`Front.of` without `setting`).
+            RunError: it is not known what was searched (`Front.of` without `setting`), or there is no such trial.
         """
         from nas.search.explain import explain
 
-        return explain(self, trial)
+        return explain(self, trial if isinstance(trial, Trial) else self._numbered(trial))
+
+    def _numbered(self, number: int) -> Trial:
+        found = next((t for t in self.evaluated if t.trial == number), None)
+        if found is None:
+            raise RunError(
+                f"{number!r} is not the number of a trial that this front compared; those on it: "
+                f"{', '.join(str(t.trial) for t in self) or 'none'}. Give one of them, or a trial."
+            )
+        return found
+
+    @property
+    def nearest(self) -> Trial | None:
+        """Of the trials that did not fail, the one that misses limits on accuracy by the least; None if all failed."""
+        sound = [t for t in self.evaluated if t.correct is not None]
+        return min(sound, key=lambda t: (_missing(t, self.setting), t.error), default=None)
 
     def rows(self) -> list[dict[str, int | float | str | None]]:
-        """One flat row a trial: trial, top1 (or top1_int8), correct, total, each cheap cost, genotype."""
+        """One flat row a trial: trial, top1 (or top1_int8), correct, total, further accuracies with their counts, each
+        cheap cost, genotype."""
         return [
             {
                 "trial": t.trial,
-                self._accuracy: t.top1,
+                self.accuracy: t.top1,
                 "correct": t.correct,
                 "total": t.total,
+                **t.shares,
+                **{f"correct{name.removeprefix('top1')}": count for name, count in t.also.items()},
                 **t.cheap,
                 "genotype": "-".join(map(str, t.genotype)),
             }
@@ -209,7 +236,7 @@ class Front:
             RunError: the file cannot be written.
         """
         rows = self.rows()
-        columns = list(rows[0]) if rows else ["trial", self._accuracy, "correct", "total", "latency_ms", "genotype"]
+        columns = list(rows[0]) if rows else ["trial", self.accuracy, "correct", "total", "latency_ms", "genotype"]
         try:
             with open(path, "w", newline="", encoding="utf-8") as file:
                 table = csv.DictWriter(file, columns, lineterminator="\n")
@@ -220,18 +247,22 @@ class Front:
 
     def __repr__(self) -> str:
         if not self.trials:
-            return "Front(0 trials)"
+            return self._title()
         shown = self.trials if len(self) <= _SHOWN else (*self.trials[: _SHOWN // 2], *self.trials[-_SHOWN // 2 :])
-        knee, cheap = self.knee(), tuple(self.trials[0].cheap)
+        knee, cheap, also = self.knee(), tuple(self.trials[0].cheap), tuple(self.trials[0].also)
         width = max(10, *map(len, cheap)) if cheap else 10
         lines = [
-            f"{t.top1:8.4f}  " + "  ".join(f"{t.cheap[name]:{width}.4g}" for name in cheap) + f"  {t.trial:6d}"
+            f"{t.top1:8.4f}  "
+            + "".join(f"{t.shares[name]:{len(name)}.4f}  " for name in also)
+            + "  ".join(f"{t.cheap[name]:{width}.4g}" for name in cheap)
+            + f"  {t.trial:6d}"
             f"{'  knee' if t is knee and len(self) > 2 else ''}"
             for t in shown
         ]
         if len(shown) < len(self):
             lines.insert(_SHOWN // 2, f"{'...':>8}  {len(self) - len(shown)} more, see .to_frame()")
-        head = f"{self._accuracy:>8}" + "".join(f"  {name:>{width}}" for name in cheap) + f"  {'trial':>6}"
+        head = f"{self.accuracy:>8}" + "".join(f"  {name}" for name in also)
+        head += "".join(f"  {name:>{width}}" for name in cheap) + f"  {'trial':>6}"
         return "\n".join([self._title(), head, *lines])
 
     def _repr_html_(self) -> str:
@@ -243,19 +274,46 @@ class Front:
         return f"<p>{html.escape(self._title())}</p>{picture}<details><summary>trials</summary>{table}</details>"
 
     @property
-    def _accuracy(self) -> str:
+    def accuracy(self) -> str:
+        """What was counted first, as tables call it: top1, or top1_int8."""
         return "top1" if self.setting is None else self.setting.accuracy
+
+    @property
+    def least(self) -> Mapping[str, Least]:
+        """Limits on accuracies, by their names."""
+        return {} if self.setting is None else self.setting.least
 
     def _title(self) -> str:
         of = f" of {len(self.evaluated)}: {', '.join(self.costs)}" if self.evaluated else ""
-        return f"Front({len(self)} trials{of})"
+        limited = f"; {told(self.least)}" if self.least and self.evaluated else ""
+        return f"Front({len(self)} trials{of}{limited}{'' if self.trials else self._missed()})"
+
+    def _missed(self) -> str:
+        """How near the best came, where limits on accuracy were missed by all."""
+        if not self.least or (nearest := self.nearest) is None:
+            return ""
+        shares = ", ".join(f"{name} {(nearest.count(name) or 0) / nearest.total:.4g}" for name in self.least)
+        return f"; none reaches that, the nearest, trial {nearest.trial}, has {shares}"
 
     def _any(self) -> Trial:
         if not self.trials:
+            if missed := self._missed():
+                raise LimitError(
+                    f"No trial reaches {told(self.least)}{missed.removeprefix('; none reaches that')}. Lower that "
+                    f"limit, allow what costs more, or search on."
+                )
             failures = [t.failure for t in self.evaluated if t.failure]
             last = f" The last: {failures[-1]}" if failures else " Look at the failures of the trials first."
             raise LimitError(f"The front is empty: no trial succeeded.{last}")
         return self.trials[0]
+
+
+def _missing(trial: Trial, setting: Setting | None) -> float:
+    """The images, all limits on accuracy together, by which a trial misses them; infinite if it failed."""
+    least = {} if setting is None else setting.least
+    if trial.correct is None:
+        return math.inf
+    return sum(limit.missing(trial.count(name) or 0, trial.total) for name, limit in least.items())
 
 
 def _shown(value: int | float | str | None) -> str:

@@ -18,6 +18,7 @@ from typing import Any
 from nas.errors import JournalError
 
 SCHEMA = 1
+SEVERAL = 2  # of journals whose records count several accuracies; all else is as in schema 1
 
 Record = dict[str, Any]
 
@@ -223,10 +224,10 @@ def _parse(path: Path, data: bytes) -> tuple[list[Record], int]:
             f"only leave a last line without its end. Nothing was changed. `nas doctor --salvage "
             f"{shlex.quote(str(path))}` writes the intact records to a new file and says how to go on from them."
         )
-    if (schema := records[0].get("schema")) != SCHEMA:
+    if (schema := records[0].get("schema")) not in (SCHEMA, SEVERAL):
         age = "an older" if isinstance(schema, int) and schema < SCHEMA else "another"
         raise JournalError(
-            f"{path}: a journal of schema {schema}, by {age} version of nas; this one knows schema {SCHEMA}. "
+            f"{path}: a journal of schema {schema}, by {age} version of nas; this one knows {SCHEMA} and {SEVERAL}. "
             f"Go on with the version that began it, or start anew in another run folder."
         )
     return records, size

@@ -59,12 +59,15 @@ def _panel(front: Front, cost: str, against: Mapping[str, Front], width: float) 
     x_low, x_high = _span([t.costs[cost] for t in (*tried, *on_fronts)])
     if np.isfinite(limit):
         x_low, x_high = min(x_low, limit), max(x_high, limit)
+    least = next((100 * n.asked for name, n in front.least.items() if name == front.accuracy), None)
     # a few hopeless networks must not flatten the rest
     y_low, y_high = _span([100 * t.top1 for t in on_fronts])
     spread = [100 * t.top1 for t in tried or on_fronts]
     y_low = min(y_low, float(np.percentile(spread, 10)))
     if (half := y_high - float(np.median(spread))) > 0:
         y_low = max(y_low, y_high - 4 * half)
+    if least is not None:
+        y_low, y_high = min(y_low, least), max(y_high, least)
     x_low, x_high = x_low - 0.03 * (x_high - x_low), x_high + 0.03 * (x_high - x_low)
     y_low, y_high = y_low - 0.04 * (y_high - y_low), y_high + 0.04 * (y_high - y_low)
     right, bottom = width - _RIGHT, _HEIGHT - _BOTTOM
@@ -86,6 +89,12 @@ def _panel(front: Front, cost: str, against: Mapping[str, Front], width: float) 
             f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{_TOP}" y2="{bottom}" stroke="{_LIMIT}" stroke-width="1.5" '
             f'stroke-dasharray="5 3"/><text x="{x - 5:.1f}" y="{bottom - 6}" text-anchor="end" font-size="11">'
             f"at most {_short(limit)}</text>"
+        )
+    if least is not None:
+        y = bottom - (least - y_low) / (y_high - y_low) * (bottom - _TOP)
+        parts.append(
+            f'<line x1="{_LEFT}" x2="{right:.1f}" y1="{y:.1f}" y2="{y:.1f}" stroke="{_LIMIT}" stroke-width="1.5" '
+            f'stroke-dasharray="5 3"/><text x="{_LEFT + 5}" y="{y - 5:.1f}" font-size="11">at least {least:g} %</text>'
         )
     for other, colour in zip(others, itertools.cycle(_OTHERS), strict=False):
         parts.append(_steps([at(t) for t in other], colour, dashed=True))

@@ -1,13 +1,14 @@
 """What is searched: genotypes, their exact cheap costs, what is feasible, and how a wish becomes a trial."""
 
 import math
-from collections.abc import Callable, Container, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Container, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from nas.search.strategy import Genotype, Genotypes, uniform
+from nas.search.accuracy import Least, error_of
+from nas.search.strategy import Costs, Genotype, Genotypes, Strategy, uniform
 
 _ENUMERATE = 2**16  # spaces up to this size are searched to their very last genotype
 _TRIES = 64  # batches of random walks through a larger space before it counts as exhausted
@@ -27,13 +28,64 @@ class Problem:
     digest: str  # of space, latency table, limits and evaluation: a journal of another digest is not continued
     total: int  # images that a whole evaluation counts over: error = 1 - correct / total
     cheap_names: tuple[str, ...] = ("latency_ms",)  # of the c cheap costs; a journal sorts them, so best sorted here
-    accuracy: str = "top1"  # what is counted, as journal and tables call it: "top1_int8" of int8 networks
+    accuracies: tuple[str, ...] = ("top1",)  # what is counted, as journal and tables call it, "top1_int8" of int8
+    least: Mapping[str, Least] = field(default_factory=dict)  # of accuracies: limits, known only after an evaluation
+    minimised: tuple[str, ...] | None = None  # of `cost_names`, in their order; None: all
+    reach: Mapping[str, tuple[float, float]] = field(default_factory=dict)  # of cheap costs, where there are limits
     picks_share: bool = False  # the last gene picks a share of the images, ascending (`with_shares`)
+
+    def __post_init__(self) -> None:
+        unknown = [n for n in self.least if n not in self.accuracies]
+        unknown += [n for n in self.objectives if n not in self.cost_names]
+        if self.least:
+            unknown += [n for n in self.objectives if n in self.cheap_names and n not in self.reach]
+        if unknown or not self.objectives:
+            raise ValueError(f"problem: {unknown or 'no objective'}: names of accuracies and costs, with their reach")
+
+    @property
+    def error_names(self) -> tuple[str, ...]:
+        """The errors of what is counted, as costs."""
+        return ("error", *map(error_of, self.accuracies[1:]))
 
     @property
     def cost_names(self) -> tuple[str, ...]:
-        """The objectives in the order that a strategy sees them."""
-        return ("error", *self.cheap_names)
+        """All that is known of a trial, errors first; a journal has these."""
+        return (*self.error_names, *self.cheap_names)
+
+    @property
+    def objectives(self) -> tuple[str, ...]:
+        """The costs that are minimised."""
+        return self.cost_names if self.minimised is None else self.minimised
+
+    @property
+    def most_errors(self) -> dict[str, float]:
+        """What an error must stay below, by the name of that cost."""
+        of = dict(zip(self.accuracies, self.error_names, strict=True))
+        return {of[name]: least.most_error(self.total) for name, least in self.least.items()}
+
+    def told(self, strategy: Strategy, costs: Costs) -> Costs:
+        """What a strategy is told of a trial with these costs, in the order of `cost_names`.
+
+        One that heeds limits on accuracy by itself (`Strategy.heeds_limits`) is told all of them; any other the
+        objectives. Of a network that misses such a limit these are worse than any that reaches it can have, the more so
+        the more it misses: it is dominated by all that reach it, and by those that miss less (Deb 2000,
+        doi:10.1016/S0045-7825(99)00389-8; Deb et al. 2002, sec. VI).
+        """
+        if strategy.heeds_limits or (not self.least and self.objectives == self.cost_names):
+            return costs
+        if len(costs) != len(self.cost_names):
+            raise ValueError(
+                f"costs of a trial are {costs.tolist()}: one of each is needed: {', '.join(self.cost_names)}"
+            )
+        values = dict(zip(self.cost_names, costs.tolist(), strict=True))
+        told = np.array([values[name] for name in self.objectives])
+        if np.isnan(costs).any():
+            return np.full_like(told, np.nan)
+        missing = sum(max(0.0, values[name] - most) for name, most in self.most_errors.items())
+        if missing == 0:
+            return told
+        reach = np.array([(0.0, 1.0) if name in self.error_names else self.reach[name] for name in self.objectives])
+        return reach[:, 1] + missing * np.maximum(reach[:, 1] - reach[:, 0], 1e-12)
 
 
 def with_shares(problem: Problem, shares: Sequence[float]) -> Problem:

@@ -222,7 +222,9 @@ class ProcessExecutor:
         self._failed_starts = 0
         if work is not None:
             self._attempts.pop(work[0], None)
-            self._found.append((answer["trial"], Result(answer["correct"], answer["seconds"], answer["failure"])))
+            correct = answer["correct"]
+            count = tuple(correct) if isinstance(correct, list) else correct
+            self._found.append((answer["trial"], Result(count, answer["seconds"], answer["failure"])))
 
     def _replace(self, seat: _Seat, what: str, detail: str) -> None:
         """Puts a fresh worker on `seat` and its trials back into the queue; the one that was running is blamed."""

@@ -1,11 +1,13 @@
 """What is known of a search while it runs: how fast it goes, how busy its workers are, how good its front is."""
 
 import time
+import types
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from nas.search.accuracy import Least
 from nas.search.pareto import hypervolume
 from nas.search.trials import Trial
 
@@ -20,17 +22,29 @@ class Progress:
         reference: [costs] the worst value of each cost, the error first: where the volume ends.
         workers: that evaluate.
         start: the first trial that is not merely read from a journal: only from there on do times count.
+        costs: whose worst values these are; None: all, in the order that trials have them.
+        least: limits on accuracies: trials that miss one dominate nothing.
 
     Attributes:
-        best: the trial of the least error; of those on most images, none that failed.
+        best: the trial of the least error, or first cost where no error counts, or that misses `least` by the fewest
+            images; of those on most images, none that failed.
 
     Example:
         >>> progress = Progress([1.0, 20.0], workers=2)
         >>> search(..., on_trial=lambda trial: (progress.add(trial), print(progress.values())))
     """
 
-    def __init__(self, reference: Sequence[float], *, workers: int, start: int = 0):
+    def __init__(
+        self,
+        reference: Sequence[float],
+        *,
+        workers: int,
+        start: int = 0,
+        costs: Sequence[str] | None = None,
+        least: Mapping[str, Least] = types.MappingProxyType({}),
+    ):
         self.best: Trial | None = None
+        self._costs, self._least = costs, least
         self._reference = np.asarray(reference, np.float64)
         self._workers, self._start = workers, start
         self._front = np.empty((0, len(self._reference)))  # in units of the reference
@@ -48,12 +62,23 @@ class Progress:
             self.best, self._front = None, self._front[:0]
         elif trial.total < self.best.total:
             return
-        if self.best is None or trial.error < self.best.error:
+        if self.best is None or self._order(trial) < self._order(self.best):
             self.best = trial
-        costs = np.array(list(trial.costs.values())) / self._reference
+        if self._missing(trial):
+            return
+        values = trial.costs
+        costs = np.array(list(values.values()) if self._costs is None else [values[n] for n in self._costs])
+        costs /= self._reference
         if not (self._front <= costs).all(axis=1).any():
             self._front = np.vstack([self._front[~(costs <= self._front).all(axis=1)], costs])
             self._changes += 1
+
+    def _missing(self, trial: Trial) -> int:
+        return sum(least.missing(trial.count(name) or 0, trial.total) for name, least in self._least.items())
+
+    def _order(self, trial: Trial) -> tuple[float, float]:
+        first = "error" if self._costs is None or "error" in self._costs else self._costs[0]
+        return self._missing(trial), trial.costs[first]
 
     @property
     def volume(self) -> float:
@@ -85,6 +110,8 @@ class Progress:
         if self._span:
             out |= {"trials/s": f"{self.trials_per_second:.3g}", "busy": f"{self.utilisation:.0%}"}
         if self.best is not None:
-            out |= {"volume": f"{self.volume:.4f}", "best top-1": f"{self.best.top1:.2%}"}
+            best = "nearest" if self._missing(self.best) else "best"
+            out |= {"volume": f"{self.volume:.4f}", f"{best} top-1": f"{self.best.top1:.2%}"}
+            out |= {name.replace("_", " "): f"{share:.2%}" for name, share in self.best.shares.items()}
             out |= {"at ms": f"{self.best.latency_ms:.4g}"} if "latency_ms" in self.best.cheap else {}
         return out

@@ -32,6 +32,8 @@ class Strategy:
     - What ask and tell cost does not grow with the number of trials: the state is bounded.
     - `shares` of more than one: the strategy also chooses how many images a genotype is evaluated on. Its genotypes
       then have one gene more, the last, which picks one of these shares of the validation images, ascending to 1.
+    - `heeds_limits`: told all costs of a trial, it keeps to limits on accuracy by itself. Others are told the
+      objectives alone, which are made worse where such a limit is missed (`Problem.told`).
     """
 
     init: Callable[[], Any]
@@ -39,6 +41,7 @@ class Strategy:
     tell: Callable[[Any, Genotype, Costs], Any]
     identity: str
     shares: tuple[float, ...] = (1.0,)
+    heeds_limits: bool = False
 
 
 def check_number(name: str, value: float, least: float, most: float) -> None:

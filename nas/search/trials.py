@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from nas.errors import JournalError
 from nas.search import journal
+from nas.search.accuracy import error_of, is_error
 
 _BLOCK = 1024  # trials that are given room at a time
 
@@ -26,6 +27,8 @@ class Trial:
     cheap: Mapping[str, float] = field(hash=False)  # exact costs, such as latency_ms
     failure: str | None = None
     seconds: float = field(default=0.0, compare=False)
+    also: Mapping[str, int | None] = field(default_factory=dict, hash=False)
+    """Further counts of right answers on the same images, by what they are called: {"top1_int8": 480}."""
 
     @property
     def top1(self) -> float:
@@ -41,14 +44,22 @@ class Trial:
     def latency_ms(self) -> float:
         return self.cheap["latency_ms"]
 
+    def count(self, accuracy: str) -> int | None:
+        """Images classified correctly, by the name of what is counted; None if the trial failed."""
+        return self.also.get(accuracy, self.correct)
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """Shares of images classified correctly by further counts; NaN if the trial failed."""
+        return {name: float("nan") if n is None else n / self.total for name, n in self.also.items()}
+
     @classmethod
     def of(cls, record: Mapping[str, Any]) -> "Trial":
         """The trial of a journal's record."""
-        cheap = {name: value for name, value in record["costs"].items() if name != "error"}
-        genotype = tuple(record["genotype"])
-        return cls(
-            record["trial"], genotype, record["correct"], record["total"], cheap, record["failure"], record["seconds"]
-        )
+        cheap = {name: value for name, value in record["costs"].items() if not is_error(name)}
+        genotype, also = tuple(record["genotype"]), dict(record.get("also", {}))
+        number, correct, total = record["trial"], record["correct"], record["total"]
+        return cls(number, genotype, correct, total, cheap, record["failure"], record["seconds"], also)
 
     @property
     def record(self) -> dict[str, Any]:
@@ -61,12 +72,16 @@ class Trial:
             "costs": {name: None if math.isnan(cost) else cost for name, cost in self.costs.items()},
             "seconds": self.seconds,
             "failure": self.failure,
+            **({"also": dict(self.also)} if self.also else {}),
         }
 
     @property
     def costs(self) -> dict[str, float]:
-        """All objectives, minimised, in the order of `Problem.cost_names`."""
-        return {"error": self.error, **self.cheap}
+        """All costs, minimised, in the order of `Problem.cost_names`."""
+        out = {"error": self.error}
+        for name, count in self.also.items():
+            out[error_of(name)] = float("nan") if count is None else (self.total - count) / self.total
+        return out | dict(self.cheap)
 
 
 class Trials(Sequence[Trial]):
@@ -78,6 +93,7 @@ class Trials(Sequence[Trial]):
     def __init__(self, trials: Iterable[Trial] = ()):
         self.status = "complete"
         self._names: tuple[str, ...] = ()  # of the cheap costs
+        self._also: tuple[str, ...] = ()  # of the further counts
         self._blocks: list[NDArray[Any]] = []  # rows of `_BLOCK` trials
         self._failures: dict[int, str] = {}  # by index
         self._length = 0
@@ -91,17 +107,20 @@ class Trials(Sequence[Trial]):
             ValueError: it has other costs, or not as many genes, as the trials before it.
         """
         if not self._length:
-            self._names = tuple(trial.cheap)
-        elif tuple(trial.cheap) != self._names or len(trial.genotype) != len(self._blocks[0]["genotype"][0]):
+            self._names, self._also = tuple(trial.cheap), tuple(trial.also)
+        elif (tuple(trial.cheap), tuple(trial.also)) != (self._names, self._also) or len(trial.genotype) != len(
+            self._blocks[0]["genotype"][0]
+        ):
             raise ValueError(f"trial {trial.trial} is of another search than trial {self[0].trial}: its costs or genes")
         if self._length % _BLOCK == 0:
             fields = [("trial", "i4"), ("genotype", "u1", (len(trial.genotype),)), ("correct", "i4"), ("total", "i4")]
-            fields += [("cheap", "f8", (len(self._names),)), ("seconds", "f8")]
+            fields += [("cheap", "f8", (len(self._names),)), ("seconds", "f8"), ("also", "i4", (len(self._also),))]
             self._blocks.append(np.zeros(_BLOCK, fields))
         row = self._blocks[-1][self._length % _BLOCK]
         row["trial"], row["genotype"] = trial.trial, trial.genotype
         row["correct"], row["total"] = -1 if trial.correct is None else trial.correct, trial.total
         row["cheap"], row["seconds"] = tuple(trial.cheap.values()), trial.seconds
+        row["also"] = tuple(-1 if n is None else n for n in trial.also.values())
         if trial.failure is not None:
             self._failures[self._length] = trial.failure
         self._length += 1
@@ -123,10 +142,11 @@ class Trials(Sequence[Trial]):
         return self._at(chosen) if isinstance(chosen, int) else Trials(map(self._at, chosen))
 
     def _at(self, index: int) -> Trial:
-        number, genotype, correct, total, cheap, seconds = self._blocks[index // _BLOCK][index % _BLOCK].item()
+        number, genotype, correct, total, cheap, seconds, further = self._blocks[index // _BLOCK][index % _BLOCK].item()
         costs = dict(zip(self._names, cheap.tolist(), strict=True))
-        failure = self._failures.get(index)
-        return Trial(number, tuple(genotype.tolist()), None if correct < 0 else correct, total, costs, failure, seconds)
+        also = {name: None if n < 0 else n for name, n in zip(self._also, further.tolist(), strict=True)}
+        failure, right = self._failures.get(index), None if correct < 0 else correct
+        return Trial(number, tuple(genotype.tolist()), right, total, costs, failure, seconds, also)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Trials | list):

@@ -68,12 +68,13 @@ def warm_start(strategy: Strategy, problem: Problem, trials: Iterable[Trial]) ->
                 f"{list(problem.sizes)} are needed. Was that search over another space?"
             )
     genotypes = np.array([t.genotype for t in trials], np.uint8).reshape(len(trials), len(problem.sizes))
-    costs = np.column_stack([[t.error for t in trials], problem.cheap(genotypes)]) if trials else np.empty((0, 1))
+    errors = [[t.costs.get(name, np.nan) for name in problem.error_names] for t in trials]
+    costs = np.column_stack([errors, problem.cheap(genotypes)]) if trials else np.empty((0, 1))
     within = problem.feasible(genotypes) if trials else np.zeros(0, bool)
     genotypes, costs = problem.canonical(genotypes[within]), costs[within]
     state = strategy.init()
     for genotype, row in zip(genotypes, costs, strict=True):
         whole = genotype if len(strategy.shares) == 1 else np.append(genotype, np.uint8(len(strategy.shares) - 1))
-        state = strategy.tell(state, whole, row)
+        state = strategy.tell(state, whole, problem.told(strategy, row))
     digest = hashlib.sha256(genotypes.tobytes() + costs.tobytes()).hexdigest()[:16]
     return replace(strategy, init=lambda: state, identity=f"warm_start({strategy.identity}, {digest})")

@@ -70,6 +70,15 @@ def evaluator(delay_seconds=0.0, log=None, weights=None, shares=(1.0,)):
     return evaluate
 
 
+def two_counts():
+    """The count, and that of int8: the smaller, the larger the last gene."""
+
+    def evaluate(genotypes):
+        return [(correct(g), max(0, correct(g) - 9 * int(g[-1]))) for g in genotypes]
+
+    return evaluate
+
+
 def choosy_evaluator(weights=None):
     """As `evaluator`, with whatever share of the images; every seventh genotype is refused."""
 

@@ -48,7 +48,7 @@ def test_knee_is_where_it_bends(front):
 
 def test_empty_front_says_so():
     front = Front.of([TRIALS[4]])
-    assert repr(front) == "Front(0 trials)"
+    assert repr(front) == "Front(0 trials of 1: error, latency_ms)"
     assert "0 trials" in front._repr_html_()
     with pytest.raises(LimitError, match="empty"):
         front.knee()
