@@ -836,7 +836,7 @@ def _wrong_cost(name: str, *, kind: str) -> str:
     """What is wrong with the name of a cost; empty if nothing is."""
     if name in COSTS[:-1] or (name.startswith("latency_ms@") and len(name) > len("latency_ms@")):
         return ""
-    known = COSTS if kind == "cost" else ("top1", *COSTS)
+    known = (*COSTS, *ACCURACIES) if kind == "cost" else (*ACCURACIES, *COSTS)
     close = difflib.get_close_matches(name.lower(), _CALLED_HERE, n=1, cutoff=0.7)
     if close and not difflib.get_close_matches(name, known, n=1, cutoff=0.8):
         return f"unknown {kind} `{name}`: {_CALLED_HERE[close[0]]}. Valid {kind}s: {', '.join(known)}."
