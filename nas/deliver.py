@@ -15,7 +15,7 @@ from nas.errors import CheckpointError, ConfigError
 from nas.export import RUNTIMES
 from nas.files import write_bytes
 from nas.pipeline.export import file_name, model_file
-from nas.quantise import Quantisation, has_integers
+from nas.quantise import Quantisation, has_integers, narrowed
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -28,10 +28,11 @@ class Winner:
     quantisation: Quantisation | None = None
 
     def logits(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Logits [n, classes] of uint8 images [n, h, w, c], in JAX."""
+        """Logits [n, classes] of uint8 images [n, h, w, c], in JAX: activations in float32, weights as in its file."""
         from nas.run import run
 
-        out, _ = run(self.architecture.network.flat(), self.params, self.architecture.input.normalise(images))
+        graph = self.architecture.network.flat()
+        out, _ = run(graph, narrowed(graph, self.params), self.architecture.input.normalise(images))
         return np.asarray(out)
 
     def classify(self, images: NDArray[np.uint8]) -> list[str]:

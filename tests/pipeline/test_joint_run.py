@@ -6,11 +6,19 @@ import json
 import numpy as np
 import pytest
 import tiny
+from export.networks import params_of
 
 import nas
 from nas import cost
+from nas.architecture import Architecture, Input, save_params, schema_of
 from nas.console import Console
+from nas.deliver import export_network
 from nas.errors import ConfigError, UnmeasuredBlock
+from nas.export import RUNTIMES
+from nas.fold import fold
+from nas.ops import PRECISIONS, WEIGHT_BITS
+from nas.pipeline.export import quantisation_json
+from nas.quantise import placeholder
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +57,26 @@ def test_file_size_and_peak_memory_follow_the_precisions_that_stages_choose():
     in_float, in_int8, in_4_bits = ({"memory": m, "size": s} for m, s in problem.cheap(np.stack(rows)))
     assert in_4_bits["size"] < in_int8["size"] < 0.6 * in_float["size"]
     assert in_int8["memory"] < in_float["memory"] == in_4_bits["memory"]
+
+
+@pytest.mark.parametrize("precision", WEIGHT_BITS)
+def test_a_winner_with_narrow_weights_is_the_same_from_disk_in_jax_and_as_a_file(precision, tmp_path):
+    space = tiny.joint_space(tmp_path, precisions=PRECISIONS)
+    network = space.decode(space.uniform(precision=lambda _: precision))
+    params, names = params_of(network.flat()), ("a", "b", "c")
+    told = Architecture(schema_of(network), "narrow", network, Input(network.input, (0.5,), (0.25,)), names)
+    told.save(tmp_path / "architecture.json")
+    save_params(tmp_path / "params", params)
+    scales = placeholder(fold(network.flat(), params)[0])
+    (tmp_path / "quantisation.json").write_bytes(quantisation_json(scales))
+    winner = nas.load_winner(tmp_path)
+    assert (told.schema, winner.architecture) == ("nas.architecture/2", told)
+    images = np.random.default_rng(0).integers(0, 256, (16, 8, 8, 1), np.uint8)
+    written = {path.name: path for path in export_network(tmp_path)}
+    assert written.keys() == {"model.onnx", "model.mixed.onnx"}
+    session = RUNTIMES["onnxruntime"]().open(written["model.mixed.onnx"])
+    logits = winner.logits(images)
+    np.testing.assert_allclose(session(told.input.normalise(images)), logits, atol=1e-4 * np.abs(logits).max())
 
 
 def test_bytes_are_those_of_the_precisions_that_stages_choose(place):
