@@ -71,12 +71,12 @@ class Problem:
         the more it misses: it is dominated by all that reach it, and by those that miss less (Deb 2000,
         doi:10.1016/S0045-7825(99)00389-8; Deb et al. 2002, sec. VI).
         """
-        if strategy.heeds_limits or (not self.least and self.objectives == self.cost_names):
-            return costs
         if len(costs) != len(self.cost_names):
             raise ValueError(
                 f"costs of a trial are {costs.tolist()}: one of each is needed: {', '.join(self.cost_names)}"
             )
+        if strategy.heeds_limits or (not self.least and self.objectives == self.cost_names):
+            return costs
         values = dict(zip(self.cost_names, costs.tolist(), strict=True))
         told = np.array([values[name] for name in self.objectives])
         if np.isnan(costs).any():
