@@ -443,7 +443,8 @@ def _believer(plan: _Plan, new: Population, pool: Genotypes, n: int, doubt: floa
     beliefs = {i: (mean, deviation) if i == aim.main else m.predict(pool, features) for i, m in models.items()}
     others = plan.others(beliefs, cheap)
     reached = np.all([beliefs[i][0] < np.log(aim.most[i]) for i in aim.limited] or [np.ones(len(pool), bool)], axis=0)
-    predicted = np.exp(mean) if aim.minimised_errors else np.zeros(len(pool))
+    with np.errstate(over="ignore"):  # infinitely bad is bad enough
+        predicted = np.exp(mean) if aim.minimised_errors else np.zeros(len(pool))
     expected = np.where(reached[:, None], np.column_stack([predicted, others]), np.inf)
     variance = (deviation / model.scale) ** 2
     standard = model.standardised(features)

@@ -8,6 +8,7 @@ import pytest
 import tiny
 
 import nas
+from nas import words
 from nas.console import Console
 from nas.errors import ConfigError, LimitError
 from nas.search import read_trials
@@ -57,21 +58,22 @@ def searched(**more):
     return nas.search(CHOICES, **(settings | more), quiet=True)
 
 
+@pytest.mark.slow  # 20 s; `make smoke` has it
 def test_a_run_looks_for_the_fastest_network_that_is_accurate_enough_and_says_what_its_file_has(trained):
     limits = (f"objectives=[{LATENCY}]", 'limits.top1={at_least="34%",tolerance=0.01}')
-    said(trained, "run", *limits, "search.trials=8", "finish.winners=2")
+    said(trained, "run", *limits, 'question=""', "search.trials=8", "finish.winners=2")
     run = nas.load_run(trained / "run")
     reached = [t for t in run.trials if t.top1 >= 0.33]
     (told,) = run.summary["least"]
     assert told["reached"] == bool(reached)
     if reached:
         assert run.front.best().latency_ms == min(t.latency_ms for t in reached)
-        assert run.winners["winner_1"].genotype == run.front.best().genotype
+        assert run.winners["winner_1"].architecture.genotype == run.front.best().genotype
     assert told["answer"] == run.summary["winner"]["accuracy"]
     assert re.search(r"Fastest network within [\d.]+ ms, top1 at least 0\.34: top-1", run.summary["verdict"])
     page = (trained / "run" / "report.html").read_text()
     assert "Which network is the cheapest that is accurate enough?" in page
-    assert "at least 34.0 % was asked for, down to 33.0 % tolerated" in page.replace("&nbsp;", " ")
+    assert f"at least {words.percent(0.34)} was asked for, down to {words.percent(0.33)} tolerated" in page
 
 
 def test_a_limit_that_no_trial_reaches_is_told_with_the_nearest_and_the_run_ends_well(trained):
@@ -87,6 +89,7 @@ def test_a_limit_that_no_trial_reaches_is_told_with_the_nearest_and_the_run_ends
         run.front.best()
 
 
+@pytest.mark.slow  # 15 s; `make smoke` has it
 def test_one_search_counts_float32_and_int8_and_both_are_what_each_alone_has(trained):
     def trials(*overrides):
         said(trained, "run", *overrides, "search.trials=6", "search.strategy=random", stages=["search"], redo="search")
