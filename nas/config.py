@@ -871,6 +871,8 @@ def _wrong_least(name: str, asked: Limit) -> tuple[str, str] | None:
     if asked.at_most is not None:
         return "at_most", f"{name} has an at_most, but accuracy is made high: give it an at_least."
     for key, value, example in (("at_least", asked.at_least, "90%"), ("tolerance", asked.tolerance, "1%")):
+        if not isinstance(value, float | int | str | None):
+            return key, f'{key} is {value!r}: a share from 0 to 1, or one like "{example}", is needed.'
         if isinstance(value, str) and not re.fullmatch(r"\d+(\.\d+)?\s*%", value):
             return key, f'{key} is {value!r}: a share from 0 to 1, or one like "{example}", is needed.'
         number = None if value is None or isinstance(value, bool) else share_of(value)

@@ -51,10 +51,12 @@ def limited(experiment: Experiment, limits: Mapping[str, float | str]) -> Experi
     named = {config.accuracy_of(o.name, o): o for o in experiment.objectives}
     objectives = tuple(changed(o.name, o, limits[n]) if n in limits else o for n, o in named.items())
     others = dict(experiment.limits)
+    known = {config.accuracy_of(key, config.as_limit(key, was)): key for key, was in others.items()}
     for name, limit in limits.items():
         if name not in named:
-            was = others.get(name)
-            others[name] = changed(name, was, limit) if isinstance(was, config.Limit) else limit
+            key = known.get(name, name)
+            was = others.get(key)
+            others[key] = changed(key, was, limit) if isinstance(was, config.Limit) else limit
     return msgspec.structs.replace(experiment, objectives=objectives, limits=others)
 
 

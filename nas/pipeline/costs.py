@@ -8,7 +8,7 @@ them all is looked for, or a proof that there is none.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -110,6 +110,19 @@ def minimised(experiment: Experiment) -> tuple[str, ...]:
 def errors_of(accuracies: Sequence[str], maximised: Sequence[str]) -> tuple[str, ...]:
     """What is minimised of the errors of all that is counted."""
     return tuple("error" if name == accuracies[0] else error_of(name) for name in accuracies if name in maximised)
+
+
+def require_countable(space: Space, accuracies: Collection[str]) -> None:
+    """Nothing, if subnets of `space` can be counted so.
+
+    Raises:
+        ConfigError: they choose their precisions themselves.
+    """
+    if space.mixed and "top1_int8" in accuracies:
+        raise ConfigError(
+            f"top1 asks for precision int8, but the stages of space {space.name!r} choose theirs, and are counted "
+            f"as they choose. Leave top1's `precision` out, or that of the stages."
+        )
 
 
 def least_of(asked: Mapping[str, Limit]) -> dict[str, Least]:

@@ -21,7 +21,7 @@ from nas.config import Experiment, nearest
 from nas.console import Console
 from nas.errors import ConfigError, ExecutorError, NasError
 from nas.latency import LatencyModel, Table, device_folder, find_model
-from nas.pipeline.costs import Cost, errors_of, exact_costs, least_of, minimised
+from nas.pipeline.costs import Cost, errors_of, exact_costs, least_of, minimised, require_countable
 from nas.pipeline.job import Job
 from nas.pipeline.problem import Limit, accuracies_of, counted, features_of, latency_on, limits_of, name_of
 from nas.pipeline.search import accuracy_digest, problem_of, sizes_of
@@ -157,6 +157,8 @@ def search(
             input_shape=input_shape, classes=classes, console=console,
         )  # fmt: skip
         accuracies, maximised, least = accuracies_of(objectives, asked, source.accuracies)
+        if source.weights is not None:  # of a supernet, which counts
+            require_countable(source.space, accuracies)
         found, names = counted(source.space, source.models, objectives, asked, own, source.precision)
         aims = (*errors_of(accuracies, maximised), *names)
         for cost in found:

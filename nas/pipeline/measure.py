@@ -11,11 +11,12 @@ from typing import Any
 
 import msgspec
 
-from nas.errors import ConfigError, DeviceError
+from nas.errors import DeviceError
 from nas.files import write_json
 from nas.latency import LatencyModel, Proof, find_model, find_models
 from nas.measure import hardware
 from nas.measure import measure as measure_table
+from nas.pipeline.costs import require_countable
 from nas.pipeline.job import Job, together
 from nas.space import copy_space
 
@@ -38,11 +39,7 @@ def measure(job: Job) -> None:
             f"{', '.join(job.precisions)} for this space. Change the objective's `precision` or the device."
         )
     job.space  # noqa: B018  data and space are checked, and told, before the measuring begins
-    if job.space.mixed and "top1_int8" in job.experiment.accuracies:
-        raise ConfigError(
-            f"top1 asks for precision int8, but the stages of space {job.space.name!r} choose theirs, and are counted "
-            f"as they choose. Leave the objective's `precision` out, or that of the stages."
-        )
+    require_countable(job.space, job.experiment.accuracies)
     proofs: dict[str, Any] = {}
     tables: dict[str, LatencyModel] = {}
     for precision, (table, proof) in (_measured if job.device.at_hand else _kept)(job):

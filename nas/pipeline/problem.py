@@ -98,7 +98,10 @@ def accuracies_of(
         if limit.at_least is None and limit.at_most is None:
             raise ConfigError(f"limits[{name!r}] has no at_least: give it one, or leave it out.")
         config.check_limit(name, limit)
-    limited = {config.accuracy_of(name, limit): limit for name, limit in limited.items()}
+    named = [config.accuracy_of(name, limit) for name, limit in limited.items()]
+    if twice := [name for name in named if named.count(name) > 1]:
+        raise ConfigError(f"limits has {twice[0]} twice: leave one out.")
+    limited = dict(zip(named, limited.values(), strict=True))
     maximised = tuple(n for n in config.ACCURACIES if n in objectives) or (() if limited else usual)
     return tuple(n for n in config.ACCURACIES if n in {*maximised, *limited}), maximised, least_of(limited)
 
@@ -142,6 +145,12 @@ def counted(
             raise ConfigError(f"costs[{name!r}] is {price!r}: a function, [n, genes] to [n], is needed.")
     known = {n: limits.get(n) for n in (*objectives, *limits) if n not in own}
     config.check_costs(known)
+    asked = known.get("latency_ms")
+    if asked is not None and asked.precision not in (None, precision):
+        raise ConfigError(
+            f"limits['latency_ms'] is of precision {asked.precision!r}, and the latency that is searched by of "
+            f"{precision!r}: give precision={asked.precision!r} besides the limits."
+        )
     for name in known:
         if not space.positions:
             raise ConfigError(f"{name} is not known of choices alone: give costs={{{name!r}: f}}.")

@@ -17,7 +17,17 @@ from nas.data import load_data
 from nas.evaluate import SubnetEvaluator
 from nas.evaluate.proxies import additive, naswot
 from nas.files import read_as, write_json
-from nas.pipeline.costs import Cost, beyond, cost_names, exact_costs, handmade, least_of, minimised, within
+from nas.pipeline.costs import (
+    Cost,
+    beyond,
+    cost_names,
+    exact_costs,
+    handmade,
+    least_of,
+    minimised,
+    require_countable,
+    within,
+)
 from nas.pipeline.job import Job
 from nas.search import (
     EXECUTORS,
@@ -226,6 +236,7 @@ class _Proxied(msgspec.Struct):
 
 def make_problem(job: Job) -> Problem:
     """The space under the limits, as the search sees it."""
+    require_countable(job.space, job.experiment.accuracies)
     space, costs, names = job.space, exact_costs(job), cost_names(job.experiment)
     experiment = job.experiment
     meaning = [

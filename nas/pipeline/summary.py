@@ -17,6 +17,8 @@ from nas.report import write_report
 from nas.search import Front, Setting, Trials, read_trials
 from nas.search.accuracy import Least, is_error
 
+_ROUNDING = 1e-9  # of shares, as in `Least`
+
 
 def report(job: Job) -> None:
     """Writes summary.json and report.html, and says the answer."""
@@ -43,7 +45,11 @@ def summary(job: Job) -> dict[str, Any]:
         needed = least_of(job.experiment.least).get("top1", Least(0.0, 0.0)).tolerated
         winner = min(
             sound,
-            key=lambda e: (max(0.0, needed - e["validation_accuracy"]), e["name"] != "winner_1", e["predicted_ms"]),
+            key=lambda e: (
+                max(0.0, needed - _ROUNDING - e["validation_accuracy"]),
+                e["name"] != "winner_1",
+                e["predicted_ms"],
+            ),
         )
     trials = read_trials(job.path / "search" / "journal.jsonl")
     least = _least(job, trials, winner)
@@ -167,8 +173,9 @@ def missed(limit: Mapping[str, Any]) -> str:
     """That no trial reached a limit on accuracy, and how near the best came; nothing if one did."""
     if limit["reached"]:
         return ""
+    beside = " beside the other limits" * limit["among"]
     return (
-        f"NO trial of the search reached {limit['name']} at least {limit['asked']:.4g}: the nearest had "
+        f"NO trial of the search reached {limit['name']} at least {limit['asked']:.4g}{beside}: the nearest had "
         f"{limit['nearest']:.4g} (validation, inherited weights). "
     )
 
@@ -176,9 +183,9 @@ def missed(limit: Mapping[str, Any]) -> str:
 def below(limit: Mapping[str, Any]) -> str:
     """That the answer's file misses a limit on accuracy on the test images; nothing where it does not, or there is no
     such file."""
-    if limit["answer"] is None or limit["answer"] >= limit["asked"]:
+    if limit["answer"] is None or limit["answer"] >= limit["asked"] - _ROUNDING:
         return ""
-    tolerated = ", within its tolerance" * (limit["answer"] >= limit["tolerated"])
+    tolerated = ", within its tolerance" * (limit["answer"] >= limit["tolerated"] - _ROUNDING)
     return (
         f" Its {limit['name']} on the test images, {limit['answer']:.4g}, is below the {limit['asked']:.4g} that was "
         f"asked for{tolerated}."
@@ -186,21 +193,25 @@ def below(limit: Mapping[str, Any]) -> str:
 
 
 def _least(job: Job, trials: Trials, winner: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """What is told of each limit on accuracy: what the trials reached, and the answer's file of that precision."""
+    """What is told of each limit on accuracy: what the trials reached, and the answer's file of that precision.
+
+    Limits are reached together: by the trial that misses all of them by the least.
+    """
     out, limits = [], least_of(job.experiment.least)
     front = Front.of(trials, setting=Setting(job.space, least=limits))
     nearest = front.nearest
     for name, limit in limits.items():
         precision = "int8" if name == "top1_int8" else "float32"
-        file = winner if precision == job.file else winner.get(precision)
-        counts = [(t.count(name) or 0, t.total) for t in front.evaluated]
+        file = winner if job.file in (precision, "mixed") else winner.get(precision)
+        count, total = (0, 1) if nearest is None else (nearest.count(name) or 0, nearest.total)
         out.append(
             {
                 "name": name,
                 "asked": limit.asked,
                 "tolerated": limit.tolerated,
-                "reached": any(limit.missing(count, total) == 0 for count, total in counts),
-                "nearest": None if nearest is None else (nearest.count(name) or 0) / nearest.total,
+                "reached": nearest is not None and limit.missing(count, total) == 0,
+                "among": len(limits) > 1,
+                "nearest": None if nearest is None else count / total,
                 "answer": None if file is None else file["accuracy"],
             }
         )

@@ -10,6 +10,7 @@ from nas.fidelity import Fidelity
 from nas.latency import Proof, Tried
 from nas.report.folder import Agreement, Member, Metrics, Population, Run, Trained
 from nas.search import Front, Trial
+from nas.search.accuracy import Least
 
 Figure = dict[str, Any]
 
@@ -36,7 +37,9 @@ def front(run: Run) -> Figure:
     """Accuracy against latency: what was tried, the front, and what came of it."""
     precision, limit_ms = run.summary.file, run.limit_ms
     whole = run.whole
-    undominated = list(Front.of(whole, ("error", "latency_ms")))
+    asked = {n.name: Least(n.asked, n.tolerated) for n in run.summary.least}
+    reached = [t for t in whole if not any(n.missing(t.count(name) or 0, t.total) for name, n in asked.items())]
+    undominated = list(Front.of(reached, ("error", "latency_ms")))
     on_front = {t.trial for t in undominated}
     dominated = [t for t in whole if t.failure is None and t.trial not in on_front]
     fewer = [t for t in run.trials if t.failure is None and t.total < whole[0].total]
@@ -68,9 +71,10 @@ def front(run: Run) -> Figure:
         {"type": "line", "x0": x, "x1": x, "yref": "paper", "y0": 0, "y1": 1, "layer": "below", "line": red}
         for x in limits
     ]
+    drawn = [n for n in run.summary.least if n.name == run.experiment.accuracy]  # what the axis has
     layout["shapes"] += [
         {"type": "line", "y0": n.asked, "y1": n.asked, "xref": "paper", "x0": 0, "x1": 1, "layer": "below", "line": red}
-        for n in run.summary.least
+        for n in drawn
     ]
     beside = {"showarrow": False, "xanchor": "left", "yanchor": "bottom", "xshift": 4}
     layout["annotations"] = [
@@ -78,7 +82,7 @@ def front(run: Run) -> Figure:
     ]
     layout["annotations"] += [
         {"xref": "paper", "x": 0, "y": n.asked, "text": f"{n.name} at least {words.percent(n.asked)}", **beside}
-        for n in run.summary.least
+        for n in drawn
     ]
     return figure
 

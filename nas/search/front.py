@@ -203,19 +203,19 @@ class Front:
     def rows(self) -> list[dict[str, int | float | str | None]]:
         """One flat row a trial: trial, top1 (or top1_int8), correct, total, further accuracies with their counts, each
         cheap cost, genotype."""
-        return [
-            {
-                "trial": t.trial,
-                self.accuracy: t.top1,
-                "correct": t.correct,
-                "total": t.total,
-                **t.shares,
-                **{f"correct{name.removeprefix('top1')}": count for name, count in t.also.items()},
-                **t.cheap,
-                "genotype": "-".join(map(str, t.genotype)),
-            }
-            for t in self
-        ]
+        return [self._row(t) for t in self]
+
+    def _row(self, t: Trial) -> dict[str, int | float | str | None]:
+        return {
+            "trial": t.trial,
+            self.accuracy: t.top1,
+            "correct": t.correct,
+            "total": t.total,
+            **t.shares,
+            **{f"correct{name.removeprefix('top1')}": count for name, count in t.also.items()},
+            **t.cheap,
+            "genotype": "-".join(map(str, t.genotype)),
+        }
 
     def to_frame(self) -> "DataFrame":
         """The rows as a pandas table.
@@ -236,7 +236,8 @@ class Front:
             RunError: the file cannot be written.
         """
         rows = self.rows()
-        columns = list(rows[0]) if rows else ["trial", self.accuracy, "correct", "total", "latency_ms", "genotype"]
+        some = rows or [self._row(t) for t in self.evaluated[:1]]
+        columns = list(some[0]) if some else ["trial", self.accuracy, "correct", "total", "latency_ms", "genotype"]
         try:
             with open(path, "w", newline="", encoding="utf-8") as file:
                 table = csv.DictWriter(file, columns, lineterminator="\n")

@@ -26,7 +26,8 @@ def plot(front: Front, against: Mapping[str, Front]) -> Drawing:
         LimitError: the front is empty, has no cost beside the error, or another one lacks one of its costs.
     """
     costs = [name for name in front.costs if name != "error"]
-    if not front.trials or not costs:
+    front.knee()  # an empty one says why
+    if not costs:
         raise LimitError(
             f"Nothing to draw: the front has {len(front)} trials of {', '.join(front.costs) or 'no cost'}."
         )
@@ -66,6 +67,8 @@ def _panel(front: Front, cost: str, against: Mapping[str, Front], width: float) 
     y_low = min(y_low, float(np.percentile(spread, 10)))
     if (half := y_high - float(np.median(spread))) > 0:
         y_low = max(y_low, y_high - 4 * half)
+    if front.least:  # better ones may miss another limit
+        y_high = max(y_high, *spread)
     if least is not None:
         y_low, y_high = min(y_low, least), max(y_high, least)
     x_low, x_high = x_low - 0.03 * (x_high - x_low), x_high + 0.03 * (x_high - x_low)

@@ -187,6 +187,7 @@ class _Plan:
         """
         seen = self.trials.costs[:, column]
         least = float(seen[seen > 0].min() / 2) if (seen > 0).any() else 1.0
+        least = min(least, self.known.aim.most[column] / 2)  # none at all is within any limit
         return np.log(np.clip(np.fmin(costs[:, column], _BEYOND * self.worst_errors[column]), least, None))
 
     @functools.cached_property

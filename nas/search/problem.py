@@ -67,7 +67,8 @@ class Problem:
         """What a strategy is told of a trial with these costs, in the order of `cost_names`.
 
         One that heeds limits on accuracy by itself (`Strategy.heeds_limits`) is told all of them; any other the
-        objectives. Of a network that misses such a limit these are worse than any that reaches it can have, the more so
+        objectives. Of a network that misses such a limit these are worse than any that reaches it has, as far as
+        `reach` is exact, the more so
         the more it misses: it is dominated by all that reach it, and by those that miss less (Deb 2000,
         doi:10.1016/S0045-7825(99)00389-8; Deb et al. 2002, sec. VI).
         """

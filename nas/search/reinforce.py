@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from nas.search.accuracy import is_error
+from nas.search.problem import Problem
 from nas.search.strategy import Costs, Genotype, Genotypes, Strategy, check_number
 
 _SECOND_MOMENT = 0.999  # decay of Adam's (Kingma & Ba 2015); like TuNAS's controller it has no first moment
@@ -29,10 +31,11 @@ def reinforce(
     beta: float = -0.07,
     learning_rate: float = 0.1,
     memory: float = 0.9,
+    problem: Problem | None = None,
 ) -> Strategy:
     """Draws every gene from its own distribution and shifts them towards what was rewarded (Williams 1992).
 
-    The reward is `(1 - costs[0]) + beta * |costs[1] / target - 1|`: TuNAS's absolute reward (sec. 3.3), which has its
+    The reward is `(1 - costs[0]) + beta * |cost / target - 1|`: TuNAS's absolute reward (sec. 3.3), which has its
     best networks at the target, where a reward that punishes only what is slower drifts to either side. It is one
     number: of more costs, further ones are not seen. Without a target it is `1 - costs[0]`, under the driver's limits.
 
@@ -45,17 +48,25 @@ def reinforce(
     Args:
         sizes: the number of values of each gene.
         population: taken for the sake of the common signature; no trials are remembered.
-        target: of `costs[1]`, for example milliseconds; None: the second cost counts nothing.
+        target: of the first objective that is no error, for example milliseconds; None: it counts nothing.
         beta: what missing the target by its whole costs, in units of accuracy; not above 0, which would reward it.
         learning_rate: of Adam.
         memory: share of the baseline that a new reward leaves.
+        problem: has the objectives; None: an error, and what the target is of.
 
     Raises:
-        ValueError: one of these is out of range.
+        ValueError: one of these is out of range, or `target` is given and the objectives are not an error and a cost.
     """
     if target is not None:
         check_number("target", target, 1e-6, 1e15)
     check_number("beta", beta, -1000, 0)
+    objectives = ("error", "cost") if problem is None else problem.objectives
+    column = next((i for i, name in enumerate(objectives) if not is_error(name)), None)
+    if target is not None and (column is None or not is_error(objectives[0])):
+        raise ValueError(
+            f"target {target:g}: the objectives are {', '.join(objectives)}, and it needs an accuracy and the cost that"
+            f" it is of. Make them objectives, or leave it out"
+        )
     check_number("learning_rate", learning_rate, 1e-6, 10)
     check_number("memory", memory, 0, 0.9999)
     values = np.arange(max(sizes, default=1)) < np.asarray(sizes)[:, None]  # [genes, values]
@@ -73,8 +84,8 @@ def reinforce(
         if not np.isfinite(costs).all():
             return state
         reward = 1.0 - float(costs[0])
-        if target is not None:
-            reward += beta * abs(float(costs[1]) / target - 1.0)
+        if target is not None and column is not None:
+            reward += beta * abs(float(costs[column]) / target - 1.0)
         baseline = reward if state.told == 0 else memory * state.baseline + (1 - memory) * reward
         gradient = -_probabilities(state.logits)
         gradient[genes, genotype] += 1.0

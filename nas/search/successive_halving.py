@@ -53,8 +53,8 @@ def successive_halving(
             the paper (a model in its place is BOHB: Falkner et al. 2018, arXiv:1807.01774).
 
     Raises:
-        ValueError: `population`, `eta` or `rungs` is out of range, the first rung has less than one image, or the
-            explorer chooses images itself.
+        ValueError: `population`, `eta` or `rungs` is out of range, the first rung has less than one image, the
+            explorer chooses images itself, or goes by limits on accuracy or costs that are no objectives itself.
     """
     check_population(population)
     check_number("eta", eta, 2, 100)
@@ -64,6 +64,11 @@ def successive_halving(
     source = random_search(sizes) if explorer is None else explorer
     if len(source.shares) > 1:
         raise ValueError(f"the explorer {source.identity} chooses numbers of images itself: give one that does not")
+    if source.heeds_limits and problem is not None and (problem.least or problem.objectives != problem.cost_names):
+        raise ValueError(
+            f"the explorer {source.identity} wants to be told more than the objectives, which is all that rungs are "
+            f"judged by: give another one, or make every cost an objective without limits on accuracy"
+        )
     top = rungs - 1
 
     def init() -> _State:

@@ -54,7 +54,7 @@ def warm_start(strategy: Strategy, problem: Problem, trials: Iterable[Trial]) ->
         >>> warm_start(nsga2(problem.sizes, population=32), problem, read_trials("runs/note10/search/journal.jsonl"))
 
     Raises:
-        LimitError: a trial's genotype is not of the problem's space.
+        LimitError: a trial's genotype is not of the problem's space, or an accuracy of the problem was not counted.
     """
     trials = list(trials)
     most = max((t.total for t in trials), default=0)
@@ -66,6 +66,11 @@ def warm_start(strategy: Strategy, problem: Problem, trials: Iterable[Trial]) ->
             raise LimitError(
                 f"trial {trial.trial} of a warm start has genotype {list(trial.genotype)}: genes below "
                 f"{list(problem.sizes)} are needed. Was that search over another space?"
+            )
+        if uncounted := [n for n in problem.accuracies[1:] if n not in trial.also and trial.correct is not None]:
+            raise LimitError(
+                f"trial {trial.trial} of a warm start has no count of {', '.join(uncounted)}, which this search counts "
+                f"as well. Start from a search that did, or without."
             )
     genotypes = np.array([t.genotype for t in trials], np.uint8).reshape(len(trials), len(problem.sizes))
     errors = [[t.costs.get(name, np.nan) for name in problem.error_names] for t in trials]

@@ -3,15 +3,18 @@
 import io
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny
 
 import nas
-from nas import words
+from nas import config, words
 from nas.console import Console
 from nas.errors import ConfigError, LimitError
-from nas.search import read_trials
+from nas.pipeline.costs import require_countable
+from nas.pipeline.summary import _least, below, missed
+from nas.search import Trial, read_trials
 
 CHOICES = {"a": list(range(6)), "b": list(range(6)), "c": list(range(6))}
 LATENCY = '{name="latency_ms"}'
@@ -65,10 +68,10 @@ def test_a_run_looks_for_the_fastest_network_that_is_accurate_enough_and_says_wh
     run = nas.load_run(trained / "run")
     reached = [t for t in run.trials if t.top1 >= 0.33]
     (told,) = run.summary["least"]
-    assert told["reached"] == bool(reached)
-    if reached:
-        assert run.front.best().latency_ms == min(t.latency_ms for t in reached)
-        assert run.winners["winner_1"].architecture.genotype == run.front.best().genotype
+    assert reached
+    assert told["reached"]
+    assert run.front.best().latency_ms == min(t.latency_ms for t in reached)
+    assert run.winners["winner_1"].architecture.genotype == run.front.best().genotype
     assert told["answer"] == run.summary["winner"]["accuracy"]
     assert re.search(r"Fastest network within [\d.]+ ms, top1 at least 0\.34: top-1", run.summary["verdict"])
     page = (trained / "run" / "report.html").read_text()
@@ -155,6 +158,8 @@ def test_tolerances_from_python_are_those_of_experiments():
         ({"ms": {"at_most": 5, "tolernce": 0.1}}, "unknown field `tolernce`.*at_most, tolerance, precision, at_least"),
         ({"ms": {"at_least": 5}}, "costs are made small"),
         ({"ms": [5]}, "is .5.: a finite number of ms"),
+        ({"top1": [0.9]}, "at_least is .0.9.: a share from 0 to 1"),
+        ({"top1": {"at_least": 0.9, "precision": "int8"}, "top1_int8": 0.7}, "limits has top1_int8 twice"),
     ],
 )
 def test_limits_that_cannot_be_are_refused(limits, message):
@@ -162,9 +167,59 @@ def test_limits_that_cannot_be_are_refused(limits, message):
         searched(limits=limits)
 
 
-def test_a_search_that_nothing_reaches_gives_a_front_that_says_so():
+def test_the_latency_that_is_limited_is_the_one_that_is_searched_by():
+    limits = {"latency_ms": {"at_most": "50%", "precision": "int8"}}
+    with pytest.raises(ConfigError, match=r"of precision 'int8', and .* 'float32': give precision='int8'"):
+        nas.make_problem("mobilenet_v3_32", device="epyc_zen4_onnxruntime", limits=limits)
+
+
+def test_limits_are_reached_together(tmp_path):
+    """Each of two by another trial is not enough; of a network in mixed precision the one file counts."""
+    trials = [Trial(0, (0,), 95, 100, {"ms": 1.0}, also={"top1_int8": 10})]
+    trials += [Trial(1, (1,), 10, 100, {"ms": 1.0}, also={"top1_int8": 94})]
+    asked = {"top1": config.Limit(at_least=0.9), "top1_int8": config.Limit(at_least="90%")}
+    job = SimpleNamespace(
+        experiment=SimpleNamespace(least=asked), space=nas.Space.of_choices({"a": [0, 1]}), file="float32"
+    )
+    winner = {"accuracy": 0.9, "int8": {"accuracy": 0.8999999999}}
+    first, second = _least(job, trials, winner)
+    assert (first["reached"], second["reached"]) == (True, False)
+    assert missed(first) == below(first) == below(second) == ""
+    assert missed(second).startswith("NO trial of the search reached top1_int8 at least 0.9 beside the other limits")
+    job.file, asked = "mixed", asked.pop("top1_int8")
+    (only,) = _least(job, trials, {"accuracy": 0.5, "int8": None})
+    assert (only["reached"], only["answer"]) == (True, 0.5)
+    assert "0.5, is below the 0.9 that was asked for" in below(only)
+
+
+def test_subnets_that_choose_their_precisions_are_not_counted_in_int8_alone():
+    space = SimpleNamespace(mixed=True, name="joint")
+    require_countable(space, ("top1",))
+    with pytest.raises(ConfigError, match="stages of space 'joint' choose theirs"):
+        require_countable(space, ("top1", "top1_int8"))
+
+
+def test_a_target_is_that_of_a_cost_beside_an_accuracy():
+    with pytest.raises(ConfigError, match="target 5: the objectives are ms, and it needs an accuracy and the cost"):
+        searched(limits={"top1": 0.8}, strategy="reinforce", settings={"target": 5.0})
+
+
+def test_a_target_is_not_that_of_a_second_accuracy():
+    """Milliseconds at the target are rewarded, whatever stands between."""
+    front = searched(
+        evaluate=both, objectives=["top1", "top1_int8"], strategy="reinforce", settings={"target": 5.0, "beta": -5.0}
+    )
+    late = [t.cheap["ms"] for t in front.evaluated[-15:]]
+    assert abs(sum(late) / len(late) - 5.0) < 2.0
+
+
+def test_a_search_that_nothing_reaches_gives_a_front_that_says_so(tmp_path):
     front = searched(limits={"top1": 0.99}, trials=220, strategy="grid")
     assert repr(front).endswith("none reaches that, the nearest, trial " + f"{front.nearest.trial}, has top1 0.95)")
+    with pytest.raises(LimitError, match=r"No trial reaches top1 at least 0\.99, the nearest"):
+        front.plot()
+    front.write_csv(tmp_path / "front.csv")
+    assert (tmp_path / "front.csv").read_text() == "trial,top1,correct,total,ms,genotype\n"
 
 
 def test_a_problem_for_a_loop_of_ones_own_has_the_limit():

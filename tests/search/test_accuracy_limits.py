@@ -20,6 +20,7 @@ from nas.search import (
     make_strategy,
     read_trials,
     search,
+    warm_start,
 )
 from nas.search.accuracy import Least
 from nas.search.journal import read
@@ -102,6 +103,23 @@ def test_the_predictor_finds_the_fastest_network_that_reaches_the_limit(minimise
 def test_as_long_as_nothing_reaches_the_limit_the_predictor_goes_for_the_most_accurate(tmp_path):
     trials = go(tmp_path / "journal", limited(Least(0.99, 0.99)), "predictor", trials=40)
     assert max(t.correct for t in trials) >= 320  # the most of 4,000 random feasible ones is 324
+
+
+def test_what_wants_to_be_told_more_than_it_would_be_is_refused(tmp_path):
+    problem = limited()
+    with pytest.raises(ValueError, match=r"the explorer predictor.* wants to be told more than the objectives"):
+        STRATEGIES["successive_halving"](
+            problem.sizes,
+            population=9,
+            problem=problem,
+            explorer=STRATEGIES["predictor"](problem.sizes, population=9, problem=problem),
+        )
+    trials = go(tmp_path / "journal", toy.problem(), trials=20)
+    several = limited(accuracies=BOTH)
+    nsga2 = STRATEGIES["nsga2"](problem.sizes, population=8)
+    warm_start(nsga2, problem, trials)
+    with pytest.raises(LimitError, match="trial 0 of a warm start has no count of top1_int8"):
+        warm_start(nsga2, several, trials)
 
 
 def front_of(trials, least=LEAST, costs=("latency_ms",)):

@@ -54,6 +54,12 @@ def test_same_trials_as_inline(tmp_path):
     assert go(tmp_path / "ray", executor=executor) == go(tmp_path / "inline")
 
 
+def test_several_counts_come_back_as_they_were():
+    genotypes = [genotype(0), genotype(3)]
+    found = results(RayExecutor("search_toy:two_counts", workers=1), genotypes)
+    assert [found[trial].correct for trial in range(2)] == toy.two_counts()(genotypes)
+
+
 def test_weights_reach_the_factory(tmp_path):
     executor = RayExecutor("search_toy:evaluator", {}, {"bonus": np.full(1000, 2)}, workers=1)
     assert results(executor, [genotype(0)])[0].correct == toy.correct(genotype(0)) + 2000
