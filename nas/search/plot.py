@@ -26,8 +26,9 @@ def plot(front: Front, against: Mapping[str, Front]) -> Drawing:
         LimitError: the front is empty, has no cost beside the error, or another one lacks one of its costs.
     """
     costs = [name for name in front.costs if name != "error"]
-    front.knee()  # an empty one says why
-    if not costs:
+    if not front.trials and front.least:
+        front.knee()  # says how near the nearest came
+    if not front.trials or not costs:
         raise LimitError(
             f"Nothing to draw: the front has {len(front)} trials of {', '.join(front.costs) or 'no cost'}."
         )
