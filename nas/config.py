@@ -240,10 +240,10 @@ _CALLED_HERE = {
 }
 
 
-ACCURACIES = ("top1", "top1_int8")  # what may be counted, as journal and tables call it
+# what may be counted, as journal and tables call it, and the precision that it is counted in
+ACCURACIES: dict[str, typing.Literal["float32", "int8"]] = {"top1": "float32", "top1_int8": "int8"}
 
-# What top1 may be limited in, or be an objective in.
-_COUNTED = {None: "top1", "float32": "top1", "int8": "top1_int8"}
+_COUNTED = {None: "top1"} | {precision: name for name, precision in ACCURACIES.items()}  # by top1's `precision`
 
 
 class Limit(Strict, frozen=True):

@@ -6,7 +6,7 @@ import hashlib
 import json
 import types
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -54,8 +54,6 @@ from nas.space.space import Genotypes
 from nas.supernet import Supernet
 
 PROXIES = ("none", "naswot")
-
-_PRECISIONS: dict[str, Literal["float32", "int8"]] = {"top1": "float32", "top1_int8": "int8"}
 
 _PROXIED, _PROXY_IMAGES = 64, 32  # random networks that the proxy is computed of, and images of each
 
@@ -163,7 +161,7 @@ def _cache(job: Job, weights: Mapping[str, NDArray[Any]]) -> Cache | None:
         digest.update(f"{name} {array.dtype} {array.shape}".encode() + array.tobytes())
     train = experiment.train
     meaning = [job.space.digest, job.data.digest, digest.hexdigest(), train.calibration_images, train.eval_batch_size]
-    counted = [_PRECISIONS[name] for name in experiment.accuracies]
+    counted = [config.ACCURACIES[name] for name in experiment.accuracies]
     meaning += [] if counted == ["float32"] else counted
     folder = job.path / "evaluations" if experiment.search.cache == "run" else experiment.search.cache
     return Cache(folder, json.dumps([*meaning, jax.__version__]))
@@ -344,7 +342,7 @@ def evaluator(
                 part,
                 calibration_images=settings.train.calibration_images,
                 batch_size=settings.train.eval_batch_size,
-                precision="mixed" if space.mixed else _PRECISIONS[name],
+                precision="mixed" if space.mixed else config.ACCURACIES[name],
             )
             for name in accuracies or settings.accuracies
         ]

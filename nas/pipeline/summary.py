@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from nas import cost
+from nas.config import ACCURACIES
 from nas.files import damaged, write_json
 from nas.pipeline.costs import Cost, exact_costs, least_of, minimised
 from nas.pipeline.export import file_name
@@ -201,7 +202,7 @@ def _least(job: Job, trials: Trials, winner: Mapping[str, Any]) -> list[dict[str
     front = Front.of(trials, setting=Setting(job.space, least=limits))
     nearest = front.nearest
     for name, limit in limits.items():
-        precision = "int8" if name == "top1_int8" else "float32"
+        precision = ACCURACIES[name]
         file = winner if job.file in (precision, "mixed") else winner.get(precision)
         count, total = (0, 1) if nearest is None else (nearest.count(name) or 0, nearest.total)
         out.append(

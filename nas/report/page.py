@@ -17,6 +17,7 @@ from nas.fidelity import limits as limits_of
 from nas.files import write_text
 from nas.report import figures
 from nas.report.folder import Check, Further, Least, Member, Run, read_run
+from nas.search.accuracy import is_error
 
 _HERE = Path(__file__).parent
 
@@ -99,7 +100,7 @@ def _context(run: Run) -> dict[str, Any]:
         "tolerated": limit is not None and limit < answer.told_ms <= summary.tolerated_ms,
         "further": [(limit.name, _least(limit)) for limit in summary.least]
         + [(cost.name, _further(cost)) for cost in summary.further],
-        "accurate": "error" in summary.objectives or "error_int8" in summary.objectives,
+        "accurate": any(map(is_error, summary.objectives)),
         "interval": words.wilson(answer.accuracy, run.environment.data.test),
         "handmade": handmade,
         "by_chance": handmade is not None and _by_chance(answer.accuracy, handmade.accuracy, run.environment.data.test),

@@ -102,13 +102,26 @@ def test_the_outcome_does_not_depend_on_how_python_hashes(executor, trained, inl
         assert digest(tmp_path / seed) == inline
 
 
-def started(process: subprocess.Popen) -> None:
-    """Waits until its workers are building their evaluators."""
+def stopped(line: list[str]) -> subprocess.Popen:
+    """The search of that line, stopped while its workers build their evaluators: or it might be done before its head is
+    dead."""
+    process = subprocess.Popen(line, env=with_nas(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 300
     while not any(is_worker(p, "ray::Worker.setup") for p in children(process)):
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.05)
+    process.send_signal(signal.SIGSTOP)
+    return process
+
+
+def goes_on(process: subprocess.Popen) -> str:
+    """What it says on its standard error until it ends, within half a minute."""
+    start = time.monotonic()
+    process.send_signal(signal.SIGCONT)
+    _, told = process.communicate(timeout=100)
+    assert time.monotonic() - start < 30
+    return told
 
 
 @pytest.mark.slow
@@ -116,9 +129,7 @@ def test_where_the_head_dies_the_line_to_go_on_is_printed_within_half_a_minute_a
     """A cluster of its own, which listens on loopback only; its head dies while workers compile their evaluators."""
     run = tmp_path / "run"
     line = command(trained, run, "search.executor=ray")
-    process = subprocess.Popen(line, env=with_nas(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    started(process)
-    process.send_signal(signal.SIGSTOP)  # or it might be done before its head is dead
+    process = stopped(line)
     family = [psutil.Process(process.pid), *children(process)]
     listens = listening(family)
     assert len(listens) >= 4
@@ -127,10 +138,7 @@ def test_where_the_head_dies_the_line_to_go_on_is_printed_within_half_a_minute_a
     assert len(servers) == 2
     for part in [*servers, *(p for p in family if is_worker(p))]:  # some systems let workers outlive their node
         part.kill()
-    killed = time.monotonic()
-    process.send_signal(signal.SIGCONT)
-    _, told = process.communicate(timeout=100)
-    assert time.monotonic() - killed < 30
+    told = goes_on(process)
     assert process.returncode == 2
     assert "error: The Ray cluster is lost" in told
     _, _, again = told.partition("go on with:\n  ")
@@ -145,17 +153,11 @@ def test_where_the_head_dies_the_line_to_go_on_is_printed_within_half_a_minute_a
 @pytest.mark.slow
 def test_where_the_head_has_died_a_search_whose_workers_live_on_ends_as_well(trained, inline, tmp_path):
     run = tmp_path / "run"
-    line = command(trained, run, "search.executor=ray")
-    process = subprocess.Popen(line, env=with_nas(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    started(process)
-    process.send_signal(signal.SIGSTOP)
+    process = stopped(command(trained, run, "search.executor=ray"))
     for server in [p for p in children(process) if p.name() in ("gcs_server", "raylet")]:
         server.kill()
     time.sleep(5)  # the driver hears of it late
-    killed = time.monotonic()
-    process.send_signal(signal.SIGCONT)
-    _, told = process.communicate(timeout=100)
-    assert time.monotonic() - killed < 30
+    told = goes_on(process)
     if process.returncode == 0:  # its workers had all that it needed
         assert digest(run) == inline
     else:
