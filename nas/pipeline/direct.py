@@ -441,9 +441,6 @@ def _told(
     best: list[Trial] = []
     failed = 0
 
-    def missing(trial: Trial) -> int:
-        return sum(limit.missing(trial.count(name) or 0, trial.total) for name, limit in least.items())
-
     def told(trial: Trial) -> None:
         nonlocal failed
         failed += trial.failure is not None
@@ -452,9 +449,9 @@ def _told(
                 f"All of the first {failed} evaluations failed, the last one with: {trial.failure}. Correct "
                 f"`evaluate` (try it on one network), and start with a new journal: failures are kept in it."
             )
-        best[:] = [min([*best, trial], key=lambda t: (t.correct is None, -t.total, missing(t), t.error))]
+        best[:] = [min([*best, trial], key=lambda t: (t.correct is None, -t.total, t.missing(least), t.error))]
         cheap = dict(list(best[0].cheap.items())[:2])
-        name = "nearest top-1" if missing(best[0]) else "best top-1"
+        name = "nearest top-1" if best[0].missing(least) else "best top-1"
         console.progress(trial.trial + 1, total, {name: best[0].top1, **best[0].shares, **cheap})
         if further is not None:
             further(trial)

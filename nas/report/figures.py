@@ -38,7 +38,7 @@ def front(run: Run) -> Figure:
     precision, limit_ms = run.summary.file, run.limit_ms
     whole = run.whole
     asked = {n.name: Least(n.asked, n.tolerated) for n in run.summary.least}
-    reached = [t for t in whole if not any(n.missing(t.count(name) or 0, t.total) for name, n in asked.items())]
+    reached = [t for t in whole if not t.missing(asked)]
     undominated = list(Front.of(reached, ("error", "latency_ms")))
     on_front = {t.trial for t in undominated}
     dominated = [t for t in whole if t.failure is None and t.trial not in on_front]

@@ -2,7 +2,6 @@
 
 import csv
 import html
-import math
 import types
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -77,7 +76,8 @@ class Front:
         counted = known if costs is None else tuple(costs)
         if unknown := [name for name in counted if name not in known]:
             raise LimitError(f"No cost is called {unknown[0]!r}. A front can be made of: {', '.join(known)}.")
-        compared = [t for t in trials if _missing(t, setting) <= 0]
+        least = {} if setting is None else setting.least
+        compared = [t for t in trials if t.correct is not None and not t.missing(least)]
         matrix = np.array([[t.costs[name] for name in counted] for t in compared]).reshape(-1, len(counted))
         order = sorted(counted, key=is_error)  # fastest first, errors last
         front = [compared[i] for i in np.flatnonzero(nondominated(matrix))]
@@ -198,7 +198,7 @@ class Front:
     def nearest(self) -> Trial | None:
         """Of the trials that did not fail, the one that misses limits on accuracy by the least; None if all failed."""
         sound = [t for t in self.evaluated if t.correct is not None]
-        return min(sound, key=lambda t: (_missing(t, self.setting), t.error), default=None)
+        return min(sound, key=lambda t: (t.missing(self.least), t.error), default=None)
 
     def rows(self) -> list[dict[str, int | float | str | None]]:
         """One flat row a trial: trial, top1 (or top1_int8), correct, total, further accuracies with their counts, each
@@ -307,14 +307,6 @@ class Front:
             last = f" The last: {failures[-1]}" if failures else " Look at the failures of the trials first."
             raise LimitError(f"The front is empty: no trial succeeded.{last}")
         return self.trials[0]
-
-
-def _missing(trial: Trial, setting: Setting | None) -> float:
-    """The images, all limits on accuracy together, by which a trial misses them; infinite if it failed."""
-    least = {} if setting is None else setting.least
-    if trial.correct is None:
-        return math.inf
-    return sum(limit.missing(trial.count(name) or 0, trial.total) for name, limit in least.items())
 
 
 def _shown(value: int | float | str | None) -> str:

@@ -64,7 +64,7 @@ class Progress:
             return
         if self.best is None or self._order(trial) < self._order(self.best):
             self.best = trial
-        if self._missing(trial):
+        if trial.missing(self._least):
             return
         values = trial.costs
         costs = np.array(list(values.values()) if self._costs is None else [values[n] for n in self._costs])
@@ -73,12 +73,9 @@ class Progress:
             self._front = np.vstack([self._front[~(costs <= self._front).all(axis=1)], costs])
             self._changes += 1
 
-    def _missing(self, trial: Trial) -> int:
-        return sum(least.missing(trial.count(name) or 0, trial.total) for name, least in self._least.items())
-
     def _order(self, trial: Trial) -> tuple[float, float]:
         first = "error" if self._costs is None or "error" in self._costs else self._costs[0]
-        return self._missing(trial), trial.costs[first]
+        return trial.missing(self._least), trial.costs[first]
 
     @property
     def volume(self) -> float:
@@ -110,7 +107,7 @@ class Progress:
         if self._span:
             out |= {"trials/s": f"{self.trials_per_second:.3g}", "busy": f"{self.utilisation:.0%}"}
         if self.best is not None:
-            best = "nearest" if self._missing(self.best) else "best"
+            best = "nearest" if self.best.missing(self._least) else "best"
             out |= {"volume": f"{self.volume:.4f}", f"{best} top-1": f"{self.best.top1:.2%}"}
             out |= {name.replace("_", " "): f"{share:.2%}" for name, share in self.best.shares.items()}
             out |= {"at ms": f"{self.best.latency_ms:.4g}"} if "latency_ms" in self.best.cheap else {}

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from nas.errors import JournalError
 from nas.search import journal
-from nas.search.accuracy import error_of, is_error
+from nas.search.accuracy import Least, error_of, is_error
 
 _BLOCK = 1024  # trials that are given room at a time
 
@@ -47,6 +47,10 @@ class Trial:
     def count(self, accuracy: str) -> int | None:
         """Images classified correctly, by the name of what is counted; None if the trial failed."""
         return self.also.get(accuracy, self.correct)
+
+    def missing(self, least: Mapping[str, Least]) -> int:
+        """The images, all limits on accuracies together, by which it misses them; a failed one has no right answer."""
+        return sum(limit.missing(self.count(name) or 0, self.total) for name, limit in least.items())
 
     @property
     def shares(self) -> dict[str, float]:
