@@ -289,7 +289,7 @@ def problem_of(
     told = costs[: len(names)]
 
     def cheap(genotypes: Genotypes) -> NDArray[np.float64]:
-        return np.stack([c.price(genotypes) for c in told], axis=1)
+        return np.stack([c.price(genotypes) for c in told], axis=1) if told else np.zeros((len(genotypes), 0))
 
     def feasible(genotypes: Genotypes) -> NDArray[np.bool_]:
         out = np.ones(len(genotypes), bool)
@@ -302,7 +302,7 @@ def problem_of(
         canonical=space.canonical,
         cheap=cheap,
         feasible=feasible,
-        smallest=within(space, costs),
+        smallest=within(space, costs) if costs else space.canonical(np.zeros((1, len(space.sizes)), np.uint8))[0],
         digest=digest,
         total=total,
         cheap_names=names,

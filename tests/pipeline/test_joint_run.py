@@ -51,7 +51,7 @@ def test_a_run_ends_with_verified_files_of_mixed_precision(place):
 
 def test_file_size_and_peak_memory_follow_the_precisions_that_stages_choose():
     space = nas.load_space("digits_joint", input_shape=(16, 16, 1), classes=10)
-    problem = nas.make_problem(space, objectives=("size_bytes", "memory_bytes"))
+    problem = nas.make_problem(space, objectives=("top1", "size_bytes", "memory_bytes"))
     names = ("float32", "int8", "int4_weights")
     rows = [space.uniform(depth=max, expand=max, precision=lambda _, name=name: name) for name in names]
     in_float, in_int8, in_4_bits = ({"memory": m, "size": s} for m, s in problem.cheap(np.stack(rows)))
