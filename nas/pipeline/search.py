@@ -16,6 +16,7 @@ from nas import config, cost
 from nas.data import load_data
 from nas.evaluate import SubnetEvaluator
 from nas.evaluate.proxies import additive, naswot
+from nas.evaluate.subnets import Counted
 from nas.files import read_as, write_json
 from nas.pipeline.costs import (
     Cost,
@@ -332,23 +333,20 @@ def evaluator(
     data = load_data(settings.data)
     space = load_space(settings.space, input_shape=data.image_shape, classes=data.classes)
     supernet, params = Supernet(space), {name: jax.device_put(a) for name, a in weights.items()}
+    precisions: list[Counted] = [config.ACCURACIES[name] for name in accuracies or settings.accuracies]
 
     def on(images: int) -> Evaluate:
         part = data if images == len(data.val) else dataclasses.replace(data, val=data.val.take(np.arange(images)))
-        evaluators = [
-            SubnetEvaluator(
-                supernet,
-                params,
-                part,
-                calibration_images=settings.train.calibration_images,
-                batch_size=settings.train.eval_batch_size,
-                precision="mixed" if space.mixed else config.ACCURACIES[name],
-            )
-            for name in accuracies or settings.accuracies
-        ]
-        if len(evaluators) == 1:
-            return evaluators[0]
-        return lambda genotypes: list(zip(*(evaluate(genotypes) for evaluate in evaluators), strict=True))
+        evaluate = SubnetEvaluator(
+            supernet,
+            params,
+            part,
+            calibration_images=settings.train.calibration_images,
+            batch_size=settings.train.eval_batch_size,
+            precision="mixed" if space.mixed else precisions[0],
+            also=tuple(precisions[1:]),
+        )
+        return evaluate.counts if evaluate.also else evaluate
 
     if len(shares) == 1:
         return on(len(data.val))
