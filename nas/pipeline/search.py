@@ -12,12 +12,13 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from nas import config, cost
+from nas import config, cost, kernels
 from nas.data import load_data
 from nas.evaluate import SubnetEvaluator
 from nas.evaluate.proxies import additive, naswot
 from nas.evaluate.subnets import Counted
 from nas.files import read_as, write_json
+from nas.measure import hardware
 from nas.pipeline.costs import (
     Cost,
     beyond,
@@ -30,6 +31,7 @@ from nas.pipeline.costs import (
     within,
 )
 from nas.pipeline.job import Job
+from nas.pipeline.measure import version
 from nas.search import (
     EXECUTORS,
     STRATEGIES,
@@ -151,7 +153,12 @@ def run(job: Job, on_trial: Callable[[Trial], None] | None = None) -> Trials:
 
 
 def _cache(job: Job, weights: Mapping[str, NDArray[Any]]) -> Cache | None:
-    """The counts that are known of these weights, whatever search, limits or device they were made for."""
+    """The counts that are known of these weights, whatever search, limits or device they were made for.
+
+    As this program computes them on this machine, that is: by another version, on another CPU or with other kernels the
+    last bits of logits are others, and now and then one decides an answer. Workers elsewhere are taken to be like this
+    machine.
+    """
     import jax
 
     experiment = job.experiment
@@ -165,7 +172,8 @@ def _cache(job: Job, weights: Mapping[str, NDArray[Any]]) -> Cache | None:
     counted = [config.ACCURACIES[name] for name in experiment.accuracies]
     meaning += [] if counted == ["float32"] else counted
     folder = job.path / "evaluations" if experiment.search.cache == "run" else experiment.search.cache
-    return Cache(folder, json.dumps([*meaning, jax.__version__]))
+    meaning += [jax.__version__, version("nas"), hardware(), *kernels.computed_by()]
+    return Cache(folder, json.dumps(meaning))
 
 
 def strategy_of(job: Job, problem: Problem) -> Strategy:
