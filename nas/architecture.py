@@ -162,6 +162,21 @@ def save_params(folder: Path, params: dict[str, Any]) -> None:
     write_bytes(folder / "params.safetensors", save(arrays))
 
 
+def save_float32_params(folder: Path, params: dict[str, Any]) -> None:
+    """Writes `folder`/float32/params.safetensors: those of the files that hold no narrow weights, where others do."""
+    save_params(folder / "float32", params)
+
+
+def load_float32_params(path: str | Path, network: Network) -> dict[str, NDArray[np.float32]] | None:
+    """The arrays for files without narrow weights from `save_float32_params`' folder; None: `load_params` has them.
+
+    Raises:
+        CheckpointError: damaged, or of another network.
+    """
+    folder = Path(path) / "float32"
+    return load_params(folder, network) if folder.is_dir() else None
+
+
 def load_params(path: str | Path, network: Network) -> dict[str, NDArray[np.float32]]:
     """The arrays of `network` from a file, or from a folder with params.safetensors.
 

@@ -9,7 +9,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from nas.architecture import Architecture, load_architecture, load_params
+from nas.architecture import Architecture, load_architecture, load_float32_params, load_params
 from nas.config import nearest
 from nas.errors import CheckpointError, ConfigError
 from nas.export import RUNTIMES
@@ -26,6 +26,7 @@ class Winner:
     params: dict[str, NDArray[np.float32]]
     folder: Path
     quantisation: Quantisation | None = None
+    float32_params: dict[str, NDArray[np.float32]] | None = None  # of files without narrow weights, where others differ
 
     def logits(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Logits [n, classes] of uint8 images [n, h, w, c], in JAX: activations in float32, weights as in its file."""
@@ -59,7 +60,8 @@ class Winner:
                 f"there. Export the run's own winner folder, or ask for float32."
             )
         quantisation = self.quantisation if integers else None
-        write_bytes(Path(path), model_file(chosen, self.architecture, self.params, precision, quantisation))
+        params = self.params if integers or self.float32_params is None else self.float32_params
+        write_bytes(Path(path), model_file(chosen, self.architecture, params, precision, quantisation))
         return Path(path)
 
     def __repr__(self) -> str:
@@ -75,12 +77,13 @@ def load_winner(path: str | Path, *, params: str | Path | None = None) -> Winner
     architecture = load_architecture(path)
     folder = Path(path) if Path(path).is_dir() else Path(path).parent
     arrays = load_params(params or folder / "params", architecture.network)
+    plain = load_float32_params(params or folder / "params", architecture.network)
     ranges = folder / "quantisation.json"
     try:
         quantisation = msgspec.json.decode(ranges.read_bytes(), type=Quantisation) if ranges.exists() else None
     except (OSError, msgspec.DecodeError) as e:
         raise CheckpointError(f"{ranges}: cannot be read: {e}. Move it away to export float32 alone.") from e
-    return Winner(architecture, arrays, folder, quantisation)
+    return Winner(architecture, arrays, folder, quantisation, plain)
 
 
 def export_network(

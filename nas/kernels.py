@@ -34,6 +34,12 @@ def on_cpu() -> bool:
     return not _for_accelerator.get() and jax.default_backend() == "cpu"
 
 
+def computed_by() -> list[str]:
+    """What the last bits of a sum depend on in this process: the device and, on CPU, whose kernels these are."""
+    own = on_cpu() and native.available()
+    return [jax.default_backend(), jax.devices()[0].device_kind, *([native.status(), native.source()] if own else [])]
+
+
 _for_accelerator = contextvars.ContextVar("for_accelerator", default=False)
 
 

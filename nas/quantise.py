@@ -92,6 +92,11 @@ def has_integers(graph: Graph, precision: str) -> bool:
     return precision == "int8" or (precision == "mixed" and graph.mixed)
 
 
+def has_narrow(graph: Graph) -> bool:
+    """Whether some weights of `graph` alone are narrow."""
+    return any(op.precision in WEIGHT_BITS for op in graph.ops)
+
+
 def integer(graph: Graph) -> list[bool]:
     """For each op, whether it is computed on integers."""
     return [op.precision == "int8" or not graph.mixed for op in graph.ops]

@@ -37,6 +37,8 @@ T = TypeVar("T")
 _Mode = Literal[LayerMode, "measure"]  # "measure" is "calibrate" without what the layer makes
 _Key = tuple[int, int, _Mode, Precision]  # of a program: resolution, kind of layer, mode, what weights are held in
 
+Counted = Literal["float32", "int8", "mixed"]  # what subnets are computed in when their answers are counted
+
 Statistics = list[dict[str, Array]]  # of each layer, by name below it, in the stored shapes; ranges of values likewise
 
 
@@ -46,10 +48,10 @@ class _Batches:
 
     calibration: list[Array]
     observed: list[Array]  # of calibration images again, normalised as in inference; only where some are in int8
-    validation: list[Array]
+    validation: list[list[Array]]  # in each precision that is counted in
 
     def __iter__(self) -> Iterator[Array]:
-        return itertools.chain(self.calibration, self.observed, self.validation)
+        return itertools.chain(self.calibration, self.observed, *self.validation)
 
     @property
     def nbytes(self) -> int:
@@ -64,6 +66,9 @@ class SubnetEvaluator:
     `precision` "int8" a subnet is computed as its int8 file will, quantised by what its values are on the calibration
     images: `nas.quantise.calibrate` and `simulate` of all subnets in one program (`nas.supernet.int8`). With "mixed" so
     are the blocks that the space has in int8; those with narrow weights have them from the moments of norms on.
+
+    `counts` are those in `precision` and in each that `also` names, to the bit what an evaluator of that precision
+    alone counts: moments of norms are measured once for all of them.
     """
 
     supernet: Supernet
@@ -72,7 +77,8 @@ class SubnetEvaluator:
     calibration_images: int = 512
     batch_size: int = 128
     cache_bytes: int = CACHE_BYTES
-    precision: Literal["float32", "int8", "mixed"] = "float32"
+    precision: Counted = "float32"
+    also: tuple[Counted, ...] = ()  # float32 or int8, beside float32 or int8
 
     @property
     def total(self) -> int:
@@ -80,18 +86,22 @@ class SubnetEvaluator:
         return len(self.data.val.labels)
 
     def __call__(self, genotypes: Any) -> list[int]:
-        """Number of validation images that each genotype [n, genes] classifies correctly.
+        """Number of validation images that each genotype [n, genes] classifies correctly, in `precision`.
 
         An integer, since the last bits of a float depend on thread count and batch shape. It does not depend on the
         other genotypes, nor on their order.
         """
+        return [first for first, *_ in self.counts(genotypes)]
+
+    def counts(self, genotypes: Any) -> list[tuple[int, ...]]:
+        """As a call gives it, in `precision` and in each of `also`."""
         branches = self.supernet.branches(genotypes)
         sides = self.supernet.space.resolution_of(self.supernet.space.check(genotypes))
-        correct = np.zeros(len(branches), np.int64)
+        correct = np.zeros((len(branches), len(self._precisions)), np.int64)
         for side in np.unique(sides).tolist():
             rows = np.flatnonzero(sides == side)
             correct[rows] = self._correct(side, branches[rows])
-        return correct.tolist()
+        return [tuple(counts) for counts in correct.tolist()]
 
     @property
     def compiled(self) -> int:
@@ -116,11 +126,11 @@ class SubnetEvaluator:
         return {f"{position.name}/{n}": a for (_, position), s in zip(layers, seen, strict=True) for n, a in s.items()}
 
     def _correct(self, side: int, branches: NDArray[np.int32]) -> NDArray[np.int64]:
-        """Counts [n] of subnets [n, layers] of one resolution."""
+        """Counts [n, precisions] of subnets [n, layers] of one resolution."""
         rows, row_of = np.unique(branches, axis=0, return_inverse=True)  # in order of their branches
         depth = rows.shape[1]
         shared = [*(int((a != b).argmax()) for a, b in itertools.pairwise(rows)), 0]
-        correct = np.zeros(len(rows), np.int64)
+        correct = np.zeros((len(rows), len(self._precisions)), np.int64)
         path = [(0, self._images(side))]  # what is kept: after so many layers, of the subnet that was scored last
         for index, row in enumerate(rows):
             for stop in (*_partings(shared[index:], path[-1][0]), depth):
@@ -128,18 +138,24 @@ class SubnetEvaluator:
                 if stop < depth and not self._fits(side, stop, path):
                     continue
                 calibration, statistics = self._calibrate(side, row, start, stop, batches.calibration)
-                observed: list[Array] = []
-                if self._quantises:
+                observed, ranged = list[Array](), statistics
+                if any(map(self._quantises, self._precisions)):
                     observed, ranges = self._observe(side, row, start, statistics, batches.observed)
-                    statistics = [s | r for s, r in zip(statistics, ranges, strict=True)]
-                validation = self._infer(side, row, start, statistics, batches.validation)
+                    ranged = [s | r for s, r in zip(statistics, ranges, strict=True)]
+                validation = [
+                    self._infer(side, row, start, ranged if self._quantises(precision) else statistics, x, precision)
+                    for precision, x in zip(self._precisions, batches.validation, strict=True)
+                ]
                 if stop < depth:
                     path.append((stop, _Batches(calibration, observed, validation)))
                 else:
-                    hits = [_hits(y, labels) for y, labels in zip(validation, self._labels(side), strict=True)]
-                    correct[index] = sum(int(h) for h in hits)
+                    correct[index] = [self._hits(side, logits) for logits in validation]
             path = [(stop, kept) for stop, kept in path if stop <= shared[index]]
         return correct[row_of.ravel()]
+
+    def _hits(self, side: int, logits: list[Array]) -> int:
+        """Validation images that are classified correctly."""
+        return sum(int(_hits(y, labels)) for y, labels in zip(logits, self._labels(side), strict=True))
 
     def _calibrate(
         self, side: int, row: NDArray[np.int32], start: int, stop: int, batches: list[Array]
@@ -163,32 +179,39 @@ class SubnetEvaluator:
         return out, [_extent(each) if each else {} for each in seen]
 
     def _infer(
-        self, side: int, row: NDArray[np.int32], start: int, statistics: Statistics, batches: list[Array]
+        self,
+        side: int,
+        row: NDArray[np.int32],
+        start: int,
+        statistics: Statistics,
+        batches: list[Array],
+        precision: Counted,
     ) -> list[Array]:
         """What the layers from `start` on, as many as there are statistics, make of each validation batch."""
         layers = self._layers(side)[start : start + len(statistics)]
         modes: list[_Mode] = [
-            self._deployed(position.branches[row[start + i]]) for i, (_, position) in enumerate(layers)
+            _deployed(position.branches[row[start + i]], precision) for i, (_, position) in enumerate(layers)
         ]
         return self._pass(side, row, start, modes, self._with(side, start, statistics), batches)[0]
 
-    @functools.cached_property
-    def _quantises(self) -> bool:
+    @property
+    def _precisions(self) -> tuple[Counted, ...]:
+        return (self.precision, *self.also)
+
+    def _quantises(self, precision: Counted) -> bool:
         """Whether activations of some subnet are, so that their ranges must be known."""
+        return precision == "int8" or (precision == "mixed" and self._has_int8)
+
+    @functools.cached_property
+    def _has_int8(self) -> bool:
+        """Whether some block of the space is in int8."""
         blocks = (b for p in self.supernet.space.positions for b in p.branches if b is not None)
-        in_int8 = any(block.graph.precision == "int8" for block in blocks)
-        return self.precision == "int8" or (self.precision == "mixed" and in_int8)
+        return any(block.graph.precision == "int8" for block in blocks)
 
     def _weights_in(self, block: Block | None) -> Precision:
         """What a block's weights are held in wherever its activations are float32."""
         own: Precision = "float32" if block is None else block.graph.precision
         return own if self.precision == "mixed" and own in WEIGHT_BITS else "float32"
-
-    def _deployed(self, block: Block | None) -> _Mode:
-        """How a block is computed where answers are counted."""
-        graph = Graph(()) if block is None else block.graph
-        integers = has_integers(graph, self.precision) and graph.precision not in WEIGHT_BITS
-        return "int8" if integers else "infer"
 
     def _with(self, side: int, start: int, statistics: Statistics) -> Statistics:
         """The arrays of the layers from `start` on with their statistics."""
@@ -254,8 +277,9 @@ class SubnetEvaluator:
             calibration = calibration_batches(self.data, images=self.calibration_images, batch_size=batch, size=size)
             images, labels = labelled_batches(self.data, part, batch_size=batch, size=size)
             calibration = [*map(jnp.asarray, calibration)]
-            observed = calibration if self._quantises else []
-            self._inputs[side] = _Batches(calibration, observed, [*map(jnp.asarray, images)])
+            observed = calibration if any(map(self._quantises, self._precisions)) else []
+            validation = [*map(jnp.asarray, images)]
+            self._inputs[side] = _Batches(calibration, observed, [validation] * len(self._precisions))
             self._targets[side] = [*map(jnp.asarray, labels)]
         return self._inputs[side]
 
@@ -285,6 +309,13 @@ class SubnetEvaluator:
     def _zeros(self) -> dict[str, dict[str, Any]]:
         """Statistics of each position before any image."""
         return {position.name: self.supernet.statistics_of(position) for position in self.supernet.space.positions}
+
+
+def _deployed(block: Block | None, precision: Counted) -> _Mode:
+    """How a block is computed where answers are counted."""
+    graph = Graph(()) if block is None else block.graph
+    integers = has_integers(graph, precision) and graph.precision not in WEIGHT_BITS
+    return "int8" if integers else "infer"
 
 
 def _skipped(position: Position, branch: int) -> bool:

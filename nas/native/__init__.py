@@ -55,6 +55,11 @@ def status() -> str:
     return _problem() or f"in use, {_library().nas_native_instructions().decode()} instructions"
 
 
+def source() -> str:
+    """A hash of what an `available()` library was compiled from."""
+    return build.source_hash()
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def depthwise(x: Array, w: Array, stride: int) -> Array:
     """SAME convolution of each channel of `x` [N, H, W, C] with its own kernel, `w` [kh, kw, 1, C]: [N, H', W', C].

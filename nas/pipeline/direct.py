@@ -46,7 +46,7 @@ def search(
     device: str | None = None,
     precision: str | None = None,
     latency_ms: Limit | None = None,
-    objectives: Sequence[str] = (),
+    objectives: Sequence[str] | None = None,
     limits: Mapping[str, Limit] | None = None,
     costs: Mapping[str, Callable[[Genotypes], ArrayLike]] | None = None,
     features: Callable[[Genotypes], ArrayLike] | None = None,
@@ -76,6 +76,7 @@ def search(
     Examples:
         >>> nas.search("ofa_mobilenet_v3_w12", evaluate=top1, device="note10", latency_ms=20, trials=500)
         >>> nas.search("ofa_mobilenet_v3_w12", evaluate=top1, device="note10", limits={"top1": 0.78})  # the fastest
+        >>> nas.search(space, evaluate=top1, device="note10", latency_ms=20, objectives=["top1", "macs"])
         >>> nas.search("runs/quickstart", latency_ms="30%", strategy="nsga2")  # by the supernet trained there
         >>> nas.search({"op1": ["conv", "pool"], "op2": ["conv", "pool"]}, evaluate=top1, costs={"latency_ms": price})
         >>> nas.search(nas.load_experiment("experiments/quickstart.toml"))  # as `nas search`
@@ -91,17 +92,19 @@ def search(
         decode: with False, `evaluate` is given the genotype, uint8 [genes].
         images: that accuracies are counted over: they are kept as numbers of correct images, so that results are equal
             everywhere. 10,000 keeps four digits.
-        device: whose table prices `latency_ms`, which is an objective then; a name of `nas.list_devices()` or a path.
-            Of a run folder: that of the run if None.
+        device: whose table prices `latency_ms`, which every trial then tells; a name of `nas.list_devices()` or a
+            path. Of a run folder: that of the run if None.
         precision: of latencies: float32 if None; of a run folder, that of its limit.
         latency_ms: the limit on it, in ms or as "50%" of the reachable range.
-        objectives: further costs to minimise: macs, params, latency_ms@DEVICE and what else experiments may name.
-            Without any, and without device and costs: macs. And which accuracies to maximise, "top1", "top1_int8":
-            the former if none is named, unless an accuracy has a limit, which then is all that is asked of it.
+        objectives: all that is optimised, by name, as an experiment has it: accuracies to maximise, "top1",
+            "top1_int8"; costs to minimise, macs, params, latency_ms, latency_ms@DEVICE and what else experiments may
+            name; and those in `costs`. What is not named can still have a limit. If None: top1, unless an accuracy has
+            a limit, which then is all that is asked of it; the latency on `device`, and all `costs`, or macs where
+            there is neither.
         limits: of objectives, of other costs, of those in `costs`, and of accuracies: {"macs": 3e8, "top1": 0.9} looks
             for costs as low as can be with at most 300 million MACs and a top-1 of at least .9. With tolerance:
             {"latency_ms": {"at_most": 20, "tolerance": "5%"}, "top1": {"at_least": 0.9, "tolerance": 0.01}}.
-        costs: of one's own, each an objective: [n, genes] genotypes to [n] values, exact and quick.
+        costs: of one's own: [n, genes] genotypes to [n] values, exact and quick; every trial tells them.
         features: what else is known of networks without evaluating them, [n, genes] to [n, k], above 0: strategy
             "predictor" learns from their logarithms too. MACs and parameters if None, where networks are built.
         strategy: a name of `nas list strategies`.
@@ -132,7 +135,8 @@ def search(
     """
     console = Console(io.StringIO()) if quiet else Console()
     if isinstance(space, Experiment):
-        if evaluate is not None or device is not None or objectives or limits or costs or latency_ms is not None:
+        given = (evaluate, device, objectives, limits or None, costs or None, latency_ms)
+        if any(argument is not None for argument in given):
             raise ConfigError(
                 "an experiment says itself what is searched and how: give `out` at most, and change the rest with "
                 '`nas.load_experiment(path, overrides=["search.trials=400"])`.'
@@ -159,8 +163,8 @@ def search(
         accuracies, maximised, least = accuracies_of(objectives, asked, source.accuracies)
         if source.weights is not None:  # of a supernet, which counts
             require_countable(source.space, accuracies)
-        found, names = counted(source.space, source.models, objectives, asked, own, source.precision)
-        aims = (*errors_of(accuracies, maximised), *names)
+        found, names, minimal = counted(source.space, source.models, objectives, asked, own, source.precision)
+        aims = (*errors_of(accuracies, maximised), *minimal)
         for cost in found:
             console.say(f"  {cost}")
         for name, limit in least.items():

@@ -31,7 +31,7 @@ def export(job: Job) -> None:
             if has_integers(made.architecture.network.flat(), precision):
                 quantisation = quantise(made, job.data, images=job.experiment.finish.calibration_images)
                 write_bytes(made.folder / "quantisation.json", quantisation_json(quantisation))
-            data = model_file(job.runtime, made.architecture, made.params, precision, quantisation)
+            data = model_file(job.runtime, made.architecture, made.params_of(precision), precision, quantisation)
             write_bytes(made.folder / file_name(precision, job.runtime.suffix), data)
         write_json(made.folder / "blocks.json", block_latencies(job, made))
         write_text(made.folder / "card.md", card(job, made))

@@ -7,14 +7,26 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from nas.architecture import Architecture, Input, Origin, load_architecture, load_params, save_params, schema_of
+from nas.architecture import (
+    Architecture,
+    Input,
+    Origin,
+    load_architecture,
+    load_float32_params,
+    load_params,
+    save_float32_params,
+    save_params,
+    schema_of,
+)
 from nas.compress import finetune
 from nas.errors import NasError
 from nas.evaluate import Standalone, SubnetEvaluator
 from nas.files import damaged, read_as, write_json
+from nas.ops import in_float32
 from nas.pipeline.costs import handmade, least_of, minimised
 from nas.pipeline.job import Job
 from nas.pipeline.search import run as run_search
+from nas.quantise import has_integers, has_narrow
 from nas.search import Front, Setting, Trial
 
 BASELINES = ("smallest", "largest", "handmade")
@@ -72,6 +84,10 @@ def finish(job: Job) -> None:
         params = alone.calibrate(params, images=job.experiment.train.calibration_images)
         correct = alone.correct(params, job.data.val)
         save_params(folder / "params", params)
+        if has_narrow(network.flat()):  # a float32 file has other weights, so the moments of its norms are others
+            exact = Standalone(in_float32(network), job.data, batch_size=job.experiment.train.eval_batch_size)
+            exact_params = exact.calibrate(params, images=job.experiment.train.calibration_images)
+            save_float32_params(folder / "params", exact_params)
         architecture(job, candidate).save(folder / "architecture.json")
         write_json(folder / "validation.json", {"correct": correct, "total": len(job.data.val.labels)})  # last: done
         job.console.say(f"  validation top-1 {correct / len(job.data.val.labels):.1%}")
@@ -130,6 +146,13 @@ class Finished:
     architecture: Architecture
     params: dict[str, Any]
     validation_accuracy: float
+    float32_params: dict[str, Any] | None = None  # where narrow weights have moments of norms that others do not
+
+    def params_of(self, precision: str) -> dict[str, Any]:
+        """The arrays of its file in `precision`."""
+        if self.float32_params is None or has_integers(self.architecture.network.flat(), precision):
+            return self.params
+        return self.float32_params
 
 
 class _Validation(msgspec.Struct):
@@ -154,8 +177,9 @@ def finished(run: Path) -> list[Finished]:
         try:
             made = load_architecture(folder)
             params = load_params(folder / "params", made.network)
+            plain = load_float32_params(folder / "params", made.network)
         except NasError as e:
             raise damaged(folder, str(e), stage="finish") from e
         role = "winner" if folder in winners else folder.name
-        out.append(Finished(folder.name, role, folder, made, params, counted.correct / counted.total))
+        out.append(Finished(folder.name, role, folder, made, params, counted.correct / counted.total, plain))
     return out

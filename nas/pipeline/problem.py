@@ -33,7 +33,7 @@ def make_problem(
     device: str | None = None,
     precision: str = "float32",
     latency_ms: Limit | None = None,
-    objectives: Sequence[str] = (),
+    objectives: Sequence[str] | None = None,
     limits: Mapping[str, Limit] | None = None,
     costs: Mapping[str, Callable[[Genotypes], ArrayLike]] | None = None,
     images: int = 10_000,
@@ -52,7 +52,7 @@ def make_problem(
     models = latency_on(space, device, precision)
     asked = limits_of(limits, latency_ms)
     accuracies, maximised, least = accuracies_of(objectives, asked)
-    found, names = counted(space, models, objectives, asked, dict(costs or {}), precision)
+    found, names, minimised = counted(space, models, objectives, asked, dict(costs or {}), precision)
     return problem_of(
         space,
         found,
@@ -61,7 +61,7 @@ def make_problem(
         total=images,
         accuracies=accuracies,
         least=least,
-        objectives=(*errors_of(accuracies, maximised), *names),
+        objectives=(*errors_of(accuracies, maximised), *minimised),
     )
 
 
@@ -83,16 +83,18 @@ def limits_of(limits: Mapping[str, Limit] | None, latency_ms: Limit | None) -> d
 
 
 def accuracies_of(
-    objectives: Sequence[str], limits: Mapping[str, config.Limit], usual: tuple[str, ...] = ("top1",)
+    objectives: Sequence[str] | None, limits: Mapping[str, config.Limit], usual: tuple[str, ...] = ("top1",)
 ) -> tuple[tuple[str, ...], tuple[str, ...], dict[str, Least]]:
     """What is counted, which of it is maximised, and the limits on it.
 
-    Accuracies that `objectives` names are maximised; where it names none, `usual`, unless an accuracy has a limit: then
-    that limit is all that is asked of accuracy.
+    Accuracies that `objectives` names are maximised; without `objectives`, `usual`, unless an accuracy has a limit:
+    then that limit is all that is asked of accuracy.
 
     Raises:
-        ConfigError: a limit on an accuracy has the wrong form.
+        ConfigError: a limit on an accuracy has the wrong form, or nothing is asked of any accuracy.
     """
+    if objectives is not None:
+        _check_names(objectives)
     limited = {name: limit for name, limit in limits.items() if name in config.ACCURACIES}
     for name, limit in limited.items():
         if limit.at_least is None and limit.at_most is None:
@@ -102,8 +104,26 @@ def accuracies_of(
     if twice := [name for name in named if named.count(name) > 1]:
         raise ConfigError(f"limits has {twice[0]} twice: leave one out.")
     limited = dict(zip(named, limited.values(), strict=True))
-    maximised = tuple(n for n in config.ACCURACIES if n in objectives) or (() if limited else usual)
+    aims = (() if limited else usual) if objectives is None else objectives
+    maximised = tuple(n for n in config.ACCURACIES if n in aims)
+    if not maximised and not limited:
+        raise ConfigError(
+            f"objectives is {list(aims)}, and no limit is on an accuracy: what should evaluations count? Add "
+            f'"top1" to the objectives, or give limits={{"top1": 0.9}}.'
+        )
     return tuple(n for n in config.ACCURACIES if n in {*maximised, *limited}), maximised, least_of(limited)
+
+
+def _check_names(objectives: Sequence[str]) -> None:
+    """Nothing, if `objectives` are names, each of them once."""
+    names = [objectives] if isinstance(objectives, str) else list(objectives)
+    if isinstance(objectives, str) or not names or not all(isinstance(n, str) for n in names):
+        raise ConfigError(
+            f'objectives is {objectives!r}: all that is optimised, by name, is needed, such as ["top1", "macs"]; or '
+            f"leave it out."
+        )
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ConfigError(f"objectives names {twice[0]} twice: leave one out.")
 
 
 def latency_on(space: Space, device: str | None, precision: str) -> dict[str, LatencyModel]:
@@ -126,14 +146,18 @@ def latency_on(space: Space, device: str | None, precision: str) -> dict[str, La
 def counted(
     space: Space,
     models: Mapping[str, LatencyModel],
-    objectives: Sequence[str],
+    objectives: Sequence[str] | None,
     limits: Mapping[str, config.Limit],
     own: Mapping[str, Callable[[Genotypes], ArrayLike]],
     precision: str,
-) -> tuple[tuple[Cost, ...], tuple[str, ...]]:
-    """The costs, objectives first, and the names of these; `models` has that of `latency_ms`, or nothing."""
+) -> tuple[tuple[Cost, ...], tuple[str, ...], tuple[str, ...]]:
+    """The costs, those that trials tell first; the names of these, and of those that are minimised.
+
+    Trials tell objectives, the latency on the device and costs of one's own; without `objectives` all of these are
+    minimised. `models` has that of `latency_ms`, or nothing.
+    """
     has_latency = bool(models)
-    objectives = [n for n in objectives if n not in config.ACCURACIES]
+    named = [n for n in objectives or () if n not in config.ACCURACIES]
     limits = {n: limit for n, limit in limits.items() if n not in config.ACCURACIES}
     for name, limit in limits.items():
         if limit.at_most is None and limit.at_least is None:
@@ -143,7 +167,7 @@ def counted(
             raise ConfigError(f"costs[{name!r}]: the accuracy has that name here. Give the cost another one.")
         if not callable(price):
             raise ConfigError(f"costs[{name!r}] is {price!r}: a function, [n, genes] to [n], is needed.")
-    known = {n: limits.get(n) for n in (*objectives, *limits) if n not in own}
+    known = {n: limits.get(n) for n in (*named, *limits) if n not in own}
     config.check_costs(known)
     asked = known.get("latency_ms")
     if asked is not None and asked.precision not in (None, precision):
@@ -158,10 +182,10 @@ def counted(
             raise ConfigError("latency_ms of which device? Give `device=`; `nas list devices` has the names.")
     if both := [name for name in own if name == "latency_ms" and has_latency]:
         raise ConfigError(f"{both[0]} is both that of the device and in `costs`: leave one of them out.")
-    wanted = {*objectives, *(["latency_ms"] if has_latency else [])} - own.keys()
+    wanted = {*named, *(["latency_ms"] if has_latency else [])} - own.keys()
     if not wanted and not own:
         wanted = {"macs"} if space.positions else set()
-    if not wanted and not own:
+    if not wanted and not own and objectives is None:
         raise ConfigError('nothing to minimise beside the error: give costs={"latency_ms": f}.')
     experiment = Experiment(
         name="search",
@@ -178,7 +202,8 @@ def counted(
     made = exact_costs(Searched(experiment, space, tables))
     count = len(cost_names(experiment))
     first = sorted((*made[:count], *(_own(space, n, f, limits.get(n)) for n, f in own.items())), key=lambda c: c.name)
-    return (*first, *made[count:]), tuple(c.name for c in first)
+    names = tuple(c.name for c in first)
+    return (*first, *made[count:]), names, names if objectives is None else tuple(n for n in names if n in named)
 
 
 def _in(precision: str, limit: config.Limit | None) -> dict[str, Any]:

@@ -12,11 +12,13 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from nas import config, cost
+from nas import config, cost, kernels
 from nas.data import load_data
 from nas.evaluate import SubnetEvaluator
 from nas.evaluate.proxies import additive, naswot
+from nas.evaluate.subnets import Counted
 from nas.files import read_as, write_json
+from nas.measure import hardware
 from nas.pipeline.costs import (
     Cost,
     beyond,
@@ -29,6 +31,7 @@ from nas.pipeline.costs import (
     within,
 )
 from nas.pipeline.job import Job
+from nas.pipeline.measure import version
 from nas.search import (
     EXECUTORS,
     STRATEGIES,
@@ -150,7 +153,12 @@ def run(job: Job, on_trial: Callable[[Trial], None] | None = None) -> Trials:
 
 
 def _cache(job: Job, weights: Mapping[str, NDArray[Any]]) -> Cache | None:
-    """The counts that are known of these weights, whatever search, limits or device they were made for."""
+    """The counts that are known of these weights, whatever search, limits or device they were made for.
+
+    As this program computes them on this machine, that is: by another version, on another CPU or with other kernels the
+    last bits of logits are others, and now and then one decides an answer. Workers elsewhere are taken to be like this
+    machine.
+    """
     import jax
 
     experiment = job.experiment
@@ -164,7 +172,8 @@ def _cache(job: Job, weights: Mapping[str, NDArray[Any]]) -> Cache | None:
     counted = [config.ACCURACIES[name] for name in experiment.accuracies]
     meaning += [] if counted == ["float32"] else counted
     folder = job.path / "evaluations" if experiment.search.cache == "run" else experiment.search.cache
-    return Cache(folder, json.dumps([*meaning, jax.__version__]))
+    meaning += [jax.__version__, version("nas"), hardware(), *kernels.computed_by()]
+    return Cache(folder, json.dumps(meaning))
 
 
 def strategy_of(job: Job, problem: Problem) -> Strategy:
@@ -289,7 +298,7 @@ def problem_of(
     told = costs[: len(names)]
 
     def cheap(genotypes: Genotypes) -> NDArray[np.float64]:
-        return np.stack([c.price(genotypes) for c in told], axis=1)
+        return np.stack([c.price(genotypes) for c in told], axis=1) if told else np.zeros((len(genotypes), 0))
 
     def feasible(genotypes: Genotypes) -> NDArray[np.bool_]:
         out = np.ones(len(genotypes), bool)
@@ -302,7 +311,7 @@ def problem_of(
         canonical=space.canonical,
         cheap=cheap,
         feasible=feasible,
-        smallest=within(space, costs),
+        smallest=within(space, costs) if costs else space.canonical(np.zeros((1, len(space.sizes)), np.uint8))[0],
         digest=digest,
         total=total,
         cheap_names=names,
@@ -332,23 +341,20 @@ def evaluator(
     data = load_data(settings.data)
     space = load_space(settings.space, input_shape=data.image_shape, classes=data.classes)
     supernet, params = Supernet(space), {name: jax.device_put(a) for name, a in weights.items()}
+    precisions: list[Counted] = [config.ACCURACIES[name] for name in accuracies or settings.accuracies]
 
     def on(images: int) -> Evaluate:
         part = data if images == len(data.val) else dataclasses.replace(data, val=data.val.take(np.arange(images)))
-        evaluators = [
-            SubnetEvaluator(
-                supernet,
-                params,
-                part,
-                calibration_images=settings.train.calibration_images,
-                batch_size=settings.train.eval_batch_size,
-                precision="mixed" if space.mixed else config.ACCURACIES[name],
-            )
-            for name in accuracies or settings.accuracies
-        ]
-        if len(evaluators) == 1:
-            return evaluators[0]
-        return lambda genotypes: list(zip(*(evaluate(genotypes) for evaluate in evaluators), strict=True))
+        evaluate = SubnetEvaluator(
+            supernet,
+            params,
+            part,
+            calibration_images=settings.train.calibration_images,
+            batch_size=settings.train.eval_batch_size,
+            precision="mixed" if space.mixed else precisions[0],
+            also=tuple(precisions[1:]),
+        )
+        return evaluate.counts if evaluate.also else evaluate
 
     if len(shares) == 1:
         return on(len(data.val))

@@ -205,7 +205,7 @@ def check(job: Job, made: Finished, precision: str) -> Verdict:
     else:
         network = in_float32(made.architecture.network)  # whatever its stages chose, that is its file
         alone = Standalone(network, job.data, batch_size=job.experiment.train.eval_batch_size)
-        expected = alone.logits(made.params, test)
+        expected = alone.logits(made.params_of(precision), test)
     session = job.runtime.open(path, threads=job.device.threads)
     got = np.concatenate([session(images[i : i + 256]) for i in range(0, len(images), 256)])
     few = slice(0, job.experiment.verify.parity_images)

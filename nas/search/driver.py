@@ -109,7 +109,8 @@ def search(
             while asked < min(trials, len(done) + lag) and done.status != "exhausted":
                 k = asked
                 while told <= k - lag:
-                    costs = problem.told(strategy, np.array(list(done[told].costs.values())))
+                    trial = done[told]
+                    costs = problem.told(strategy, np.array(list(trial.costs.values())), trial.total)
                     state, told = strategy.tell(state, untold.pop(told), costs), told + 1
                 rng = trial_rng(seed, k)
                 genotype = first[k] if k < len(first) else choose(wide, rng, strategy.ask(rng, state, proposals), seen)

@@ -65,7 +65,7 @@ class _Aim:
             return cls()
         names = problem.cost_names
         columns = tuple(names.index(n) for n in problem.objectives) if problem.objectives != names else None
-        most = tuple(problem.most_errors.get(name, np.inf) for name in problem.error_names)
+        most = tuple(problem.most_errors().get(name, np.inf) for name in problem.error_names)
         return cls(len(most), columns, most)
 
     @property

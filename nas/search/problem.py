@@ -57,20 +57,21 @@ class Problem:
         """The costs that are minimised."""
         return self.cost_names if self.minimised is None else self.minimised
 
-    @property
-    def most_errors(self) -> dict[str, float]:
-        """What an error must stay below, by the name of that cost."""
+    def most_errors(self, images: int | None = None) -> dict[str, float]:
+        """What an error on so many images, all if None, must stay below, by the name of that cost."""
         of = dict(zip(self.accuracies, self.error_names, strict=True))
-        return {of[name]: least.most_error(self.total) for name, least in self.least.items()}
+        total = self.total if images is None else images
+        return {of[name]: least.most_error(total) for name, least in self.least.items()}
 
-    def told(self, strategy: Strategy, costs: Costs) -> Costs:
-        """What a strategy is told of a trial with these costs, in the order of `cost_names`.
+    def told(self, strategy: Strategy, costs: Costs, images: int | None = None) -> Costs:
+        """What a strategy is told of a trial with these costs, in the order of `cost_names`, on so many images.
+
+        `images` are all if None. On a share of them, as many must be right as that share of a limit is.
 
         One that heeds limits on accuracy by itself (`Strategy.heeds_limits`) is told all of them; any other the
         objectives. Of a network that misses such a limit these are worse than any that reaches it has, as far as
-        `reach` is exact, the more so
-        the more it misses: it is dominated by all that reach it, and by those that miss less (Deb 2000,
-        doi:10.1016/S0045-7825(99)00389-8; Deb et al. 2002, sec. VI).
+        `reach` is exact, the more so the more it misses: it is dominated by all that reach it, and by those that miss
+        less (Deb 2000, doi:10.1016/S0045-7825(99)00389-8; Deb et al. 2002, sec. VI).
         """
         if len(costs) != len(self.cost_names):
             raise ValueError(
@@ -82,7 +83,7 @@ class Problem:
         told = np.array([values[name] for name in self.objectives])
         if np.isnan(costs).any():
             return np.full_like(told, np.nan)
-        missing = sum(max(0.0, values[name] - most) for name, most in self.most_errors.items())
+        missing = sum(max(0.0, values[name] - most) for name, most in self.most_errors(images).items())
         if missing == 0:
             return told
         reach = np.array([(0.0, 1.0) if name in self.error_names else self.reach[name] for name in self.objectives])

@@ -80,6 +80,6 @@ def warm_start(strategy: Strategy, problem: Problem, trials: Iterable[Trial]) ->
     state = strategy.init()
     for genotype, row in zip(genotypes, costs, strict=True):
         whole = genotype if len(strategy.shares) == 1 else np.append(genotype, np.uint8(len(strategy.shares) - 1))
-        state = strategy.tell(state, whole, problem.told(strategy, row))
+        state = strategy.tell(state, whole, problem.told(strategy, row, most))
     digest = hashlib.sha256(genotypes.tobytes() + costs.tobytes()).hexdigest()[:16]
     return replace(strategy, init=lambda: state, identity=f"warm_start({strategy.identity}, {digest})")

@@ -152,6 +152,23 @@ def test_int8_scores_do_not_depend_on_order_or_company(in_int8, genotypes):
     assert alone(genotypes) == counts
 
 
+def test_counts_in_two_precisions_are_those_of_each_alone_and_moments_are_measured_once(
+    evaluator, in_int8, genotypes, monkeypatch
+):
+    alone = [evaluator(genotypes), in_int8(genotypes)]
+    assert alone[0] != alone[1]
+    for also, order in ((("int8",), (0, 1)), (("float32",), (1, 0))):
+        with monkeypatch.context() as patch:
+            both, _, layers = watched((evaluator, in_int8)[order[0]], patch, also=also)
+            assert both.counts(genotypes) == [*zip(*(alone[i] for i in order), strict=True)]
+        measured = [layer for layer in layers if layer[0] == "calibrate"]
+        assert len(measured) == len(set(measured))
+    assert both(genotypes) == alone[1]
+    with monkeypatch.context() as patch:
+        nothing_kept, _, _ = watched(evaluator, patch, also=("int8",), cache_bytes=0)
+        assert nothing_kept.counts(genotypes) == [*zip(*alone, strict=True)]
+
+
 def test_a_subnet_is_counted_in_the_precisions_that_its_stages_choose(tmp_path):
     chosen = ("float32", "int8", "int4_weights")  # `test_mixed` has all
     space = tiny.joint_space(tmp_path, precisions=chosen)

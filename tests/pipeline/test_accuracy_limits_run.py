@@ -119,16 +119,16 @@ def test_a_search_from_python_takes_a_limit_on_accuracy_and_finds_the_cheapest()
     assert front.best().cheap == {"ms": 11.0}
     assert front.best().top1 == 0.8
     assert searched(limits={"top1": {"at_least": "80%", "tolerance": 0.03}}).best().cheap == {"ms": 10.0}
-    both_ways = searched(limits={"top1": 0.8}, objectives=["top1"])
+    both_ways = searched(limits={"top1": 0.8}, objectives=["top1", "ms"])
     assert both_ways.costs == ("error", "ms")
     assert min(t.top1 for t in both_ways) == 0.8
     assert max(t.top1 for t in both_ways) == 0.95
 
 
 def test_a_search_from_python_counts_two_accuracies():
-    front = searched(evaluate=both, objectives=["top1", "top1_int8"])
+    front = searched(evaluate=both, objectives=["top1", "top1_int8", "ms"])
     assert front.costs == ("error", "error_int8", "ms")
-    front = searched(evaluate=both, limits={"top1_int8": 0.7}, objectives=["top1"])
+    front = searched(evaluate=both, limits={"top1_int8": 0.7}, objectives=["top1", "ms"])
     assert front.costs == ("error", "ms")
     assert all(t.shares["top1_int8"] >= 0.7 for t in front)
     front = searched(evaluate=both, limits={"top1_int8": 0.7, "top1": 0.74})
@@ -208,7 +208,10 @@ def test_a_target_is_that_of_a_cost_beside_an_accuracy():
 def test_a_target_is_not_that_of_a_second_accuracy():
     """Milliseconds at the target are rewarded, whatever stands between."""
     front = searched(
-        evaluate=both, objectives=["top1", "top1_int8"], strategy="reinforce", settings={"target": 5.0, "beta": -5.0}
+        evaluate=both,
+        objectives=["top1", "top1_int8", "ms"],
+        strategy="reinforce",
+        settings={"target": 5.0, "beta": -5.0},
     )
     late = [t.cheap["ms"] for t in front.evaluated[-15:]]
     assert abs(sum(late) / len(late) - 5.0) < 2.0

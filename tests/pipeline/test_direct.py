@@ -48,7 +48,11 @@ def test_a_space_a_device_and_a_function_give_a_front(here):
     whole = quiet(here, device="phone")
     middle = np.median([t.latency_ms for t in whole.evaluated])
     front = quiet(
-        here, device="phone", latency_ms=float(middle), objectives=["macs"], limits={"latency_ms@board": "90%"}
+        here,
+        device="phone",
+        latency_ms=float(middle),
+        objectives=["macs", "latency_ms", "top1"],
+        limits={"latency_ms@board": "90%"},
     )
     assert front.costs == ("error", "latency_ms", "macs")
     assert 0 < len(front.evaluated) <= 24  # the space has no more
@@ -59,6 +63,41 @@ def test_a_space_a_device_and_a_function_give_a_front(here):
     told = whole.explain(best)
     assert "latency_ms" in told.networks
     assert told.networks["latency_ms"].svg.count("<rect") == len(here.decode(best.genotype).blocks)
+
+
+def test_what_is_optimised_is_said_by_name_and_the_rest_may_have_limits(here):
+    middle = float(np.median([t.latency_ms for t in quiet(here, device="phone").evaluated]))
+    limited = quiet(here, device="phone", latency_ms=middle, objectives=["top1", "macs"])
+    assert limited.costs == ("error", "macs")
+    assert all(t.latency_ms <= middle for t in limited.evaluated)
+    without = quiet(here, objectives=["params", "top1"])
+    assert (without.costs, list(without.evaluated[0].cheap)) == (("error", "params"), ["params"])
+    least = quiet(here, device="phone", objectives=["macs"], limits={"top1": 0.6})
+    assert (least.costs, len(least)) == (("macs",), 1)
+    assert least.best().cheap["macs"] == min(t.cheap["macs"] for t in least.evaluated if t.top1 >= 0.6)
+    named = quiet(here, device="phone", objectives=["top1", "latency_ms"])
+    assert named == quiet(here, device="phone")  # as without
+
+
+def test_of_costs_of_ones_own_some_may_be_objectives(here):
+    costs = {"latency_ms": price, "size": lambda g: 10.0 - g[:, 0]}
+    front = quiet(CHOICES, evaluate=of_choices, costs=costs, objectives=["top1", "size"], limits={"latency_ms": 5})
+    assert front.costs == ("error", "size")
+    assert all(t.latency_ms <= 5 for t in front.evaluated)
+    problem = nas.make_problem(here, costs=costs, objectives=["top1", "size", "macs"])
+    assert problem.objectives == ("error", "macs", "size")
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_every_strategy_searches_for_accuracy_alone(strategy):
+    def evaluate(values, share=1.0):
+        return of_choices(values)
+
+    front = quiet(CHOICES, evaluate=evaluate, strategy=strategy, objectives=["top1"], trials=40)
+    assert front.costs == ("error",)
+    assert front.evaluated[0].cheap == {}
+    assert front.best().top1 == max(t.top1 for t in front.evaluated if t.total == 10_000) >= 3 / 6
+    assert "top1" in repr(front)
 
 
 def test_the_same_seed_gives_the_same_front_and_a_journal_goes_on(here, tmp_path):
@@ -175,7 +214,13 @@ def test_limits_of_own_costs_are_held_in_large_spaces_too():
         (CHOICES, {}, "what evaluates"),
         (CHOICES, {"evaluate": of_choices}, "nothing to minimise"),
         (CHOICES, {"evaluate": of_choices, "device": "phone"}, "choices alone have no blocks"),
-        (CHOICES, {"evaluate": of_choices, "objectives": ["macs"]}, "macs is not known of choices alone"),
+        (CHOICES, {"evaluate": of_choices, "objectives": ["top1", "macs"]}, "macs is not known of choices alone"),
+        ("tiny.toml", {"evaluate": top1, "objectives": ["macs"]}, r'no limit is on an accuracy.*Add "top1"'),
+        ("tiny.toml", {"evaluate": top1, "objectives": ["top1", "macs", "macs"]}, "objectives names macs twice"),
+        ("tiny.toml", {"evaluate": top1, "objectives": "top1"}, "objectives is 'top1': all that is optimised"),
+        ("tiny.toml", {"evaluate": top1, "objectives": []}, r"objectives is \[\]: all that is optimised"),
+        ("tiny.toml", {"evaluate": top1, "objectives": ["top1", "mac"]}, "Did you mean `macs`"),
+        ("tiny.toml", {"evaluate": top1, "objectives": ["top1", "latency_ms"]}, "latency_ms of which device"),
         (CHOICES, {"evaluate": of_choices, "costs": {"ms": lambda g: 1.0}}, r"gave shape \(\) for 243 genotypes"),
         ("tiny.toml", {"evaluate": top1, "latency_ms": 3}, "of which device"),
         ("tiny.toml", {"evaluate": top1, "limits": {"mac": 3}}, "Did you mean `macs`"),

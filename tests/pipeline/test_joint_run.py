@@ -10,15 +10,17 @@ from export.networks import params_of
 
 import nas
 from nas import cost
-from nas.architecture import Architecture, Input, save_params, schema_of
+from nas.architecture import Architecture, Input, save_float32_params, save_params, schema_of
 from nas.console import Console
 from nas.deliver import export_network
 from nas.errors import ConfigError, UnmeasuredBlock
+from nas.evaluate import Standalone
 from nas.export import RUNTIMES
 from nas.fold import fold
-from nas.ops import PRECISIONS, WEIGHT_BITS
+from nas.ops import PRECISIONS, WEIGHT_BITS, in_float32
 from nas.pipeline.export import quantisation_json
-from nas.quantise import placeholder
+from nas.quantise import has_narrow, placeholder
+from nas.run import run
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +36,9 @@ def test_a_run_ends_with_verified_files_of_mixed_precision(place):
     experiment = nas.load_experiment(place / "joint_experiment.toml", overrides=[asked, "search.trials=16"])
     run = nas.load_run(nas.run_experiment(experiment, place / "run"))
     assert sorted(p.name for p in (place / "run" / "latency").glob("table.*.csv")) == ["table.mixed.csv"]
+    for folder in (*(place / "run").glob("winners/*"), *(place / "run").glob("baselines/*")):
+        narrow = has_narrow(nas.load_winner(folder).architecture.network.flat())
+        assert (folder / "params" / "float32" / "params.safetensors").exists() == narrow
     for winner in run.winners.values():
         assert (winner.folder / "model.mixed.onnx").exists()
         assert run.verified(winner.folder.name)["mixed"]["passed"]
@@ -51,7 +56,7 @@ def test_a_run_ends_with_verified_files_of_mixed_precision(place):
 
 def test_file_size_and_peak_memory_follow_the_precisions_that_stages_choose():
     space = nas.load_space("digits_joint", input_shape=(16, 16, 1), classes=10)
-    problem = nas.make_problem(space, objectives=("size_bytes", "memory_bytes"))
+    problem = nas.make_problem(space, objectives=("top1", "size_bytes", "memory_bytes"))
     names = ("float32", "int8", "int4_weights")
     rows = [space.uniform(depth=max, expand=max, precision=lambda _, name=name: name) for name in names]
     in_float, in_int8, in_4_bits = ({"memory": m, "size": s} for m, s in problem.cheap(np.stack(rows)))
@@ -77,6 +82,30 @@ def test_a_winner_with_narrow_weights_is_the_same_from_disk_in_jax_and_as_a_file
     session = RUNTIMES["onnxruntime"]().open(written["model.mixed.onnx"])
     logits = winner.logits(images)
     np.testing.assert_allclose(session(told.input.normalise(images)), logits, atol=1e-4 * np.abs(logits).max())
+
+
+def test_the_float32_file_of_a_network_with_narrow_weights_has_moments_of_its_own(tmp_path):
+    """Its weights are others, so that norms see other values."""
+    space, data = tiny.joint_space(tmp_path, precisions=PRECISIONS), tiny.data(tmp_path)
+    network = space.decode(space.uniform(precision=lambda _: "int4_weights"))
+    exact = in_float32(network)
+    drawn = params_of(network.flat())
+    narrow, plain = (Standalone(n, data).calibrate(drawn, images=64) for n in (network, exact))
+    assert max(np.abs(narrow[name] - plain[name]).max() for name in plain) > 1e-3
+    told = Architecture(schema_of(network), "narrow", network, Input(network.input, (0.5,), (0.25,)), ("a", "b", "c"))
+    told.save(tmp_path / "architecture.json")
+    save_params(tmp_path / "params", narrow)
+    scales = placeholder(fold(network.flat(), drawn)[0])
+    (tmp_path / "quantisation.json").write_bytes(quantisation_json(scales))
+    images, logits = data.normalise(data.val.images[:], network.input[:2]), {}
+    for moments in ("shared", "own"):  # as older versions left them, and as `finish` leaves them
+        for path in export_network(tmp_path):
+            logits[moments, path.name] = RUNTIMES["onnxruntime"]().open(path)(images)
+        save_float32_params(tmp_path / "params", plain)
+    np.testing.assert_array_equal(logits["own", "model.mixed.onnx"], logits["shared", "model.mixed.onnx"])
+    expected = np.asarray(run(exact.flat(), plain, images)[0])
+    np.testing.assert_allclose(logits["own", "model.onnx"], expected, atol=1e-4 * np.abs(expected).max())
+    assert np.abs(logits["shared", "model.onnx"] - expected).max() > 1e-2 * np.abs(expected).max()
 
 
 def test_bytes_are_those_of_the_precisions_that_stages_choose(place):

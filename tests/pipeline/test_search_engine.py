@@ -1,6 +1,7 @@
 """The search stage on a trained supernet: the same outcome on every executor, and nothing evaluated twice."""
 
 import hashlib
+import importlib
 import importlib.util
 import io
 import json
@@ -12,13 +13,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import psutil
 import pytest
 import tiny
 from ray_cluster import Cluster, children, free_port, is_worker, listening, ray_command
 
 import nas
+from nas import native
 from nas.console import Console
 from nas.search import EXECUTORS, read_trials
 from nas.search.journal import read
@@ -220,6 +224,35 @@ def test_what_was_counted_once_is_not_evaluated_again_whatever_the_search(traine
     for trial in trials:
         assert (trial.seconds == 0) == (trial.genotype in counts)
         assert counts.get(trial.genotype, trial.correct) == trial.correct
+
+
+def test_counts_of_another_version_other_hardware_or_other_kernels_are_not_taken(trained, monkeypatch):
+    """The last bits of logits may decide an answer, and those depend on all of these."""
+    stage = importlib.import_module("nas.pipeline.search")
+    experiment = nas.load_experiment(trained / "tiny_experiment.toml")
+    digests = SimpleNamespace(digest="the same")
+    job = SimpleNamespace(experiment=experiment, space=digests, data=digests, path=trained)
+
+    def name() -> str:
+        cache = stage._cache(job, {"a": np.zeros(3, np.float32)})
+        assert cache is not None
+        return cache.path.name
+
+    monkeypatch.setattr(native, "available", lambda: True)
+    before = name()
+    assert before == name()
+    others = [
+        (stage, "version", lambda package: "another"),
+        (stage, "hardware", lambda: "another"),
+        (native, "available", lambda: False),  # convolutions by XLA alone
+        (native, "source", lambda: "another"),
+        (native, "status", lambda: "in use, other instructions"),
+    ]
+    for module, function, other in others:
+        with monkeypatch.context() as patch:
+            patch.setattr(module, function, other)
+            assert name() != before, function
+    assert before == name()
 
 
 def test_answers_counted_in_int8_are_told_from_those_in_float_wherever_they_are_written(trained, inline, tmp_path):

@@ -77,6 +77,36 @@ def test_what_misses_a_limit_is_told_as_worse_than_all_that_reaches_it_and_the_m
     assert np.isnan(only.told(strategy, np.array([np.nan, 3.0])))
 
 
+def test_on_a_share_of_the_images_as_many_must_be_right_as_that_share_of_the_limit_is():
+    """.903 of 93 images are 84, which leave more of them wrong than .1; of 10 images it is 10 all the same, not 9."""
+    problem = dataclasses.replace(limited(Least(0.903, 0.903), minimised=None), total=93)
+    strategy = STRATEGIES["successive_halving"](problem.sizes, population=8, problem=problem)
+    for images in (93, 31, 10):
+        for count in range(images + 1):
+            trial = Trial(0, (0,), count, images, {"latency_ms": 2.0})
+            row = np.array(list(trial.costs.values()))
+            reached = (problem.told(strategy, row, images) == row).all()
+            assert reached == (count >= 0.903 * images) == (trial.missing(problem.least) == 0)
+    assert (problem.told(strategy, row) == problem.told(strategy, row, 93)).all()
+
+
+@pytest.mark.parametrize("limit", [0.2041, 0.2071, 0.25])
+def test_each_rung_of_successive_halving_is_told_what_reaches_the_limit_on_its_share(limit, tmp_path):
+    problem = limited(Least(limit, limit), minimised=None)
+    strategy, told = make_strategy(STRATEGIES["successive_halving"], problem, population=12), []
+
+    def tell(state, genotype, costs):
+        told.append(costs)
+        return strategy.tell(state, genotype, costs)
+
+    executor = InlineExecutor(toy.evaluator, {"shares": strategy.shares})
+    recorded = dataclasses.replace(strategy, tell=tell)
+    trials = search(problem, recorded, executor, trials=80, lag=4, seed=1, journal_path=tmp_path / "journal")
+    assert {t.total for t in trials} == {111, 333, 1000}
+    for trial, costs in zip(trials, told, strict=False):
+        assert (costs.tolist() == list(trial.costs.values())) == (trial.missing(problem.least) == 0)
+
+
 def test_a_strategy_without_limits_is_told_what_it_always_was():
     problem = toy.problem()
     row = np.array([0.2, 3.0])
