@@ -24,11 +24,20 @@ from nas.latency import LatencyModel, Table, device_folder, find_model
 from nas.pipeline.costs import Cost, errors_of, exact_costs, least_of, minimised, require_countable
 from nas.pipeline.job import Job
 from nas.pipeline.problem import Limit, accuracies_of, counted, features_of, latency_on, limits_of, name_of
-from nas.pipeline.search import accuracy_digest, problem_of, sizes_of
+from nas.pipeline.search import accuracy_digest, journalled, problem_of, sizes_of
 from nas.runfolder import RunFolder
-from nas.search import EXECUTORS, STRATEGIES, Front, Setting, Trial, feasible_only, make_strategy, read_trials
+from nas.search import (
+    EXECUTORS,
+    STRATEGIES,
+    Front,
+    Progress,
+    Setting,
+    Trial,
+    feasible_only,
+    make_strategy,
+    read_trials,
+)
 from nas.search import search as run_search
-from nas.search.accuracy import Least
 from nas.search.executor import Count, Evaluate
 from nas.search.problem import without_share
 from nas.search.strategy import Genotypes
@@ -198,6 +207,10 @@ def search(
             address=address,
             timeout_seconds=timeout_seconds,
         ) as evaluating:
+            begun = journalled(Path(journal))
+            worst = [problem.reach[name][1] if name in problem.reach else 1.0 for name in aims]
+            busy = 1 if executor == "inline" else workers
+            progress = Progress(worst, workers=busy, start=begun, costs=aims, least=least)
             console.start(f"search: {strategy}, {trials} trials")
             done = run_search(
                 problem,
@@ -208,7 +221,7 @@ def search(
                 seed=seed,
                 journal_path=journal,
                 initial=[source.space.check(g) for g in initial],
-                on_trial=_told(console, trials, on_trial, least),
+                on_trial=_told(console, trials, progress, begun, on_trial),
             )
     finite = {c.name: c.limit for c in found if math.isfinite(c.limit)}
     setting = Setting(source.space, source.device, _models(found), finite, problem.accuracies[0], least)
@@ -435,10 +448,10 @@ def _imported(name: str) -> Callable[..., float]:
 
 
 def _told(
-    console: Console, total: int, further: Callable[[Trial], None] | None, least: Mapping[str, Least]
+    console: Console, total: int, progress: Progress, begun: int, further: Callable[[Trial], None] | None
 ) -> Callable[[Trial], None]:
-    """What is done after each trial: progress, and giving up where nothing works."""
-    best: list[Trial] = []
+    """What is done after each trial: progress, from the first that is not merely read from the journal on, and giving
+    up where nothing works."""
     failed = 0
 
     def told(trial: Trial) -> None:
@@ -449,10 +462,9 @@ def _told(
                 f"All of the first {failed} evaluations failed, the last one with: {trial.failure}. Correct "
                 f"`evaluate` (try it on one network), and start with a new journal: failures are kept in it."
             )
-        best[:] = [min([*best, trial], key=lambda t: (t.correct is None, -t.total, t.missing(least), t.error))]
-        cheap = dict(list(best[0].cheap.items())[:2])
-        name = "nearest top-1" if best[0].missing(least) else "best top-1"
-        console.progress(trial.trial + 1, total, {name: best[0].top1, **best[0].shares, **cheap})
+        progress.add(trial)
+        if trial.trial >= begun:
+            console.progress(trial.trial + 1, total, progress.values())
         if further is not None:
             further(trial)
 

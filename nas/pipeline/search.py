@@ -6,6 +6,7 @@ import hashlib
 import json
 import types
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -64,7 +65,7 @@ def search(job: Job) -> None:
     job.folder.require("train")
     job.limit  # noqa: B018  told before the workers start
     job.console.start(f"search: {settings.strategy}, {settings.trials} trials on {settings.executor}")
-    start = _journalled(job)
+    start = journalled(job.path / "search" / "journal.jsonl")
     workers = 1 if settings.executor == "inline" else settings.workers
     objectives, least = minimised(job.experiment), least_of(job.experiment.least)
     progress = Progress(_reference(job), workers=workers, start=start, costs=objectives, least=least)
@@ -107,9 +108,8 @@ def followers(settings: config.Search) -> list[str]:
     return ["tensorboard"] * settings.tensorboard + ([] if settings.tracker is None else [settings.tracker])
 
 
-def _journalled(job: Job) -> int:
+def journalled(path: Path) -> int:
     """How many trials an earlier process left in the journal."""
-    path = job.path / "search" / "journal.jsonl"
     return max(0, path.read_bytes().count(b"\n") - 1) if path.exists() else 0
 
 

@@ -115,6 +115,18 @@ def test_the_function_may_want_genotypes(here):
     assert all(g.shape == (len(here.sizes),) and g.dtype == np.uint8 for g in seen)
 
 
+def test_it_says_how_it_goes(here, tmp_path, capsys):
+    def go(trials):
+        quiet(here, device="phone", objectives=["macs"], trials=trials, quiet=False, journal=tmp_path / "j")
+        return capsys.readouterr().err.splitlines()
+
+    line = go(12)[-1]
+    for what in ("  12/12  eta 0:00", "trials/s ", "busy ", "volume 0.", "best top-1 ", "at ms ", "at macs "):
+        assert what in line
+    assert go(12)[-1].startswith("search: ")  # nothing was done
+    assert "  14/14  eta 0:00" in go(14)[-1]
+
+
 def test_what_can_be_reached_is_told_first_and_impossible_limits_are_refused(here, capsys):
     calls = []
     with pytest.raises(LimitError, match=r"the fastest network of space 'tiny' takes"):
