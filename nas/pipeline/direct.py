@@ -24,7 +24,7 @@ from nas.latency import LatencyModel, Table, device_folder, find_model
 from nas.pipeline.costs import Cost, errors_of, exact_costs, least_of, minimised, require_countable
 from nas.pipeline.job import Job
 from nas.pipeline.problem import Limit, accuracies_of, counted, features_of, latency_on, limits_of, name_of
-from nas.pipeline.search import accuracy_digest, journalled, problem_of, sizes_of
+from nas.pipeline.search import accuracy_digest, journalled, population_told, problem_of, sizes_of
 from nas.runfolder import RunFolder
 from nas.search import (
     EXECUTORS,
@@ -62,7 +62,7 @@ def search(
     strategy: str = "predictor",
     trials: int = 200,
     seed: int = 0,
-    population: int = 32,
+    population: int | None = None,
     settings: Mapping[str, float | int] | None = None,
     only_feasible: bool = False,
     lag: int = 8,
@@ -116,7 +116,7 @@ def search(
         strategy: a name of `nas list strategies`.
         trials: how many networks to evaluate.
         seed: of all randomness.
-        population: of the strategy, as far as it has one.
+        population: of the strategy, as far as it has one; its own default if None.
         settings: of the strategy's own, by name.
         only_feasible: ask the strategy for more until enough is within the limits.
         lag: trial k is proposed from the results of trials 0..k-lag; at least the number of workers.
@@ -179,7 +179,7 @@ def search(
             source.meaning,
             source.images,
             [[c.name, c.digest, *_limits(c)] for c in found],
-            population,
+            population_told(population),
             *accuracy_digest(accuracies, least, aims, names),
         ]
         digest = hashlib.sha256(json.dumps(meaning).encode()).hexdigest()[:16]

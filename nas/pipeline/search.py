@@ -244,7 +244,7 @@ def make_problem(job: Job) -> Problem:
         experiment.seed,
         config.deciding(experiment.train),
         experiment.search.strategy,
-        experiment.search.population,
+        population_told(experiment.search.population),
         *([experiment.search.proxy] if experiment.search.proxy != "none" else []),
         *([experiment.counted] if experiment.counted != "float32" else []),
         *accuracy_digest(experiment.accuracies, least_of(experiment.least), minimised(experiment), names),
@@ -260,6 +260,11 @@ def make_problem(job: Job) -> Problem:
         least=least_of(experiment.least),
         objectives=minimised(experiment),
     )
+
+
+def population_told(population: int | None) -> int:
+    """As journals have always had it in the digest of their problem; what it is, the strategy's identity says."""
+    return 32 if population is None else population
 
 
 def accuracy_digest(
