@@ -19,7 +19,7 @@ from numpy.typing import ArrayLike, NDArray
 from nas import config
 from nas.config import Experiment, nearest
 from nas.console import Console
-from nas.errors import ConfigError, ExecutorError, NasError
+from nas.errors import ConfigError, EvaluateError, NasError
 from nas.latency import LatencyModel, Table, device_folder, find_model
 from nas.pipeline.costs import Cost, errors_of, exact_costs, least_of, minimised, require_countable
 from nas.pipeline.job import Job
@@ -137,7 +137,8 @@ def search(
         ConfigError: arguments that do not fit together, or an unknown name, with the nearest known one.
         DeviceError, UnmeasuredBlock: the device is unknown, or has no table of this space.
         JournalError: the journal is damaged, in use, or of another search.
-        ExecutorError: the workers cannot do their work, or every evaluation fails.
+        ExecutorError: the workers cannot do their work.
+        EvaluateError: every evaluation fails.
     """
     console = Console(io.StringIO()) if quiet else Console()
     if isinstance(space, Experiment):
@@ -442,9 +443,12 @@ def evaluator(
 def _imported(name: str) -> Callable[..., float]:
     module, _, function = name.partition(":")
     try:
-        return getattr(importlib.import_module(module), function)
+        found = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError, ValueError) as e:
         raise ConfigError(f"No function {name!r}: {e}. Expected 'package.module:function'.") from e
+    if not callable(found):
+        raise ConfigError(f"No function {name!r}: it is {found!r}. Expected 'package.module:function'.")
+    return found
 
 
 def _told(
@@ -458,9 +462,10 @@ def _told(
         nonlocal failed
         failed += trial.failure is not None
         if failed == trial.trial + 1 and failed in (_HOPELESS, total):
-            raise ExecutorError(
+            raise EvaluateError(
                 f"All of the first {failed} evaluations failed, the last one with: {trial.failure}. Correct "
-                f"`evaluate` (try it on one network), and start with a new journal: failures are kept in it."
+                f"`evaluate` (try it on one network), and start with a new journal, or with another --out: failures "
+                f"are kept in it."
             )
         progress.add(trial)
         if trial.trial >= begun:

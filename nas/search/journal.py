@@ -264,6 +264,11 @@ def _sync_folder(folder: Path) -> None:
 
 
 def _unwritable(path: Path, e: OSError) -> JournalError:
+    if isinstance(e, FileExistsError | NotADirectoryError | IsADirectoryError):
+        return JournalError(
+            f"{path}: cannot write the journal: {e.strerror}. A file is where its folder should be, or a folder where "
+            f"the journal should: choose another path."
+        )
     return JournalError(
         f"{path}: cannot write the journal: {e.strerror}. What was committed is intact: make room or correct the "
         f"permissions, and the same command goes on."

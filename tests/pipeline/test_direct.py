@@ -9,7 +9,7 @@ import tiny
 from synthetic_tables import write_device
 
 import nas
-from nas.errors import ConfigError, ExecutorError, JournalError, LimitError, UnmeasuredBlock
+from nas.errors import ConfigError, EvaluateError, JournalError, LimitError, UnmeasuredBlock
 from nas.search import STRATEGIES, Front
 
 CHOICES = {f"op{i}": ["none", "conv", "pool"] for i in range(5)}
@@ -201,6 +201,7 @@ def test_limits_of_own_costs_are_held_in_large_spaces_too():
         ("tiny.toml", {"evaluate": top1, "workers": 0}, "workers 0: a whole number from 1"),
         ("tiny.toml", {"evaluate": 0.5}, "evaluate is 0.5: a function"),
         ("tiny.toml", {"evaluate": "nowhere:top1"}, "No function 'nowhere:top1'"),
+        ("tiny.toml", {"evaluate": "math:pi"}, r"No function 'math:pi': it is 3\.14"),
         ("tiny.toml", {"evaluate": top1, "costs": {"error": price}}, "the accuracy has that name"),
         ("tiny.toml", {"evaluate": top1, "costs": {"ms": 3}}, "costs.'ms'. is 3: a function"),
         ("tiny.toml", {"evaluate": top1, "costs": {"ms": lambda g: ["x"] * len(g)}}, "gave no numbers"),
@@ -235,7 +236,7 @@ def test_a_function_that_never_works_ends_the_search_early(wrong, message, here)
         calls.append(network)
         return wrong(network)
 
-    with pytest.raises(ExecutorError, match=message):
+    with pytest.raises(EvaluateError, match=message):
         quiet(here, evaluate=evaluate)
     assert len(calls) <= 16
 

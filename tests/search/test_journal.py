@@ -161,9 +161,12 @@ def test_a_missing_or_empty_journal_cannot_be_read(tmp_path):
         read(tmp_path / "empty.jsonl")
 
 
-def test_a_folder_in_the_way_is_a_clear_error(tmp_path):
-    with pytest.raises(JournalError, match="cannot write"):
-        Journal(tmp_path, HEADER)
+def test_a_folder_or_a_file_in_the_way_is_a_clear_error(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    for path in (tmp_path, tmp_path / "file" / "journal.jsonl", tmp_path / "file" / "run" / "journal.jsonl"):
+        with pytest.raises(JournalError, match=r"cannot write the journal: .* choose another path"):
+            Journal(path, HEADER)
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 def test_a_system_without_file_locks_reads_journals_and_says_that_it_cannot_write_them(path):
