@@ -443,7 +443,7 @@ def evaluator(
 def _imported(name: str) -> Callable[..., float]:
     module, _, function = name.partition(":")
     try:
-        found = getattr(importlib.import_module(module), function)
+        found: Callable[..., float] = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError, ValueError) as e:
         raise ConfigError(f"No function {name!r}: {e}. Expected 'package.module:function'.") from e
     if not callable(found):
