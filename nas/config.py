@@ -208,7 +208,7 @@ class Search(Strict, frozen=True):
 
     strategy: str = "nsga2"  # a name in nas.search.STRATEGIES
     trials: int = 200
-    population: int = 32
+    population: int | None = None  # of the strategy, as far as it has one; None: its own default
     settings: dict[str, float | int] = {}  # of the strategy's own, by name: keyword arguments of its function
     proxy: str = "none"  # a name in nas.pipeline.search.PROXIES: what `predictor` learns from before any evaluation
     feasible_only: bool = False  # ask for more until enough is within the limits, not walk from what is not

@@ -56,5 +56,9 @@ class ExecutorError(NasError):
     """Workers cannot be started, keep dying, or starve."""
 
 
+class EvaluateError(NasError):
+    """An evaluation of one's own that fails for every network."""
+
+
 class ExportError(NasError):
     """A network cannot be written in a format, or its file does not do what the network does."""

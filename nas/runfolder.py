@@ -42,7 +42,7 @@ _FREE = (
 )
 
 # Defaults that an older version of nas wrote out, where leaving the key out now means the same.
-_WRITTEN_OUT = {"train.phases": list(PHASES)}
+_WRITTEN_OUT = {"train.phases": list(PHASES), "search.population": 32}
 
 _DEFAULT = Experiment(name="", space="", data=Data(source=""), objectives=())
 

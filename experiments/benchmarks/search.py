@@ -60,11 +60,10 @@ OFA_RUNS = (("ours", 5_000), ("ours", 20_000), ("ours", 50_000), ("ofa", 50_000)
 BUDGETS = (50, 100, 250, 500)
 HALVES = (125, 250)  # evaluations of each dedicated search beside one for two devices
 STRATEGIES: dict[str, Callable[[tasks.Task], Strategy]] = {
-    "ours": lambda task: predictor_search(
-        task.problem.sizes, population=12, problem=task.problem, features=task.features
-    ),
-    "ageing": lambda task: ageing_evolution(task.problem.sizes, population=32),
-    "random": lambda task: random_search(task.problem.sizes, population=0),
+    # as they come: what is measured is what a search without further settings does
+    "ours": lambda task: predictor_search(task.problem.sizes, problem=task.problem, features=task.features),
+    "ageing": lambda task: ageing_evolution(task.problem.sizes),
+    "random": lambda task: random_search(task.problem.sizes),
 }
 
 

@@ -458,7 +458,7 @@ def proposed(space: Space, count: int, generations: int) -> list[np.ndarray]:
     rng = np.random.default_rng(3)
     macs = space.costs(cost.macs)
     other = [rng.normal(size=len(p.branches)) for p in space.positions]
-    strategy = nsga2(space.sizes, population=config.Search().population)
+    strategy = nsga2(space.sizes)
     state, out = strategy.init(), []
     for trial in range(config.Search().trials + generations * count):
         (wish, *_) = space.canonical(strategy.ask(trial_rng(0, trial), state, 1))

@@ -50,10 +50,9 @@ def sampler(space: Space, problem: Problem, strategy: Strategy, *, seed: int = 0
 
         def after_trial(self, study: Any, trial: Any, state: Any, values: Any) -> None:
             if (genotype := self.asked.pop(trial.number, None)) is not None:
-                error = np.nan
-                if state == optuna.trial.TrialState.COMPLETE:
-                    maximised = study.directions[0] == optuna.study.StudyDirection.MAXIMIZE
-                    error = 1 - values[0] if maximised else values[0]
+                error = values[0] if state == optuna.trial.TrialState.COMPLETE else np.nan
+                if study.directions[0] == optuna.study.StudyDirection.MAXIMIZE:
+                    error = 1 - error
                 costs = np.array([error, *problem.cheap(genotype[None])[0]])
                 self.state = strategy.tell(self.state, genotype, problem.told(strategy, costs))
 

@@ -19,16 +19,25 @@ from numpy.typing import ArrayLike, NDArray
 from nas import config
 from nas.config import Experiment, nearest
 from nas.console import Console
-from nas.errors import ConfigError, ExecutorError, NasError
+from nas.errors import ConfigError, EvaluateError, NasError
 from nas.latency import LatencyModel, Table, device_folder, find_model
 from nas.pipeline.costs import Cost, errors_of, exact_costs, least_of, minimised, require_countable
 from nas.pipeline.job import Job
 from nas.pipeline.problem import Limit, accuracies_of, counted, features_of, latency_on, limits_of, name_of
-from nas.pipeline.search import accuracy_digest, problem_of, sizes_of
+from nas.pipeline.search import accuracy_digest, journalled, population_told, problem_of, sizes_of
 from nas.runfolder import RunFolder
-from nas.search import EXECUTORS, STRATEGIES, Front, Setting, Trial, feasible_only, make_strategy, read_trials
+from nas.search import (
+    EXECUTORS,
+    STRATEGIES,
+    Front,
+    Progress,
+    Setting,
+    Trial,
+    feasible_only,
+    make_strategy,
+    read_trials,
+)
 from nas.search import search as run_search
-from nas.search.accuracy import Least
 from nas.search.executor import Count, Evaluate
 from nas.search.problem import without_share
 from nas.search.strategy import Genotypes
@@ -53,7 +62,7 @@ def search(
     strategy: str = "predictor",
     trials: int = 200,
     seed: int = 0,
-    population: int = 32,
+    population: int | None = None,
     settings: Mapping[str, float | int] | None = None,
     only_feasible: bool = False,
     lag: int = 8,
@@ -110,7 +119,7 @@ def search(
         strategy: a name of `nas list strategies`.
         trials: how many networks to evaluate.
         seed: of all randomness.
-        population: of the strategy, as far as it has one.
+        population: of the strategy, as far as it has one; its own default if None.
         settings: of the strategy's own, by name.
         only_feasible: ask the strategy for more until enough is within the limits.
         lag: trial k is proposed from the results of trials 0..k-lag; at least the number of workers.
@@ -131,7 +140,8 @@ def search(
         ConfigError: arguments that do not fit together, or an unknown name, with the nearest known one.
         DeviceError, UnmeasuredBlock: the device is unknown, or has no table of this space.
         JournalError: the journal is damaged, in use, or of another search.
-        ExecutorError: the workers cannot do their work, or every evaluation fails.
+        ExecutorError: the workers cannot do their work.
+        EvaluateError: every evaluation fails.
     """
     console = Console(io.StringIO()) if quiet else Console()
     if isinstance(space, Experiment):
@@ -174,7 +184,7 @@ def search(
             source.meaning,
             source.images,
             [[c.name, c.digest, *_limits(c)] for c in found],
-            population,
+            population_told(population),
             *accuracy_digest(accuracies, least, aims, names),
         ]
         digest = hashlib.sha256(json.dumps(meaning).encode()).hexdigest()[:16]
@@ -202,6 +212,10 @@ def search(
             address=address,
             timeout_seconds=timeout_seconds,
         ) as evaluating:
+            begun = journalled(Path(journal))
+            worst = [problem.reach[name][1] if name in problem.reach else 1.0 for name in aims]
+            busy = 1 if executor == "inline" else workers
+            progress = Progress(worst, workers=busy, start=begun, costs=aims, least=least)
             console.start(f"search: {strategy}, {trials} trials")
             done = run_search(
                 problem,
@@ -212,7 +226,7 @@ def search(
                 seed=seed,
                 journal_path=journal,
                 initial=[source.space.check(g) for g in initial],
-                on_trial=_told(console, trials, on_trial, least),
+                on_trial=_told(console, trials, progress, begun, on_trial),
             )
     finite = {c.name: c.limit for c in found if math.isfinite(c.limit)}
     setting = Setting(source.space, source.device, _models(found), finite, problem.accuracies[0], least)
@@ -433,30 +447,33 @@ def evaluator(
 def _imported(name: str) -> Callable[..., float]:
     module, _, function = name.partition(":")
     try:
-        return getattr(importlib.import_module(module), function)
+        found: Callable[..., float] = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError, ValueError) as e:
         raise ConfigError(f"No function {name!r}: {e}. Expected 'package.module:function'.") from e
+    if not callable(found):
+        raise ConfigError(f"No function {name!r}: it is {found!r}. Expected 'package.module:function'.")
+    return found
 
 
 def _told(
-    console: Console, total: int, further: Callable[[Trial], None] | None, least: Mapping[str, Least]
+    console: Console, total: int, progress: Progress, begun: int, further: Callable[[Trial], None] | None
 ) -> Callable[[Trial], None]:
-    """What is done after each trial: progress, and giving up where nothing works."""
-    best: list[Trial] = []
+    """What is done after each trial: progress, from the first that is not merely read from the journal on, and giving
+    up where nothing works."""
     failed = 0
 
     def told(trial: Trial) -> None:
         nonlocal failed
         failed += trial.failure is not None
         if failed == trial.trial + 1 and failed in (_HOPELESS, total):
-            raise ExecutorError(
+            raise EvaluateError(
                 f"All of the first {failed} evaluations failed, the last one with: {trial.failure}. Correct "
-                f"`evaluate` (try it on one network), and start with a new journal: failures are kept in it."
+                f"`evaluate` (try it on one network), and start with a new journal, or with another --out: failures "
+                f"are kept in it."
             )
-        best[:] = [min([*best, trial], key=lambda t: (t.correct is None, -t.total, t.missing(least), t.error))]
-        cheap = dict(list(best[0].cheap.items())[:2])
-        name = "nearest top-1" if best[0].missing(least) else "best top-1"
-        console.progress(trial.trial + 1, total, {name: best[0].top1, **best[0].shares, **cheap})
+        progress.add(trial)
+        if trial.trial >= begun:
+            console.progress(trial.trial + 1, total, progress.values())
         if further is not None:
             further(trial)
 

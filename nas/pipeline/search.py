@@ -6,6 +6,7 @@ import hashlib
 import json
 import types
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -67,7 +68,7 @@ def search(job: Job) -> None:
     job.folder.require("train")
     job.limit  # noqa: B018  told before the workers start
     job.console.start(f"search: {settings.strategy}, {settings.trials} trials on {settings.executor}")
-    start = _journalled(job)
+    start = journalled(job.path / "search" / "journal.jsonl")
     workers = 1 if settings.executor == "inline" else settings.workers
     objectives, least = minimised(job.experiment), least_of(job.experiment.least)
     progress = Progress(_reference(job), workers=workers, start=start, costs=objectives, least=least)
@@ -110,9 +111,8 @@ def followers(settings: config.Search) -> list[str]:
     return ["tensorboard"] * settings.tensorboard + ([] if settings.tracker is None else [settings.tracker])
 
 
-def _journalled(job: Job) -> int:
+def journalled(path: Path) -> int:
     """How many trials an earlier process left in the journal."""
-    path = job.path / "search" / "journal.jsonl"
     return max(0, path.read_bytes().count(b"\n") - 1) if path.exists() else 0
 
 
@@ -253,7 +253,7 @@ def make_problem(job: Job) -> Problem:
         experiment.seed,
         config.deciding(experiment.train),
         experiment.search.strategy,
-        experiment.search.population,
+        population_told(experiment.search.population),
         *([experiment.search.proxy] if experiment.search.proxy != "none" else []),
         *([experiment.counted] if experiment.counted != "float32" else []),
         *accuracy_digest(experiment.accuracies, least_of(experiment.least), minimised(experiment), names),
@@ -269,6 +269,11 @@ def make_problem(job: Job) -> Problem:
         least=least_of(experiment.least),
         objectives=minimised(experiment),
     )
+
+
+def population_told(population: int | None) -> int:
+    """As journals have always had it in the digest of their problem; what it is, the strategy's identity says."""
+    return 32 if population is None else population
 
 
 def accuracy_digest(

@@ -16,7 +16,7 @@ from nas.search.strategy import (
 )
 
 
-def ageing_evolution(sizes: tuple[int, ...], *, population: int, tournament: int | None = None) -> Strategy:
+def ageing_evolution(sizes: tuple[int, ...], *, population: int = 32, tournament: int | None = None) -> Strategy:
     """Evolution with age-based removal, for one objective or several.
 
     Rivals are compared by non-dominated rank within the living population, then by crowding (the order of NSGA-II).

@@ -34,7 +34,7 @@ class _State:
     ensemble: _Ensemble | None
 
 
-def bananas(sizes: tuple[int, ...], *, population: int) -> Strategy:
+def bananas(sizes: tuple[int, ...], *, population: int = 32) -> Strategy:
     """Mutates the elite and proposes what looks best in one draw from the ensemble's belief about each candidate.
 
     Independent Thompson sampling (sec. 4): of every candidate and cost a value is drawn from a normal distribution with

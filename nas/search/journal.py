@@ -1,10 +1,11 @@
 """The append-only record of a search: what is committed here survives any crash, and what is damaged is never believed.
 
 A journal is a text file, one JSON object a line: `{"crc": 2868, "record": {...}}`, the CRC-32 of the record's canonical
-form (sorted keys, no spaces). The first record is the header, which says what search this is. One process writes at a
-time. A killed writer can leave a last line without its end; that is dropped when the journal is opened. All else that
-is not as it was written is damage, and refused: the file stays, and `salvage` makes a new one of what precedes.
-Reading needs no lock, and works on every system; writing needs one that only Linux and macOS have.
+form (sorted keys, no spaces). The first record is the header, which says what search this is; others are trials,
+numbered from 0 on. One process writes at a time. A killed writer can leave a last line without its end; that is dropped
+when the journal is opened. All else that is not as it was written is damage, and refused: the file stays, and `salvage`
+makes a new one of what precedes. Reading needs no lock, and works on every system; writing needs one that only Linux
+and macOS have.
 """
 
 import json
@@ -205,7 +206,9 @@ def _intact(data: bytes) -> tuple[list[Record], int, bool]:
         try:
             record = json.loads(line)["record"]
             good = _line(record) == line  # the canonical form: no bit of it can change unnoticed
-        except (ValueError, KeyError, TypeError, RecursionError):
+            number = len(records) - 1  # of a trial; the header has none
+            good = good and record.get("trial", number) == number  # nor a whole line be lost, doubled or moved
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             good = False
         if not good:
             return records, position, not line.endswith(b"\n")
@@ -264,6 +267,11 @@ def _sync_folder(folder: Path) -> None:
 
 
 def _unwritable(path: Path, e: OSError) -> JournalError:
+    if isinstance(e, FileExistsError | NotADirectoryError | IsADirectoryError):
+        return JournalError(
+            f"{path}: cannot write the journal: {e.strerror}. A file is where its folder should be, or a folder where "
+            f"the journal should: choose another path."
+        )
     return JournalError(
         f"{path}: cannot write the journal: {e.strerror}. What was committed is intact: make room or correct the "
         f"permissions, and the same command goes on."

@@ -19,7 +19,7 @@ class _State:
     spent: NDArray[np.float64]  # [a]: trials that went to the neighbourhood of each
 
 
-def local_search(sizes: tuple[int, ...], *, population: int) -> Strategy:
+def local_search(sizes: tuple[int, ...], *, population: int = 32) -> Strategy:
     """Changes one gene of an undominated trial; starts anew, from a random genotype, once all neighbours are known.
 
     A neighbourhood counts as known after as many trials as it has members, trials being shared evenly among those that

@@ -6,7 +6,7 @@ from nas.search.pareto import order
 from nas.search.strategy import Costs, Genotype, Genotypes, Population, Strategy, check_population, children, uniform
 
 
-def nsga2(sizes: tuple[int, ...], *, population: int) -> Strategy:
+def nsga2(sizes: tuple[int, ...], *, population: int = 32) -> Strategy:
     """Binary tournaments, uniform crossover and per-gene mutation over an elite of `population` trials.
 
     The steady-state form (mu + 1) learns from each trial as it comes; generations would leave workers idle.

@@ -17,7 +17,7 @@ class _State:
     ideal: Costs  # [objectives]: the least of each cost that was ever told
 
 
-def nsga3(sizes: tuple[int, ...], *, population: int) -> Strategy:
+def nsga3(sizes: tuple[int, ...], *, population: int = 32) -> Strategy:
     """For three costs or more, where crowding distances no longer spread a front; steady state, as `nsga2`.
 
     The directions are those of Das & Dennis (1998), as many as the population holds. Where the paper draws at random

@@ -316,7 +316,7 @@ class _State:
 def predictor_search(
     sizes: tuple[int, ...],
     *,
-    population: int,
+    population: int = 12,
     problem: Problem | None = None,
     features: Callable[[Genotypes], Floats] | None = None,
 ) -> Strategy:
@@ -324,7 +324,7 @@ def predictor_search(
 
     Args:
         sizes: the number of values of each gene.
-        population: trials of the space-filling design before the first fit.
+        population: trials of the space-filling design before the first fit; `experiments/benchmarks/search.py` has 12.
         problem: knows the cheap costs of all candidates exactly, and which are feasible; None: cheap costs are
             predicted too, and every genotype counts as feasible.
         features: [n, genes] -> [n, k], positive: what else is known of networks without evaluating them, such as MACs

@@ -19,7 +19,8 @@ class Progress:
     """Takes in the trials of a search, in their order, and sums them up. What it keeps does not grow with them.
 
     Args:
-        reference: [costs] the worst value of each cost, the error first: where the volume ends.
+        reference: [costs] the worst value of each cost, the error first: where the volume ends. Of costs that may be
+            zero or less at worst no volume is told.
         workers: that evaluate.
         start: the first trial that is not merely read from a journal: only from there on do times count.
         costs: whose worst values these are; None: all, in the order that trials have them.
@@ -45,7 +46,9 @@ class Progress:
     ):
         self.best: Trial | None = None
         self._costs, self._least = costs, least
-        self._reference = np.asarray(reference, np.float64)
+        worst = np.asarray(reference, np.float64)
+        self._bounded = bool((worst > 0).all())
+        self._reference = np.where(worst > 0, worst, 1.0)
         self._workers, self._start = workers, start
         self._front = np.empty((0, len(self._reference)))  # in units of the reference
         self._volume, self._known, self._not_before = 0.0, 0, 0.0
@@ -108,7 +111,9 @@ class Progress:
             out |= {"trials/s": f"{self.trials_per_second:.3g}", "busy": f"{self.utilisation:.0%}"}
         if self.best is not None:
             best = "nearest" if self.best.missing(self._least) else "best"
-            out |= {"volume": f"{self.volume:.4f}", f"{best} top-1": f"{self.best.top1:.2%}"}
+            out |= {"volume": f"{self.volume:.4f}"} if self._bounded else {}
+            out |= {f"{best} top-1": f"{self.best.top1:.2%}"}
             out |= {name.replace("_", " "): f"{share:.2%}" for name, share in self.best.shares.items()}
-            out |= {"at ms": f"{self.best.latency_ms:.4g}"} if "latency_ms" in self.best.cheap else {}
+            cheap = list(self.best.cheap.items())[:2]
+            out |= {"at ms" if name == "latency_ms" else f"at {name}": f"{value:.4g}" for name, value in cheap}
         return out

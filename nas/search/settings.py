@@ -22,13 +22,14 @@ def make_strategy(
     factory: Callable[..., Strategy],
     problem: Problem,
     *,
-    population: int,
+    population: int | None = None,
     features: Features | None = None,
     settings: Mapping[str, Any] = types.MappingProxyType({}),
 ) -> Strategy:
     """`factory(problem.sizes, population=population, **settings)`, with `problem` and `features` where it takes them.
 
     Args:
+        population: that of the strategy itself if None.
         features: [n, genes] -> [n, k]: what else is known of networks without evaluating them.
         settings: `search.settings` of an experiment.
 
@@ -38,10 +39,12 @@ def make_strategy(
     check_settings(factory, population=population, settings=settings)
     taken = inspect.signature(factory).parameters
     known = {name: value for name, value in (("problem", problem), ("features", features)) if name in taken}
-    return _made(factory, problem.sizes, population=population, **known, **settings)
+    return _made(factory, problem.sizes, **_given(population), **known, **settings)
 
 
-def check_settings(factory: Callable[..., Strategy], *, population: int, settings: Mapping[str, Any]) -> None:
+def check_settings(
+    factory: Callable[..., Strategy], *, population: int | None = None, settings: Mapping[str, Any]
+) -> None:
     """Nothing, if the strategy takes these settings.
 
     Raises:
@@ -56,7 +59,11 @@ def check_settings(factory: Callable[..., Strategy], *, population: int, setting
             msgspec.convert(value, hints[name])
         except msgspec.ValidationError as e:
             raise ConfigError(f"`search.settings.{name}` is {value!r}: {e}.") from e
-    _made(factory, (2, 2), population=population, **settings)
+    _made(factory, (2, 2), **_given(population), **settings)
+
+
+def _given(population: int | None) -> dict[str, int]:
+    return {} if population is None else {"population": population}
 
 
 def _made(factory: Callable[..., Strategy], *args: Any, **kwargs: Any) -> Strategy:

@@ -6,7 +6,7 @@ from nas.search.pareto import Matrix, contributions, ranks
 from nas.search.strategy import Costs, Genotype, Genotypes, Population, Strategy, check_population, children, uniform
 
 
-def sms_emoa(sizes: tuple[int, ...], *, population: int) -> Strategy:
+def sms_emoa(sizes: tuple[int, ...], *, population: int = 32) -> Strategy:
     """Selection by hypervolume contribution (Beume et al. 2007, sec. 3.1, algorithms 1 and 2), for any number of costs.
 
     It needs no reference point from outside: that is one span of the last front beyond the worst of it in each cost,

@@ -27,7 +27,7 @@ class _State:
 def successive_halving(
     sizes: tuple[int, ...],
     *,
-    population: int,
+    population: int = 32,
     eta: int = 3,
     rungs: int = 3,
     problem: Problem | None = None,

@@ -1,5 +1,7 @@
 """Our strategies in the loops of Optuna and Ray Tune, driven for real."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -26,6 +28,12 @@ def strategy(name="nsga2"):
 
 def genotype_of(values):
     return SPACE.encode(values)[None]
+
+
+@pytest.mark.parametrize("name", ["optuna_sampler", "ray_tune_searcher"])
+def test_an_adapter_stays_thin(name):
+    path = Path(nas.__file__).parent / "adapters" / f"{name}.py"
+    assert len(path.read_text().splitlines()) < 60
 
 
 def check_all(tried):

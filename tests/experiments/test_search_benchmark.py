@@ -1,5 +1,6 @@
 """The benchmark of searches: its problems are those that were published, and its figures are means over its rows."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -115,6 +116,38 @@ def test_a_run_that_was_repeated_for_longer_counts_once():
     short, long = row(0, 50, {"50": 0.9, "125": 0.9}), row(0, 250, {"50": 0.9, "125": 0.95})
     assert benchmark.longest([long, short]) == benchmark.longest([short, long]) == [long]
     assert len(benchmark.longest([short, row(1, 50, {"50": 0.8})])) == 2
+
+
+def test_the_figures_that_are_kept_have_every_key_and_twenty_seeds():
+    results = BENCHMARKS.parent / "results"
+    kept = {
+        k: v
+        for name in ("search_engine", "search")
+        for k, v in json.loads((results / f"{name}.json").read_text()).items()
+    }
+    assert set(kept["ofa_note10"]) == set(map(str, benchmark.LIMITS_MS))
+    of_limits = kept["ofa_note10"].values()
+    assert all({"mean", "sd", "seconds", "at_5000", "ofa", "ageing"} <= figures.keys() for figures in of_limits)
+    assert len(kept["nb201"]) == 5
+    for device in kept["nb201"].values():
+        assert set(device) == {*map(str, benchmark.BUDGETS), "evaluations_to_98"}
+        assert all(set(figures) == {"ours", "nsga2", "ageing", "random"} for figures in device.values())
+    assert {"ours", "nsga2"} <= kept["ofa_subnets"]["100"].keys()
+    assert "nsga2" in kept["ofa_subnets"]["400"]
+    assert all({"ours", "ridge"} <= kept["predictor_tau"][n].keys() for n in ("25", "50", "100"))
+    assert set(kept["two_devices"]["250"]) == set(tasks.PAIR)
+    assert "mean" in kept["candidates_per_second"]
+    assert {"overhead_100ms", "overhead_10ms", "utilisation"} <= kept["ray"].keys()
+    assert set(kept["engine"]["utilisation"]) == {"8", "32", "128"}
+    assert set(seeds_of({name: kept[name] for name in benchmark.RUNS if name in kept})) == {20}
+
+
+def seeds_of(figures):
+    """Every `n` in a tree of figures."""
+    if isinstance(figures, dict):
+        yield from [figures["n"]] if "n" in figures else []
+        for each in figures.values():
+            yield from seeds_of(each)
 
 
 def test_one_seed_has_no_deviation():

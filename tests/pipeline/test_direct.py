@@ -9,7 +9,7 @@ import tiny
 from synthetic_tables import write_device
 
 import nas
-from nas.errors import ConfigError, ExecutorError, JournalError, LimitError, UnmeasuredBlock
+from nas.errors import ConfigError, EvaluateError, JournalError, LimitError, UnmeasuredBlock
 from nas.search import STRATEGIES, Front
 
 CHOICES = {f"op{i}": ["none", "conv", "pool"] for i in range(5)}
@@ -154,6 +154,18 @@ def test_the_function_may_want_genotypes(here):
     assert all(g.shape == (len(here.sizes),) and g.dtype == np.uint8 for g in seen)
 
 
+def test_it_says_how_it_goes(here, tmp_path, capsys):
+    def go(trials):
+        quiet(here, device="phone", objectives=["macs"], trials=trials, quiet=False, journal=tmp_path / "j")
+        return capsys.readouterr().err.splitlines()
+
+    line = go(12)[-1]
+    for what in ("  12/12  eta 0:00", "trials/s ", "busy ", "volume 0.", "best top-1 ", "at ms ", "at macs "):
+        assert what in line
+    assert go(12)[-1].startswith("search: ")  # nothing was done
+    assert "  14/14  eta 0:00" in go(14)[-1]
+
+
 def test_what_can_be_reached_is_told_first_and_impossible_limits_are_refused(here, capsys):
     calls = []
     with pytest.raises(LimitError, match=r"the fastest network of space 'tiny' takes"):
@@ -234,6 +246,7 @@ def test_limits_of_own_costs_are_held_in_large_spaces_too():
         ("tiny.toml", {"evaluate": top1, "workers": 0}, "workers 0: a whole number from 1"),
         ("tiny.toml", {"evaluate": 0.5}, "evaluate is 0.5: a function"),
         ("tiny.toml", {"evaluate": "nowhere:top1"}, "No function 'nowhere:top1'"),
+        ("tiny.toml", {"evaluate": "math:pi"}, r"No function 'math:pi': it is 3\.14"),
         ("tiny.toml", {"evaluate": top1, "costs": {"error": price}}, "the accuracy has that name"),
         ("tiny.toml", {"evaluate": top1, "costs": {"ms": 3}}, "costs.'ms'. is 3: a function"),
         ("tiny.toml", {"evaluate": top1, "costs": {"ms": lambda g: ["x"] * len(g)}}, "gave no numbers"),
@@ -268,7 +281,7 @@ def test_a_function_that_never_works_ends_the_search_early(wrong, message, here)
         calls.append(network)
         return wrong(network)
 
-    with pytest.raises(ExecutorError, match=message):
+    with pytest.raises(EvaluateError, match=message):
         quiet(here, evaluate=evaluate)
     assert len(calls) <= 16
 

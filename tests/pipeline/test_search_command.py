@@ -7,7 +7,7 @@ import tiny
 from click.testing import CliRunner
 from synthetic_tables import write_device
 
-from nas.cli import cli
+from nas.cli import cli, main
 from nas.config import Limit
 from nas.errors import ConfigError, NasError
 from nas.pipeline import commands, load_experiment
@@ -96,6 +96,18 @@ def test_what_would_be_ignored_is_refused(line, message, here):
     done = call(*line)
     assert done.exit_code == 2
     assert message in done.output
+
+
+def test_where_nothing_can_be_evaluated_no_line_is_given_that_would_fail_again(here, capsys):
+    (here / "judge_in_percent.py").write_text("def top1(network):\n    return 78.2\n")
+    line = ("./tiny.toml", "--device", "phone", "--evaluate", "judge_in_percent:top1", "--out", "found")
+    with pytest.raises(SystemExit) as e:
+        main(["search", *line, "--strategy", "random", "--trials", "9"])
+    assert e.value.code == 2
+    told = capsys.readouterr().err
+    assert "evaluate gave 78.2" in told
+    assert "another --out" in told
+    assert "go on with" not in told
 
 
 def test_a_function_that_is_not_there_is_named(here):

@@ -55,8 +55,8 @@ def test_truncated_at_every_byte_the_exact_prefix_survives_and_goes_on(path, qui
         left = max(0, sum(end <= size for end in ends) - 1)
         with Journal(path, HEADER) as journal:
             assert journal.records == RECORDS[:left]
-            journal.append({"trial": "next"})
-        assert read(path)[1] == [*RECORDS[:left], {"trial": "next"}]
+            journal.append({"trial": left})
+        assert read(path)[1] == [*RECORDS[:left], {"trial": left}]
 
 
 def test_a_flipped_bit_is_refused_with_the_byte_and_what_precedes_is_salvaged(path, quick_disk):
@@ -83,6 +83,20 @@ def test_a_flipped_bit_is_refused_with_the_byte_and_what_precedes_is_salvaged(pa
         assert path.read_bytes() == damaged
     path.write_bytes(whole[:-1] + b"\x0b")
     assert read(path)[1] == RECORDS[:2]
+
+
+@pytest.mark.parametrize("order", [(0, 2, 1, 3), (0, 0, 1), (0, 2, 3), (1, 2)])
+def test_lines_that_were_moved_doubled_or_lost_are_damage_too(path, order):
+    header, *lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(header + b"".join(lines[k] for k in order))
+    intact = next(i for i, k in enumerate(order) if i != k)
+    byte = len(header) + sum(map(len, lines[:intact]))
+    with pytest.raises(JournalError, match=f"byte {byte}, after {intact} intact records"):
+        read(path)
+    assert salvage(path).records == intact
+    path.write_bytes(b"".join(lines))
+    with pytest.raises(JournalError, match="byte 0: this is not a journal"):
+        read(path)
 
 
 def test_zeros_after_a_power_cut_are_a_torn_line(path):
@@ -161,9 +175,12 @@ def test_a_missing_or_empty_journal_cannot_be_read(tmp_path):
         read(tmp_path / "empty.jsonl")
 
 
-def test_a_folder_in_the_way_is_a_clear_error(tmp_path):
-    with pytest.raises(JournalError, match="cannot write"):
-        Journal(tmp_path, HEADER)
+def test_a_folder_or_a_file_in_the_way_is_a_clear_error(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    for path in (tmp_path, tmp_path / "file" / "journal.jsonl", tmp_path / "file" / "run" / "journal.jsonl"):
+        with pytest.raises(JournalError, match=r"cannot write the journal: .* choose another path"):
+            Journal(path, HEADER)
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 def test_a_system_without_file_locks_reads_journals_and_says_that_it_cannot_write_them(path):

@@ -42,6 +42,13 @@ def test_trials_on_fewer_images_do_not_count_once_there_are_whole_ones():
     assert shown.volume == pytest.approx(0.25)
 
 
+def test_costs_that_may_be_less_than_nothing_have_no_volume():
+    shown = Progress([1.0, -2.0], workers=1, start=3)
+    for number, ms in enumerate((-3.0, -2.0, -9.0)):
+        shown.add(trial(number, 50 + number, ms))
+    assert shown.values() == {"best top-1": "52.00%", "at ms": "-9"}
+
+
 def test_rate_and_utilisation_are_of_this_process_and_of_late(monkeypatch):
     now = [100.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])

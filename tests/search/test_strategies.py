@@ -5,6 +5,7 @@ import math
 import sys
 import typing
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from nas.search import (
     check_settings,
     feasible_only,
     grid,
+    make_strategy,
     nsga2,
     random_search,
     reinforce,
@@ -134,6 +136,15 @@ def test_identities_differ():
             successive_halving(SIZES, population=8, **more).identity
             != STRATEGIES["successive_halving"](SIZES, population=8).identity
         )
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_a_strategy_has_a_population_of_its_own_where_none_is_asked_for(name):
+    made = partial(make_strategy, STRATEGIES[name], toy.problem())
+    usual = inspect.signature(STRATEGIES[name]).parameters["population"].default
+    assert made().identity == made(population=usual or None).identity
+    if name in IDENTITIES:
+        assert made(population=9).identity not in (made().identity, made(population=8).identity)
 
 
 BAD = {
