@@ -443,6 +443,11 @@ def convert(raw: dict[str, Any], cls: type[T], *, path: Path | str, text: str) -
             keys.append(unknown[1])
             message = f"unknown key `{'.'.join(keys)}`"
             hint = nearest(unknown[1], _fields_at(cls, keys[:-1]), kind="key")
+        elif missing := re.search(r"missing required field `(.+?)`", message):
+            message = f"`{'.'.join([*keys, missing[1]])}` is missing"
+            hint = nearest("", _fields_at(cls, keys), kind="key")
+        elif message == "Expected `array`, got `object`":
+            message, hint = f"`{'.'.join(keys)}` is one table", f" Each of several is written [[{'.'.join(keys)}]]."
         elif keys:
             message = f"`{'.'.join(keys)}`: {message}"
         raise ConfigError(f"{path}, line {line_of(text, keys)}: {message}.{hint}") from e

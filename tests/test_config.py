@@ -84,7 +84,7 @@ def test_a_resolved_experiment_reads_back_as_itself(tmp_path):
         ('name = "x"', 'name = "a/b"', "it names the run folder"),
         ('source = "digits"', 'source = "digits"\nvalidation = 1.5', "a share between 0 and 1"),
         ("[data]", "[data", "not valid TOML"),
-        ('space = "digits_mixed"\n', "", "missing required field `space`"),
+        ('space = "digits_mixed"\n', "", "`space` is missing"),
     ],
 )
 def test_mistakes_are_told_with_file_line_and_nearest_key(tmp_path, old, new, message):
