@@ -146,13 +146,13 @@ def test_a_block_that_breaks_its_contract_is_told_with_the_line_of_its_stage(tmp
     (tmp_path / "parts" / "ghost.py").write_text(GHOST.replace(was, now))
     with pytest.raises(ConfigError, match=message) as caught:
         load_space(path)
-    assert "line 6" in str(caught.value)
+    assert "line 7" in str(caught.value)
 
 
 def test_a_file_without_a_stem_or_with_one_stage_alone_is_told_what_to_write(tmp_path):
     with pytest.raises(ConfigError, match=r"`stem` is missing.* Valid keys: blocks, .*stage, stem"):
         load_space(write(tmp_path, OWN.replace("[stem]", "[head]", 1).rpartition("[head]")[0]))
-    with pytest.raises(ConfigError, match=r"line 6: `stage` is one table. Each of several is written \[\[stage\]\]"):
+    with pytest.raises(ConfigError, match=r"line 7: `stage` is one table. Each of several is written \[\[stage\]\]"):
         load_space(write(tmp_path, OWN.replace("[[stage]]", "[stage]")))
 
 
