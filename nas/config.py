@@ -424,7 +424,10 @@ def load_toml(path: Path, *, what: str) -> tuple[dict[str, Any], str]:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as e:
-        raise ConfigError(f"{path}: cannot read this {what}: {e}. Check the path, or run `nas list`.") from e
+        beside = [] if path.exists() else [p.name for p in path.parent.glob("*.toml")]
+        close = difflib.get_close_matches(path.name, beside, n=1, cutoff=0.5)
+        hint = f" Did you mean {path.parent / close[0]}?" if close else ""
+        raise ConfigError(f"{path}: cannot read this {what}: {e}. Check the path.{hint}") from e
     try:
         return tomllib.loads(text), text
     except tomllib.TOMLDecodeError as e:
