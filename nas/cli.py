@@ -443,7 +443,9 @@ def export(
 
 @cli.command("import")
 @click.argument("file", type=click.Path(path_type=Path))
-@click.option("--format", "form", required=True, help="Of FILE: ofa, proxyless, csv or networks (README, Devices).")
+@click.option(
+    "--format", "form", required=True, help="Of FILE: ofa, proxyless, csv or networks (README: Your own device)."
+)
 @click.option("--space", "name", required=True, help="The space whose blocks are looked up in FILE.")
 @click.option("--device", required=True, metavar="NAME", help="The device that FILE is of.")
 @click.option("--out", type=click.Path(path_type=Path), help="Its folder; latency_models/NAME if not given.")

@@ -424,7 +424,10 @@ def load_toml(path: Path, *, what: str) -> tuple[dict[str, Any], str]:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as e:
-        raise ConfigError(f"{path}: cannot read this {what}: {e}. Check the path, or run `nas list`.") from e
+        beside = [] if path.exists() else [p.name for p in path.parent.glob("*.toml")]
+        close = difflib.get_close_matches(path.name, beside, n=1, cutoff=0.5)
+        hint = f" Did you mean {path.parent / close[0]}?" if close else ""
+        raise ConfigError(f"{path}: cannot read this {what}: {e}. Check the path.{hint}") from e
     try:
         return tomllib.loads(text), text
     except tomllib.TOMLDecodeError as e:
@@ -443,6 +446,11 @@ def convert(raw: dict[str, Any], cls: type[T], *, path: Path | str, text: str) -
             keys.append(unknown[1])
             message = f"unknown key `{'.'.join(keys)}`"
             hint = nearest(unknown[1], _fields_at(cls, keys[:-1]), kind="key")
+        elif missing := re.search(r"missing required field `(.+?)`", message):
+            message = f"`{'.'.join([*keys, missing[1]])}` is missing"
+            hint = nearest("", _fields_at(cls, keys), kind="key")
+        elif message == "Expected `array`, got `object`":
+            message, hint = f"`{'.'.join(keys)}` is one table", f" Each of several is written [[{'.'.join(keys)}]]."
         elif keys:
             message = f"`{'.'.join(keys)}`: {message}"
         raise ConfigError(f"{path}, line {line_of(text, keys)}: {message}.{hint}") from e

@@ -1,5 +1,6 @@
 """Experiment files: what they may say, and how mistakes in them are told."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -84,7 +85,7 @@ def test_a_resolved_experiment_reads_back_as_itself(tmp_path):
         ('name = "x"', 'name = "a/b"', "it names the run folder"),
         ('source = "digits"', 'source = "digits"\nvalidation = 1.5', "a share between 0 and 1"),
         ("[data]", "[data", "not valid TOML"),
-        ('space = "digits_mixed"\n', "", "missing required field `space`"),
+        ('space = "digits_mixed"\n', "", "`space` is missing"),
     ],
 )
 def test_mistakes_are_told_with_file_line_and_nearest_key(tmp_path, old, new, message):
@@ -98,6 +99,9 @@ def test_mistakes_are_told_with_file_line_and_nearest_key(tmp_path, old, new, me
 def test_a_missing_file_and_a_malformed_override_are_told(tmp_path):
     with pytest.raises(ConfigError, match="cannot read this experiment"):
         load_experiment(tmp_path / "none.toml")
+    near = write(tmp_path, GOOD)
+    with pytest.raises(ConfigError, match=rf"Did you mean {re.escape(str(near))}\?"):
+        load_experiment(f"{str(near).removesuffix('.toml')}s.toml")
     with pytest.raises(ConfigError, match="expected KEY=VALUE"):
         load_experiment(write(tmp_path, GOOD), overrides=["search.trials"])
 

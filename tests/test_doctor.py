@@ -68,3 +68,11 @@ def test_a_checkout_is_installed_as_a_whole_and_elsewhere_the_package_alone(monk
     assert re.search(r"install '?matplotlib>=", doctor.install_line("matplotlib", "notebook"))
     assert re.search(r"install '?scikit-learn>=", doctor.install_line("scikit-learn"))
     assert doctor.install_line("unheard-of").endswith("install unheard-of")
+
+
+def test_nobody_is_sent_to_the_package_index_for_a_package_of_our_name():
+    """What PyPI has by the name nas is another project, and a board that times a bundle has nothing of this one."""
+    kinds = ("*.md", "nas/**/*.py", "experiments/**/*.py", "notebooks/*.ipynb")
+    told = [path for kind in kinds for path in ROOT.glob(kind)]
+    assert len(told) > 100
+    assert [path for path in told if re.search(r"pip install [^`\n]*\bnas\[", path.read_text(encoding="utf-8"))] == []

@@ -2,7 +2,7 @@
 
 Run: python experiments/benchmarks/latency.py [--quick] [--devices NAME,...] [--pixels 32,224] [--precision float32]
      [--anew] [--json FILE]
-     pip install 'nas[openvino,litert]' for the devices of those runtimes; a device whose runtime is missing is left out
+     pip install -e '.[openvino,litert]' for devices of those runtimes; a device whose runtime is missing is left out
      wants the machine for itself: tables whose anchors drift are refused, and the refusal is printed in their place
      with --quick one table of 32 pixels and 40 networks, in less than 6 minutes
 

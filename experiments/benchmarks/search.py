@@ -1,7 +1,7 @@
 """Question: does the search with a predictor in the loop need fewer evaluations than others, and how many exactly?
 
 Run: python experiments/benchmarks/search.py [--quick] [--rows FILE] [--json FILE] [--only TASK] [--seeds 20] [--jobs 2]
-Everything is in ../shared/data; pymoo is needed (`pip install 'nas[benchmark]'`). Each figure is mean and standard
+Everything is in ../shared/data; pymoo is needed (`pip install -e '.[benchmark]'`). Each figure is mean and standard
 deviation over seeds; others run beside ours, on the same problems. `--quick` takes fewer seeds and up to 250
 evaluations. `--rows` keeps every finished run, one JSON line each, and does not repeat it; with `--seeds 0` it only
 sums them up, and each figure says of how many seeds it is.

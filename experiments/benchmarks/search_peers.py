@@ -14,7 +14,7 @@ Function = Callable[[Genotypes], Floats]
 
 
 def pymoo_nsga2(task: Task, trials: int, seed: int, *, population: int = 20) -> Floats:
-    """Costs [trials, 2] of the distinct networks that pymoo's NSGA-II evaluates first (`pip install 'nas[benchmark]'`).
+    """Costs [trials, 2] of the distinct networks that pymoo's NSGA-II evaluates first (extra `benchmark`).
 
     Genes are categories, so its moves are uniform crossover and genes drawn anew, one a child on average; simulated
     binary crossover would take neighbouring numbers to be alike. Networks that it evaluates twice count once.

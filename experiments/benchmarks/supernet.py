@@ -2,7 +2,7 @@
 
 Run: python experiments/benchmarks/supernet.py [--quick] [--only memory_ratio,recompilations] [--json FILE]
      on 2 cores about 25 minutes, with --quick less than 6; wants the machine for itself, and says if it was busy
-     pip install 'nas[benchmark]' for the figures `*_vs_torch`: PyTorch, compared on CPU; without it they are left out
+     pip install -e '.[benchmark]' for the figures `*_vs_torch`: PyTorch, compared on CPU; without it they are left out
      on a GPU all else in float32 and bfloat16; --json FILE then writes a second file, FILE's stem.bfloat16.json
 
 Every figure is a ratio within one run. Contestants take turns, round by round; a figure is the median over rounds of
@@ -479,7 +479,7 @@ def measure(case: Case, size: Size, wanted: list[str]) -> Iterator[tuple[str, Fi
     """Name and figure, one after the other, as they are known."""
     if jax.default_backend() != "cpu" or importlib.util.find_spec("torch") is None:
         for name in [name for name in NEEDS_TORCH if name in wanted]:
-            print(f"{name}: left out, it needs a CPU and `pip install 'nas[benchmark]'`.", file=sys.stderr)
+            print(f"{name}: left out, it needs a CPU and `pip install -e '.[benchmark]'`.", file=sys.stderr)
         wanted = [name for name in wanted if name not in NEEDS_TORCH]
     if "step_ratio_alone" in wanted:
         for name, figure in step_ratio_alone(case, size).items():

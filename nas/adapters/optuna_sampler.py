@@ -26,7 +26,7 @@ def sampler(space: Space, problem: Problem, strategy: Strategy, *, seed: int = 0
     try:
         import optuna  # pyright: ignore[reportMissingImports]
     except ImportError as e:
-        raise ExecutorError("Optuna is not installed: `pip install 'nas[optuna]'`.") from e
+        raise ExecutorError("Optuna is not installed: `pip install 'optuna>=4'`.") from e
 
     class Sampler(optuna.samplers.BaseSampler):
         def __init__(self) -> None:

@@ -22,7 +22,7 @@ from nas.blocks.mbconv import mbconv
 from nas.blocks.mobilenet_v3_head import mobilenet_v3_head
 from nas.blocks.shufflenet_v2 import shufflenet_v2
 from nas.config import nearest
-from nas.ops import Graph, Recorder, Shape, Value
+from nas.ops import Graph, Recorder, Shape, Value, weights
 
 Block = Callable[..., Value]
 
@@ -58,7 +58,8 @@ def record(block: str | Block, input_shape: Shape, arguments: tuple[tuple[str, A
     """The graph of one block, by name or function. `arguments` are (option, value) pairs.
 
     Raises:
-        ValueError: an option is unknown, missing or of a wrong type, or the options do not fit the input's shape.
+        ValueError: an option is unknown, missing or of a wrong type, the options do not fit the input's shape, or the
+            function does not return what it recorded last, or names two weights alike.
     """
     function = known()[block] if isinstance(block, str) else block
     _check(function, dict(arguments))  # before the cache, to which 3, 3.0 and (for 1) True are one
@@ -68,8 +69,14 @@ def record(block: str | Block, input_shape: Shape, arguments: tuple[tuple[str, A
 @functools.lru_cache(maxsize=65536)
 def _record(block: Block, input_shape: Shape, arguments: tuple[tuple[str, Any], ...]) -> Graph:
     net = Recorder(input_shape)
-    block(net, net.input, **dict(arguments))
-    return net.graph()
+    out = block(net, net.input, **dict(arguments))
+    graph = net.graph()
+    if not isinstance(out, Value) or out.number != len(graph.ops):  # a graph gives what its last op gives
+        raise ValueError("it must return what it records last: end it with `return net.act(...)` or the like")
+    names = [weight.name for weight in weights(graph)]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"it has the weights {twice[0]!r} twice: give every operation a name of its own")
+    return graph
 
 
 _signature = functools.cache(inspect.signature)

@@ -151,9 +151,11 @@ def _check_part(part: Part, what: str, source: str) -> None:
     if images.dtype != np.uint8:
         raise DataError(f"{source}: {what} images are {images.dtype}. They must be uint8 of 0..255: convert them.")
     if labels.dtype.kind not in "iu":
+        advice = "convert them with astype(int) after checking that nothing is lost"
+        if labels.dtype.kind in "SU":
+            advice = "class_names, numbers = np.unique(names, return_inverse=True) makes both of names"
         raise DataError(
-            f"{source}: {what} labels are {labels.dtype}, not integers. They must be class numbers from 0: "
-            "convert them with astype(int) after checking that nothing is lost."
+            f"{source}: {what} labels are {labels.dtype}, not integers. They must be class numbers from 0: {advice}."
         )
     if labels.min() < 0:
         at = int(np.argmin(labels))

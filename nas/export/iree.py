@@ -65,6 +65,6 @@ def _compiler() -> Any:
         from iree.compiler import tools  # pyright: ignore[reportMissingImports]  it may not be installed
     except ImportError as e:
         raise DeviceError(
-            "iree-base-compiler is not installed; networks cannot be written for IREE: pip install 'nas[iree]'"
+            "iree-base-compiler is not installed; networks cannot be written for IREE: pip install iree-base-compiler"
         ) from e
     return tools

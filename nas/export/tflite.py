@@ -296,6 +296,6 @@ def _libraries() -> tuple[Any, Any]:
         from ai_edge_litert import schema_py_generated
     except ImportError as e:
         raise DeviceError(
-            "ai-edge-litert is not installed; networks cannot be written as .tflite: pip install 'nas[litert]'"
+            "ai-edge-litert is not installed; networks cannot be written as .tflite: pip install ai-edge-litert"
         ) from e
     return schema_py_generated, flatbuffers

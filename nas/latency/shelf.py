@@ -118,7 +118,8 @@ def _find_table(name: str, precision: str, space: Space) -> tuple[Path, Table]:
         if not missing:
             return where, table
         if len(missing) < len(fewest[1]):
-            fewest = f"; the nearest is {where.name}/", missing
+            other = f", of {table.classes} classes" if table.classes not in (0, space.classes) else ""
+            fewest = f"; the nearest is {where.name}/{other}", missing
     nearest, missing = fewest
     device = load_device(name)
     if device.at_hand and not kept:

@@ -318,7 +318,7 @@ def version() -> str:
     try:
         return f"libtpu {metadata.version('libtpu')}, jax {jax.__version__}"
     except metadata.PackageNotFoundError as e:
-        raise DeviceError("the TPU compiler is not installed: `pip install 'nas[tpu]'` (x86 Linux only).") from e
+        raise DeviceError("the TPU compiler is not installed: `pip install 'jax[tpu]'` (x86 Linux only).") from e
 
 
 # what the compiler says

@@ -91,6 +91,6 @@ def _library() -> Any:
         from iree import runtime  # pyright: ignore[reportAttributeAccessIssue]  it may not be installed
     except ImportError as e:
         raise DeviceError(
-            "iree-base-runtime is not installed; models cannot be run or measured with it: pip install 'nas[iree]'"
+            "iree-base-runtime is not installed; nothing can be run or measured with it: pip install iree-base-runtime"
         ) from e
     return runtime

@@ -74,6 +74,6 @@ def _library() -> Any:
         from ai_edge_litert import interpreter
     except ImportError as e:
         raise DeviceError(
-            "ai-edge-litert is not installed; models cannot be run or measured with it: pip install 'nas[litert]'"
+            "ai-edge-litert is not installed; models cannot be run or measured with it: pip install ai-edge-litert"
         ) from e
     return interpreter

@@ -89,7 +89,7 @@ def _library() -> Any:
         import openvino
     except ImportError as e:
         raise DeviceError(
-            "openvino is not installed; models cannot be run or measured with it: pip install 'nas[openvino]'"
+            "openvino is not installed; models cannot be run or measured with it: pip install openvino"
         ) from e
     finally:
         if told is None:

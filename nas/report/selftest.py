@@ -98,6 +98,8 @@ def table_folders(what: str) -> list[Path]:
     """
     if _precisions(Path(what)):
         return [Path(what)]
+    if not Path(what).is_dir() and len(Path(what).parts) > 1 and not what.endswith(".toml"):
+        raise LatencyError(f"{what}: there is no such folder of tables. `nas measure SPACE --device NAME` writes one.")
     device = device_folder(what)
     folders = sorted(f for f in device.iterdir() if f.is_dir() and _precisions(f))
     if not folders:

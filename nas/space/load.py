@@ -326,13 +326,20 @@ class _Builder:
     ) -> Block:
         """One block in `precision`; what it reads was made by a block in `before`."""
         defaults = {k: v for k, v in blocks.options(kind.function).items() if v is not inspect.Parameter.empty}
+        given = {**defaults, **arguments}
+        what = f"block `{kind.block}` with {arguments} over {input_shape[-1]} channels"
         try:
             graph = blocks.record(kind.function, input_shape, tuple(sorted(arguments.items())))
-        except (TypeError, ValueError, ArithmeticError) as e:
+        except Exception as e:  # whatever the user's code raises
+            kind_of = "" if isinstance(e, ValueError) else f"{type(e).__name__}: "
+            raise self.source.fail(keys, f"{what}: {kind_of}{e}.") from e
+        stride, width = given.get("stride", 1), given.get("width", graph.shape[-1])
+        wanted = (*(-(-side // stride) for side in input_shape[:-1]), width)
+        if layer != "head" and graph.shape != wanted:
             raise self.source.fail(
-                keys, f"block `{kind.block}` with {arguments} over {input_shape[-1]} channels: {e}."
-            ) from e
-        told = {k: v for k, v in {**defaults, **arguments}.items() if k not in ("width", "stride", "classes")}
+                keys, f"{what} gives shape {graph.shape}, but {wanted} is what its stride and width ask of it."
+            )
+        told = {k: v for k, v in given.items() if k not in ("width", "stride", "classes")}
         words = [f"{k}={_word(v)}" for k, v in sorted(told.items())]
         before = activations(before)
         if (precision, before) != ("float32", "float32"):

@@ -91,6 +91,7 @@ def test_digits_without_scikit_learn_says_what_to_install(monkeypatch):
         ({"y_train": Y - 1}, "label -1 of training image 0 is negative"),
         ({"y_train": Y + 0.5}, "float64, not integers"),
         ({"y_train": Y.astype(bool)}, "bool, not integers"),
+        ({"y_train": np.array(["cat", "dog", "eel"])[Y % 3]}, "not integers.*np.unique.names, return_inverse"),
         ({"y_train": Y[:-1]}, "20 training images but 19 labels"),
         ({"y_train": np.eye(2)[Y]}, r"labels have shape \[20, 2\].*argmax"),
         ({"y_train": Y + 1}, "class 0 of 3 has no training image"),

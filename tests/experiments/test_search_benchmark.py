@@ -88,7 +88,7 @@ def test_the_graph_of_a_cell_counts_only_what_is_used():
 
 
 def test_pymoos_search_sees_categories_and_counts_no_network_twice(real_data):
-    pytest.importorskip("pymoo", reason="a peer of the benchmark alone: pip install 'nas[benchmark]'")
+    pytest.importorskip("pymoo", reason="a peer of the benchmark alone: pip install pymoo")
     task, _ = tasks.nb201(real_data)["raspi4"]
     costs = peers.pymoo_nsga2(task, 60, 0)
     assert costs.shape == (60, 2)

@@ -53,7 +53,7 @@ def load(monkeypatch):
 @pytest.fixture(params=SPACES)
 def pair(request, tmp_path, load):
     """(space, weights that show every mistake, our supernet, PyTorch's)."""
-    pytest.importorskip("torch", reason="PyTorch is not installed: pip install 'nas[benchmark]'")
+    pytest.importorskip("torch", reason="PyTorch is not installed: pip install -e '.[benchmark]'")
     path = tmp_path / "space.toml"
     path.write_text(SPACES[request.param])
     space = load_space(str(path), input_shape=(16, 16, 3))

@@ -21,7 +21,7 @@ def test_an_unknown_device_names_the_nearest():
         ('device = "x"\nruntime = "onnxruntime"\nthread = 2\n', r"line 3: unknown key `thread`.*`threads`"),
         ('device = "x"\nruntime = "onnxruntime"\nthreads = 0\n', "line 3: `threads` is 0"),
         ('device = "x"\nruntime = "onnxruntime"\nprecision = []\n', "line 3: `precision` is empty"),
-        ('device = "x"\n', "missing required field `runtime`"),
+        ('device = "x"\n', "`runtime` is missing"),
     ],
 )
 def test_mistakes_are_told_with_their_line(tmp_path, text, message):

@@ -101,6 +101,8 @@ def test_other_classes_are_a_block_without_entry(real_data, here):
     assert "have no entry in the file" in str(imported)
     with pytest.raises(UnmeasuredBlock, match=r"nearest is ofa_mobilenet_v3_w12/: 3 blocks.*mobilenet_v3_head.*10 cla"):
         find_table("note10", "float32", space)
+    with pytest.raises(UnmeasuredBlock, match=r"nearest is ofa_mobilenet_v3_w12/, of 10 classes: 3 blocks.* 5 classes"):
+        find_table("note10", "float32", load_space("ofa_mobilenet_v3_w12", classes=5))
 
 
 def test_only_equal_blocks_are_found(here):

@@ -16,7 +16,7 @@ from nas.ops import Graph, Recorder
 from nas.space import Space, load_space
 
 needs_libtpu = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: pip install 'nas[tpu]'"
+    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: pip install -e '.[tpu]'"
 )
 
 ESTIMATED = '"window_config":{"kernel_window_bounds":[],"estimated_cycles":"%d","iteration_bounds":["1"]}'

@@ -194,6 +194,8 @@ def test_folders_are_found_by_themselves_or_by_their_device(space, tmp_path):
     assert table_folders(str(where)) == [where]
     with pytest.raises(DeviceError):
         table_folders(str(where.parent))
+    with pytest.raises(LatencyError, match="none: there is no such folder of tables"):
+        table_folders(str(where / "none"))
     (where.parent / "device.toml").write_text('device = "a board"\nruntime = "onnxruntime"\nhardware = "a board"\n')
     assert table_folders(str(where.parent)) == [where]
     with pytest.raises(LatencyError, match=r"has no latency tables.*nas measure SPACE --device host_onnxruntime"):

@@ -132,6 +132,31 @@ def test_a_copy_of_a_space_loads_to_the_same_space_without_the_original(tmp_path
 
 
 @pytest.mark.parametrize(
+    ("was", "now", "message"),
+    [
+        ("return net.act(", "net.act(", "return what it records last"),
+        ('"cheap"', '"primary"', "weights 'primary/kernel' twice"),
+        ("width - width // ratio, kernel", "width // ratio, kernel", r"gives shape \(32, 32, 4\), but \(32, 32, 8\)"),
+        ("stride=stride", "stride=2", r"gives shape \(16, 16, 8\), but \(32, 32, 8\)"),
+        ("net.concat", "net.join", "AttributeError: .*'join'"),
+    ],
+)
+def test_a_block_that_breaks_its_contract_is_told_with_the_line_of_its_stage(tmp_path, was, now, message):
+    path = write_own(tmp_path)
+    (tmp_path / "parts" / "ghost.py").write_text(GHOST.replace(was, now))
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_space(path)
+    assert "line 7" in str(caught.value)
+
+
+def test_a_file_without_a_stem_or_with_one_stage_alone_is_told_what_to_write(tmp_path):
+    with pytest.raises(ConfigError, match=r"`stem` is missing.* Valid keys: blocks, .*stage, stem"):
+        load_space(write(tmp_path, OWN.replace("[stem]", "[head]", 1).rpartition("[head]")[0]))
+    with pytest.raises(ConfigError, match=r"line 7: `stage` is one table. Each of several is written \[\[stage\]\]"):
+        load_space(write(tmp_path, OWN.replace("[[stage]]", "[stage]")))
+
+
+@pytest.mark.parametrize(
     ("spec", "message"),
     [
         ("parts/ghost.py", r"\"file.py:function\" or"),
