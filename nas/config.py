@@ -206,7 +206,7 @@ def deciding(train: Train) -> dict[str, Any]:
 class Search(Strict, frozen=True):
     """The search proper. The outcome depends on these values and the seed alone, not on timing or worker count."""
 
-    strategy: str = "nsga2"  # a name in nas.search.STRATEGIES
+    strategy: str = "predictor"  # a name in nas.search.STRATEGIES
     trials: int = 200
     population: int | None = None  # of the strategy, as far as it has one; None: its own default
     settings: dict[str, float | int] = {}  # of the strategy's own, by name: keyword arguments of its function

@@ -54,12 +54,19 @@ def check_settings(
     for name, value in settings.items():
         if name not in hints:
             hint = nearest(name, hints, kind="setting") if hints else " It has none."
-            raise ConfigError(f"`search.settings.{name}`: strategy {factory.__name__} has no such setting.{hint}")
+            raise ConfigError(f"`search.settings.{name}`: strategy {_name_of(factory)} has no such setting.{hint}")
         try:
             msgspec.convert(value, hints[name])
         except msgspec.ValidationError as e:
             raise ConfigError(f"`search.settings.{name}` is {value!r}: {e}.") from e
     _made(factory, (2, 2), **_given(population), **settings)
+
+
+def _name_of(factory: Callable[..., Strategy]) -> str:
+    """As experiments name it."""
+    from nas.search import STRATEGIES
+
+    return next((name for name, known in STRATEGIES.items() if known is factory), factory.__name__)
 
 
 def _given(population: int | None) -> dict[str, int]:
@@ -70,7 +77,7 @@ def _made(factory: Callable[..., Strategy], *args: Any, **kwargs: Any) -> Strate
     try:
         return factory(*args, **kwargs)
     except ValueError as e:
-        raise ConfigError(f"`[search]` with strategy {factory.__name__}: {e}.") from e
+        raise ConfigError(f"`[search]` with strategy {_name_of(factory)}: {e}.") from e
 
 
 def _is_number(hint: Any) -> bool:

@@ -134,7 +134,7 @@ def test_a_search_from_python_counts_two_accuracies():
     front = searched(evaluate=both, limits={"top1_int8": 0.7, "top1": 0.74})
     assert front.best().cheap == {"ms": 9.0}
     assert front.best().shares["top1_int8"] >= 0.7
-    with pytest.raises(nas.errors.ExecutorError, match=r"evaluate gave no top1_int8: return a dictionary of all"):
+    with pytest.raises(nas.errors.EvaluateError, match=r"evaluate gave no top1_int8: return a dictionary of all"):
         searched(objectives=["top1", "top1_int8"])
 
 

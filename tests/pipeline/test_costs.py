@@ -260,7 +260,7 @@ def test_a_further_device_without_a_table_is_told(here, tmp_path):
             'limits={size_bytes={at_most=5,precision="int4"}}',
             "precision is 'int4': of size_bytes there is float32 and int8",
         ),
-        ("search.settings={tournment=3}", "strategy nsga2 has no such setting. It has none"),
+        ("search.settings={tournment=3}", "strategy predictor has no such setting. It has none"),
         ("search.strategy='nsga4'", "Did you mean `nsga"),
     ],
 )

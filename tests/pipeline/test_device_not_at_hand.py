@@ -83,7 +83,8 @@ def test_a_whole_run_for_a_device_that_is_not_at_hand_reports_predictions_only(h
 def test_without_a_table_the_error_says_what_is_missing_and_what_to_do(here):
     import_tiny(here, classes=4)
     experiment = load_experiment("tiny_experiment.toml", overrides=["device=board"])
-    missing = r"nearest is tiny/: 2 blocks are missing, the first is `classifier .*`, for 3 classes and images of 8"
+    missing = r"nearest is tiny/, of 4 classes: 2 blocks are missing, the first is `classifier .*`, for 3 classes "
+    missing += "and images of 8"
     todo = r".*nas measure tiny --device board`.*nas import FILE .*--device board`"
     with pytest.raises(UnmeasuredBlock, match=missing + todo):
         run_experiment(experiment, here / "run", stages=["measure"])

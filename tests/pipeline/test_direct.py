@@ -156,7 +156,14 @@ def test_the_function_may_want_genotypes(here):
 
 def test_it_says_how_it_goes(here, tmp_path, capsys):
     def go(trials):
-        quiet(here, device="phone", objectives=["macs"], trials=trials, quiet=False, journal=tmp_path / "j")
+        quiet(
+            here,
+            device="phone",
+            objectives=["top1", "latency_ms", "macs"],
+            trials=trials,
+            quiet=False,
+            journal=tmp_path / "j",
+        )
         return capsys.readouterr().err.splitlines()
 
     line = go(12)[-1]
