@@ -199,7 +199,8 @@ def accept(plan: Plan, recording: Recording, settings: config.Latency) -> tuple[
     if busy is not None and busy > settings.max_busy:
         raise LatencyError(
             f"other processes took {busy:.0%} of the time of the CPUs that were measured on; at most "
-            f"{settings.max_busy:.0%} can be used. {told} Measure when the machine is quieter."
+            f"{settings.max_busy:.0%} may be theirs. {told} Measure when the machine is quieter; or allow them more "
+            f"(latency.max_busy), and see whether the anchors keep still."
         )
     quiet = known & (others <= _BUSY)  # a steady neighbour moves anchors without any of them wandering
     if judged and quiet.sum() >= _ROUNDS_TO_REFUSE:
