@@ -338,7 +338,7 @@ def test_a_real_table_is_complete_ranks_networks_and_comes_back_from_disk(space,
     assert again == table
     with pytest.raises(LatencyError, match="another bundle"):
         measure(space, device, "float32", settings, seed=1, folder=folder)
-    with pytest.raises(LatencyError, match="at most -1% can be used"):
+    with pytest.raises(LatencyError, match="at most -1% may be theirs"):
         measure(space, device, "float32", settings_of(max_busy=-0.01, max_drift=9.0), seed=0, folder=folder)
     assert not (folder / "results.jsonl").exists()  # what was refused is timed anew
     assert (folder / "results.jsonl.refused").exists()
