@@ -123,7 +123,7 @@ def test_without_libtpu_the_error_says_how_to_install_it(monkeypatch):
         raise metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(tpu.metadata, "version", version)
-    with pytest.raises(DeviceError, match=r"pip install 'nas\[tpu\]'"):
+    with pytest.raises(DeviceError, match=r"pip install 'jax\[tpu\]'"):
         tpu.estimate(conv(16), "v5e")
 
 
