@@ -42,7 +42,7 @@ _FREE = (
 )
 
 # Defaults that an older version of nas wrote out, where leaving the key out now means the same.
-_WRITTEN_OUT = {"train.phases": list(PHASES), "search.population": 32}
+_WRITTEN_OUT = {"train.phases": list(PHASES)}
 
 _DEFAULT = Experiment(name="", space="", data=Data(source=""), objectives=())
 
@@ -224,11 +224,15 @@ def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _plain(flat: dict[str, Any]) -> dict[str, Any]:
-    """The same, without an objective's precision of float32: older versions of nas wrote that default out."""
+    """The same, without what older versions of nas wrote out where leaving it out now means the same: an objective's
+    precision of float32, and a population of 32, but for `predictor`, whose own is another."""
     objectives = [
         {k: v for k, v in o.items() if (k, v) != ("precision", "float32")} for o in flat.get("objectives", ())
     ]
-    return {**flat, **({"objectives": objectives} if objectives else {})}
+    flat = {**flat, **({"objectives": objectives} if objectives else {})}
+    if flat.get("search.population") == 32 and flat.get("search.strategy") != "predictor":
+        del flat["search.population"]
+    return flat
 
 
 def resolved(experiment: Experiment) -> str:

@@ -228,6 +228,8 @@ def search(
                 initial=[source.space.check(g) for g in initial],
                 on_trial=_told(console, trials, progress, begun, on_trial),
             )
+    if len(done) and all(trial.failure is not None for trial in done):  # of a space that ended before
+        raise _hopeless(done[-1])
     finite = {c.name: c.limit for c in found if math.isfinite(c.limit)}
     setting = Setting(source.space, source.device, _models(found), finite, problem.accuracies[0], least)
     front = Front.of(done, aims, setting)
@@ -466,11 +468,7 @@ def _told(
         nonlocal failed
         failed += trial.failure is not None
         if failed == trial.trial + 1 and failed in (_HOPELESS, total):
-            raise EvaluateError(
-                f"All of the first {failed} evaluations failed, the last one with: {trial.failure}. Correct "
-                f"`evaluate` (try it on one network), and start with a new journal, or with another --out: failures "
-                f"are kept in it."
-            )
+            raise _hopeless(trial)
         progress.add(trial)
         if trial.trial >= begun:
             console.progress(trial.trial + 1, total, progress.values())
@@ -478,6 +476,13 @@ def _told(
             further(trial)
 
     return told
+
+
+def _hopeless(last: Trial) -> EvaluateError:
+    return EvaluateError(
+        f"All of the first {last.trial + 1} evaluations failed, the last one with: {last.failure}. Correct `evaluate` "
+        f"(try it on one network), and start with a new journal, or with another --out: failures are kept in it."
+    )
 
 
 def _of_experiment(experiment: Experiment, out: str | Path | None, console: Console) -> Front:

@@ -112,8 +112,11 @@ def followers(settings: config.Search) -> list[str]:
 
 
 def journalled(path: Path) -> int:
-    """How many trials an earlier process left in the journal."""
-    return max(0, path.read_bytes().count(b"\n") - 1) if path.exists() else 0
+    """How many trials an earlier process left in the journal; 0 where it cannot be read: who opens it tells why."""
+    try:
+        return max(0, path.read_bytes().count(b"\n") - 1)
+    except OSError:
+        return 0
 
 
 def _reference(job: Job) -> list[float]:

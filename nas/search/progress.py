@@ -12,6 +12,7 @@ from nas.search.pareto import hypervolume
 from nas.search.trials import Trial
 
 _WINDOW = 256  # trials that rate and utilisation are taken over
+_COSTS = 5  # at most, of a volume: of 400 networks it takes 3 s, with one cost more 25
 _PATIENCE = 20  # times as long as a volume took to compute, the next one waits
 
 
@@ -19,8 +20,8 @@ class Progress:
     """Takes in the trials of a search, in their order, and sums them up. What it keeps does not grow with them.
 
     Args:
-        reference: [costs] the worst value of each cost, the error first: where the volume ends. Of costs that may be
-            zero or less at worst no volume is told.
+        reference: [costs] the worst value of each cost, the error first: where the volume ends. No volume is told of
+            costs that may be zero or less at worst, nor of more than five, where it takes too long.
         workers: that evaluate.
         start: the first trial that is not merely read from a journal: only from there on do times count.
         costs: whose worst values these are; None: all, in the order that trials have them.
@@ -47,7 +48,7 @@ class Progress:
         self.best: Trial | None = None
         self._costs, self._least = costs, least
         worst = np.asarray(reference, np.float64)
-        self._bounded = bool((worst > 0).all())
+        self._bounded = bool((worst > 0).all()) and len(worst) <= _COSTS
         self._reference = np.where(worst > 0, worst, 1.0)
         self._workers, self._start = workers, start
         self._front = np.empty((0, len(self._reference)))  # in units of the reference

@@ -48,8 +48,12 @@ def check_settings(
     """Nothing, if the strategy takes these settings.
 
     Raises:
-        ConfigError: an unknown setting, with the nearest known one, or a value that it does not take.
+        ConfigError: an unknown setting, with the nearest known one, or a value that it does not take; or no population
+            where it needs one.
     """
+    own = inspect.signature(factory).parameters.get("population")
+    if population is None and own is not None and own.default is inspect.Parameter.empty:
+        raise ConfigError(f"`search.population`: strategy {_name_of(factory)} has none of its own. Give one.")
     hints = {n: hint for n, hint in typing.get_type_hints(factory).items() if n != "population" and _is_number(hint)}
     for name, value in settings.items():
         if name not in hints:

@@ -333,7 +333,9 @@ class _Builder:
         except Exception as e:  # whatever the user's code raises
             kind_of = "" if isinstance(e, ValueError) else f"{type(e).__name__}: "
             raise self.source.fail(keys, f"{what}: {kind_of}{e}.") from e
-        stride, width = given.get("stride", 1), given.get("width", graph.shape[-1])
+        stride, width = given.get("stride", 1), given.get("width") or graph.shape[-1]  # a default may leave it open
+        if type(stride) is not int or stride < 1:
+            raise self.source.fail(keys, f"{what}: stride is {stride!r}: a whole number from 1 on is needed.")
         wanted = (*(-(-side // stride) for side in input_shape[:-1]), width)
         if layer != "head" and graph.shape != wanted:
             raise self.source.fail(

@@ -293,6 +293,16 @@ def test_a_function_that_never_works_ends_the_search_early(wrong, message, here)
     assert len(calls) <= 16
 
 
+def test_a_function_that_never_works_is_told_where_the_space_ends_before():
+    with pytest.raises(EvaluateError, match="All of the first 2 evaluations failed"):
+        nas.search({"a": [1, 2]}, evaluate=lambda _: 75.0, objectives=["top1"], quiet=True)
+
+
+def test_a_folder_in_the_journals_way_is_told(tmp_path):
+    with pytest.raises(JournalError, match="choose another path"):
+        nas.search(CHOICES, evaluate=of_choices, objectives=["top1"], quiet=True, journal=tmp_path)
+
+
 def test_a_single_failure_is_a_failed_trial(here):
     def evaluate(network):
         if len(network.blocks) == 3:

@@ -197,24 +197,28 @@ def test_a_folder_of_a_version_that_did_not_know_a_key_yet_goes_on_with_its_defa
             RunFolder(copy / "run", experiment).__enter__().__exit__()
 
 
-@pytest.mark.parametrize(
-    ("table", "key", "default", "other"),
-    [
-        ("train", "phases", '["kernel", "depth", "expand", "width"]', '["kernel", "depth"]'),
-        ("search", "population", "32", "12"),
-    ],
-)
-def test_a_folder_of_a_version_that_wrote_a_default_out_goes_on_with_that_left_out(copy, table, key, default, other):
-    experiment, path = copy / "tiny_experiment.toml", copy / "run" / "config.toml"
-    for file in (experiment, path):
-        file.write_text(re.sub(rf"^{key} = .*\n", "", file.read_text(), flags=re.MULTILINE))
-    for stage in ("supernet", "search"):
-        (copy / "run" / stage).mkdir()
+def test_a_folder_of_a_version_that_wrote_the_phases_out_goes_on_with_phases_left_out(copy):
+    path = copy / "run" / "config.toml"
+    (copy / "run" / "supernet").mkdir()
     text = path.read_text()
-    for value, refused in ((default, False), (other, True)):
-        path.write_text(text.replace(f"[{table}]\n", f"[{table}]\n{key} = {value}\n"))
-        with pytest.raises(RunError, match=key) if refused else contextlib.nullcontext():
-            RunFolder(copy / "run", load_experiment(experiment)).__enter__().__exit__()
+    assert "phases" not in text
+    for phases, refused in (('["kernel", "depth", "expand", "width"]', False), ('["kernel", "depth"]', True)):
+        path.write_text(text.replace("[train]\n", f"[train]\nphases = {phases}\n"))
+        with pytest.raises(RunError, match="phases") if refused else contextlib.nullcontext():
+            RunFolder(copy / "run", load_experiment(copy / "tiny_experiment.toml")).__enter__().__exit__()
+
+
+@pytest.mark.parametrize(("strategy", "same"), [("nsga2", True), ("predictor", False)])
+def test_a_population_of_32_is_the_same_as_none_where_it_is_the_strategys_own(copy, strategy, same):
+    path = copy / "tiny_experiment.toml"
+    path.write_text(re.sub(r"^(population|strategy) = .*\n", "", path.read_text(), flags=re.MULTILINE))
+    overrides = [f"search.strategy={strategy}"]
+    begun, left_out = (load_experiment(path, overrides=[*overrides, *more]) for more in (["search.population=32"], []))
+    with RunFolder(copy / "run", begun):
+        (copy / "run" / "search").mkdir()
+    for experiment, refused in ((left_out, not same), (begun, False), (left_out, not same), (begun, False)):
+        with pytest.raises(RunError, match="population") if refused else contextlib.nullcontext():
+            RunFolder(copy / "run", experiment).__enter__().__exit__()
 
 
 def test_a_training_that_has_begun_may_go_on_in_another_number_of_processes(copy):

@@ -49,6 +49,14 @@ def test_costs_that_may_be_less_than_nothing_have_no_volume():
     assert shown.values() == {"best top-1": "52.00%", "at ms": "-9"}
 
 
+@pytest.mark.parametrize(("costs", "told"), [(5, True), (6, False)])
+def test_the_volume_of_many_costs_takes_too_long_to_be_told(costs, told):
+    names = ["error", *(f"c{i}" for i in range(1, costs))]
+    shown = Progress([1.0] * costs, workers=1, start=1, costs=names)
+    shown.add(Trial(0, (0,), 50, 100, dict.fromkeys(names[1:], 0.5), None, 1.0))
+    assert ("volume" in shown.values()) is told
+
+
 def test_rate_and_utilisation_are_of_this_process_and_of_late(monkeypatch):
     now = [100.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])

@@ -149,6 +149,28 @@ def test_a_block_that_breaks_its_contract_is_told_with_the_line_of_its_stage(tmp
     assert "line 7" in str(caught.value)
 
 
+STEM = """
+def stem(net, x, *, width=None, stride=2):
+    return net.act(net.norm(net.conv(x, "conv", width or 8, stride=2), "norm"), "relu")
+"""
+
+
+def test_a_stem_may_leave_its_width_open_and_needs_a_stride_that_is_one(tmp_path):
+    write_own(tmp_path)
+    (tmp_path / "parts" / "stem.py").write_text(STEM)
+    stem = '[stem]\nblock = "conv_stem"\nwidth = 8\n'
+    text = OWN.replace("[blocks]\n", '[blocks]\nstem = "parts/stem.py:stem"\n').replace(
+        stem, '[stem]\nblock = "stem"\n'
+    )
+    assert load_space(write(tmp_path, text)).positions[0].output == (16, 16, 8)
+    for stride in ("0", '"two"', "2.0"):
+        with pytest.raises(ConfigError, match=r"stride is .*: a whole number from 1 on is needed"):
+            load_space(write(tmp_path, text.replace('"stem"\n', f'"stem"\nstride = {stride}\n')))
+    (tmp_path / "parts" / "stem.py").write_text(STEM.replace("stride=2):", "stride=(2, 2)):"))
+    with pytest.raises(ConfigError, match=r"stride is \(2, 2\): a whole number"):
+        load_space(write(tmp_path, text))
+
+
 def test_a_file_without_a_stem_or_with_one_stage_alone_is_told_what_to_write(tmp_path):
     with pytest.raises(ConfigError, match=r"`stem` is missing.* Valid keys: blocks, .*stage, stem"):
         load_space(write(tmp_path, OWN.replace("[stem]", "[head]", 1).rpartition("[head]")[0]))
