@@ -228,11 +228,23 @@ def _latency(job: Job | Searched) -> Cost:
     """On the experiment's own device."""
     model, space, limit = job.tables[job.precision], job.space, job.limit
     _, fastest, _, _ = model.reachable(space)
-    price, bound = functools.partial(model.price, space), functools.partial(model.bound, space)
+    price, bound = _prices(model, space)
     least, most, parts = limit.fastest_ms, limit.slowest_ms, _parts(model, space)
     return Cost(
         "latency_ms", price, bound, least, most, fastest, model.digest, parts, limit.ms, limit.tolerated_ms, model
     )
+
+
+def _prices(model: LatencyModel, space: Space) -> tuple[Price, Price]:
+    """`model.price` and `model.bound` of this space.
+
+    The blocks of a table are priced here, once, and not at every call: searches within a search make tens of thousands
+    of calls for a few networks each.
+    """
+    if isinstance(model, Table):
+        price = functools.partial(space.price, costs=model.costs(space), between=model.between(space))
+        return price, price
+    return functools.partial(model.price, space), functools.partial(model.bound, space)
 
 
 def _parts(model: LatencyModel, space: Space) -> Sequence[NDArray[np.float64]] | None:
@@ -247,8 +259,8 @@ def _named(job: Job | Searched, name: str, precision: str | None) -> Cost:
         precision = preferred(find_models(device, space)[0]) if precision is None else precision
         model, _ = find_model(device, precision, space)
         least, cheapest, most, _ = model.reachable(space)
-        price, bound = functools.partial(model.price, space), functools.partial(model.bound, space)
-        return Cost(name, price, bound, least, most, cheapest, model.digest, _parts(model, space), model=model)
+        parts = _parts(model, space)
+        return Cost(name, *_prices(model, space), least, most, cheapest, model.digest, parts, model=model)
     precision = _of_bytes(job, precision)
     if name == "memory_bytes":
         return _memory(job, precision)

@@ -206,6 +206,18 @@ def test_each_latency_is_explained_by_what_it_was_counted_with(here, tmp_path):
         assert sum(blocks_ms) + once_ms == pytest.approx(made.least)
 
 
+def test_blocks_of_tables_are_priced_once_and_not_for_every_population(here, tmp_path, monkeypatch):
+    job = job_of(tmp_path / "run", f'objectives=[{TOP1}, {LATENCY}, {{name="latency_ms@odd"}}]')
+    networks = everything(job)
+    expected = job.tables[job.precision].price(job.space, networks)
+    costs = exact_costs(job)
+    monkeypatch.setattr(Table, "_corrected", lambda *_: pytest.fail("a block is priced again"))
+    assert [c.name for c in costs] == ["latency_ms", "latency_ms@odd"]
+    for price in (costs[0].price, costs[0].bound):
+        np.testing.assert_array_equal(price(networks), expected)
+    assert np.isfinite(costs[1].price(networks)).all()
+
+
 def test_a_further_device_without_a_table_is_told(here, tmp_path):
     with pytest.raises(nas.errors.DeviceError, match="od"):
         job_of(tmp_path / "one", 'limits={"latency_ms@od"=1.0}')
