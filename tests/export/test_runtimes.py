@@ -31,9 +31,9 @@ CRASHES = {("openvino", "int8", "rectifiers"): "OpenVINO 2026.4 crashes compilin
 # The library that each cannot do without, and the extra that brings it.
 NEEDS = {
     "onnxruntime": ("onnxruntime", "pip install onnxruntime"),
-    "openvino": ("openvino", r"pip install 'nas\[openvino\]'"),
-    "litert": ("ai_edge_litert", r"pip install 'nas\[litert\]'"),
-    "iree": ("iree.compiler", r"pip install 'nas\[iree\]'"),
+    "openvino": ("openvino", r"pip install openvino"),
+    "litert": ("ai_edge_litert", r"pip install ai-edge-litert"),
+    "iree": ("iree.compiler", r"pip install iree-base-compiler"),
 }
 
 
