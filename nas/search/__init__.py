@@ -31,25 +31,11 @@ from nas.search.reinforce import reinforce
 from nas.search.settings import check_settings, make_strategy
 from nas.search.simulated import SimulatedExecutor
 from nas.search.sms_emoa import sms_emoa
+from nas.search.strategies import STRATEGIES
 from nas.search.strategy import Strategy, trial_rng
 from nas.search.successive_halving import successive_halving
 from nas.search.trials import Trial, Trials, read_trials
 from nas.search.wrappers import feasible_only, warm_start
-
-# `make_strategy` calls them: by `strategy(sizes, population=...)`, with further keyword arguments.
-STRATEGIES = {
-    "random": random_search,
-    "grid": grid,
-    "local_search": local_search,
-    "ageing_evolution": ageing_evolution,
-    "nsga2": nsga2,
-    "nsga3": nsga3,
-    "sms_emoa": sms_emoa,
-    "reinforce": reinforce,
-    "bananas": bananas,
-    "successive_halving": successive_halving,
-    "predictor": predictor_search,
-}
 
 EXECUTORS = {
     "inline": InlineExecutor,

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from nas.config import nearest
 from nas.errors import ConfigError
 from nas.search.problem import Problem
+from nas.search.strategies import STRATEGIES
 from nas.search.strategy import Genotypes, Strategy
 
 Features = Callable[[Genotypes], NDArray[np.float64]]
@@ -68,8 +69,6 @@ def check_settings(
 
 def _name_of(factory: Callable[..., Strategy]) -> str:
     """As experiments name it."""
-    from nas.search import STRATEGIES
-
     return next((name for name, known in STRATEGIES.items() if known is factory), factory.__name__)
 
 
