@@ -113,7 +113,9 @@ def _estimate(
 ) -> Path:
     """`measure_space` for a TPU's compiler: nothing is timed, unless this machine has that TPU."""
     where = place(folder, space)
+    done: list[Path] = []
     for precision in precisions or precisions_of(device, space):
+        work = where / f".estimates.{precision}"
         console.start(f"{space.name} on {device.device}, {precision}")
         table, proof = tpu.estimate_table(
             space,
@@ -121,11 +123,14 @@ def _estimate(
             precision,
             settings,
             seed=seed,
-            cache=where / ".estimates",
+            cache=work,
             progress=console.share,
             command=command,
         )
         keep(table, proof, space, device, folder, console=console)
+        done.append(work)
+    for work in done:
+        shutil.rmtree(work, ignore_errors=True)  # on a TPU that is there, nothing was estimated
     return where
 
 

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import tiny
 
-from nas import catalog, cli, measured
+from nas import catalog, cli, cost, measured
 from nas.architecture import Architecture, Input, save_params
 from nas.console import Console
 from nas.errors import DeviceError, LatencyError, UnmeasuredBlock
 from nas.export import RUNTIMES
 from nas.latency import Table, find_table, load_device
-from nas.measure import hardware
+from nas.measure import hardware, tpu
 from nas.ondevice.results import read
 from nas.ops import weights
 from nas.report import write_table_report
@@ -258,3 +258,31 @@ def test_proofs_and_pages_of_installed_tables_go_to_the_current_folder(laptop, h
 def test_a_device_at_hand_keeps_no_tables_and_says_so(here):
     with pytest.raises(UnmeasuredBlock, match=r"whatever machine a run is on.*--device host_onnxruntime --as NAME"):
         find_table("host_onnxruntime", "float32", tiny.space(here))
+
+
+def test_an_estimate_that_is_cut_off_goes_on_and_leaves_nothing_but_the_table(here, monkeypatch):
+    space = tiny.space(here)
+    asked: list[str] = []
+    cut: list[str] = []
+
+    def estimate(graph, generation, precision, batch, *, cache):
+        known = cache / f"{graph.key}.json"
+        if not known.exists():
+            if len(asked) == 5 and not cut:
+                cut.append(graph.key)
+                raise KeyboardInterrupt
+            asked.append(precision + graph.key)
+            cache.mkdir(parents=True, exist_ok=True)
+            known.write_text("{}")
+        return tpu.Estimate(generation, precision, batch, 0.02 + 1e-6 * cost.macs(graph), 1, 1, 0.0, 0.0, 0.0, 0.0, 0)
+
+    monkeypatch.setattr(tpu, "estimate", estimate)
+    monkeypatch.setattr(tpu, "version", lambda: "libtpu 0, jax 0")
+    with pytest.raises(KeyboardInterrupt):
+        measured.measure_space(space, "tpu_v2_estimate", QUICK)
+    where = measured.measure_space(space, "tpu_v2_estimate", QUICK)
+    assert cut
+    assert len(asked) == len(set(asked)) > 10  # no program twice
+    assert sorted(p.name for p in where.iterdir()) == [
+        "proof.json", "table.bfloat16.csv", "table.bfloat16.json", "table.float32.csv", "table.float32.json",
+    ]  # fmt: skip
