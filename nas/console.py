@@ -1,5 +1,6 @@
 """What a person sees while a job runs: live progress with ETA on a terminal, plain lines elsewhere."""
 
+import math
 import shutil
 import sys
 import time
@@ -48,7 +49,13 @@ class Console:
         self._line(f"  {done}/{total}  eta {eta}  {words}", last=done >= total)
 
     def share(self, what: str, share: float, eta_seconds: float) -> None:
-        """`share` (0 to 1) of something is done, and the rest takes so long."""
+        """`share` (0 to 1) of something is done, and the rest takes so long.
+
+        Where that is infinite, nobody knows: something is waited for, which is told at once by a line that stays.
+        """
+        if eta_seconds == math.inf:
+            self.say(f"  {what}")
+            return
         now = time.monotonic()
         if now - self._told < (0.1 if self.live else self.plain_seconds) and share < 1:
             return

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import math
 import os
 import shutil
 import signal
@@ -19,10 +20,12 @@ from nas import config
 from nas.errors import DeviceError, LatencyError
 from nas.files import write_bytes, write_json, write_text
 from nas.measure.plan import Plan, model_of, runtime_class
+from nas.ondevice.lock import own_command
 from nas.ondevice.manifest import MANIFEST, checksum, load_manifest
 from nas.ondevice.results import RESULTS, SCHEMA, Recording, read
 
-Progress = Callable[[str, float, float], None]  # (what is done, share done 0..1, seconds left)
+# (what is done, share done 0..1, seconds left); infinitely many: nobody knows, such as while others are waited for
+Progress = Callable[[str, float, float], None]
 
 _BUSY = 0.25  # share of our CPUs' time that others take, from which on a round names them
 _OPEN_SECONDS = 600.0  # for one model to open and run a few times; XLA takes seconds for a block
@@ -104,10 +107,11 @@ def run(folder: Path, *, progress: Progress | None = None) -> Recording:
     """Measures the bundle in `folder` on this machine, in a process of its own; what was measured before is kept.
 
     Raises:
-        LatencyError: another measuring is running, or the results are of another machine.
+        LatencyError: another measuring is running, and is not to be waited for any longer; the results are of another
+            machine.
         DeviceError: the runtime is not installed.
     """
-    command = [sys.executable, "-m", "nas.ondevice", str(folder), "--json"]
+    command = [sys.executable, "-m", "nas.ondevice", str(folder), "--json", f"--command={own_command()}"]
     root = str(Path(__file__).resolve().parents[2])
     path = os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH")) if p)
     code, said = follow(command, progress=progress, env={**os.environ, "PYTHONPATH": path})
@@ -128,14 +132,16 @@ def follow(
         ) as process,
     ):
         assert process.stdout is not None
+        last = ""
         try:
             for line in process.stdout:
-                if not line.startswith('{"what"'):
-                    continue  # a runtime's own words
-                told = json.loads(line)
+                if not line.startswith('{"what"') or line == last:
+                    continue  # a runtime's own words; or it still waits for the same measuring to end
+                told, last = json.loads(line), line
                 if progress is not None:
                     what = f"{told['what']} ({told['more']})" if told["more"] else told["what"]
-                    progress(what, told["share"], told["seconds_left"])
+                    left = told["seconds_left"]
+                    progress(what, told["share"], math.inf if left is None else left)
             code = process.wait()
         except BaseException:
             process.send_signal(signal.SIGINT if os.name == "posix" else signal.SIGTERM)  # its worker ends with it

@@ -20,7 +20,7 @@ import numpy as np
 from nas.config import nearest
 from nas.errors import DeviceError, ExportError, NasError
 from nas.export import RUNTIMES, Session
-from nas.ondevice.lock import alone
+from nas.ondevice.lock import alone, own_command
 from nas.ondevice.machine import pinned
 from nas.ops import Shape
 
@@ -81,7 +81,7 @@ def footprint(
     Raises:
         DeviceError: the runtime is unknown or not installed, or energy was asked for and is not counted here.
         ExportError: the file is missing, or the runtime cannot run it.
-        LatencyError: another measuring is running on this machine.
+        LatencyError: another measuring is running on this machine, and is not to be waited for any longer.
     """
     path = Path(model)
     if runtime not in RUNTIMES:
@@ -99,7 +99,7 @@ def footprint(
     environment = {**os.environ, "PJRT_NPROC": str(threads), "NAS_KEEP_MEMORY": "0"}
     root = str(Path(__file__).resolve().parents[2])
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-    with alone(f"the footprint of {path}"), pinned(threads):
+    with alone(f"{own_command()} (the footprint of {path})"), pinned(threads):
         done = subprocess.run(
             [sys.executable, "-c", _CHILD, json.dumps(asked)], capture_output=True, text=True, env=environment
         )

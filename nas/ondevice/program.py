@@ -258,6 +258,7 @@ def main(arguments: list[str] | None = None, *, folder: Path | None = None) -> i
     parser.add_argument("folder", type=Path, nargs="?" if folder else None, default=folder, help="of the bundle")
     parser.add_argument("--out", type=Path, help=f"results; {RESULTS} in the bundle if not given")
     parser.add_argument("--json", action="store_true", help="progress as JSON lines on stdout")
+    parser.add_argument("--command", default="", help=argparse.SUPPRESS)
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--only", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
@@ -270,7 +271,9 @@ def main(arguments: list[str] | None = None, *, folder: Path | None = None) -> i
         if options.worker:
             work(options.folder, results, _json_lines if options.json else _Lines())
             return 0
-        code = supervise(options.folder, results, machine_readable=options.json, stream=sys.stderr)
+        code = supervise(
+            options.folder, results, machine_readable=options.json, stream=sys.stderr, command=options.command
+        )
     except Failed:
         return FAILED
     except NasError as e:

@@ -8,6 +8,7 @@ well: it is condemned when it fails for the second time while it is timed, unles
 have chosen it (SIGKILL, MemoryError).
 """
 
+import json
 import os
 import subprocess
 import sys
@@ -18,8 +19,8 @@ from pathlib import Path
 from typing import TextIO
 
 from nas.errors import LatencyError
-from nas.ondevice.lock import alone
-from nas.ondevice.manifest import load_manifest
+from nas.ondevice.lock import alone, own_command
+from nas.ondevice.manifest import MANIFEST, load_manifest
 from nas.ondevice.results import Failure, Recording, Results, read
 from nas.ondevice.watch import NOTHING, last_step
 
@@ -38,22 +39,41 @@ def watch_path(results: Path) -> Path:
     return results.with_name(results.name + ".step")
 
 
-def supervise(folder: Path, results: Path, *, machine_readable: bool, stream: TextIO) -> int:
+def supervise(folder: Path, results: Path, *, machine_readable: bool, stream: TextIO, command: str = "") -> int:
     """Runs workers on the bundle in `folder` until one has ended; returns an exit status: 0 done, 2 wrong use, told.
 
     Args:
         stream: is told of models that are left out.
+        command: that a person gave; told to others who wait for this one. Empty: that of this process.
 
     Raises:
-        LatencyError: another measuring is running; the worker keeps dying and no model is to blame.
+        LatencyError: another measuring is running, and is not to be waited for any longer; the worker keeps dying and
+            no model is to blame; the bundle is gone.
     """
     results.parent.mkdir(parents=True, exist_ok=True)
-    with alone(str(results)) as held:
+    what = f"{command or own_command()} ({results.resolve()})"
+    with alone(what, say=_waiting if machine_readable else None) as held:
+        if not (folder / MANIFEST).exists():
+            raise LatencyError(
+                f"{folder} is gone: most likely the measuring that this one waited for was of the same bundle, and has "
+                f"made its table. Look whether it is there; the same command measures anew."
+            )
         try:
             return _Supervisor(folder, results, machine_readable, stream, held).run()
         finally:
             with suppress(OSError):
                 watch_path(results).unlink(missing_ok=True)
+
+
+def _waiting(text: str) -> None:
+    """Tells the program that started this one that another measuring is waited for; where that is gone, ends.
+
+    It is told at every look, for nobody notices otherwise that it is gone.
+    """
+    try:
+        print(json.dumps({"what": text, "share": 0.0, "seconds_left": None, "more": ""}), flush=True)
+    except BrokenPipeError:
+        os._exit(NOBODY_LISTENS)
 
 
 class _Supervisor:

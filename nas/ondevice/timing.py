@@ -18,7 +18,7 @@ from typing import Generic, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from nas.ondevice.lock import alone
+from nas.ondevice.lock import Say, alone, own_command
 from nas.ondevice.machine import pinned
 
 K = TypeVar("K", bound=Hashable)
@@ -223,7 +223,7 @@ def measure_files(
     min_rounds: int = 15,
     seed: int = 0,
     threads: int = 1,
-    wait_seconds: float = 0.0,
+    say: Say | None = None,
 ) -> dict[K, Timing]:
     """Opens sessions and times them against each other, pinned and interleaved.
 
@@ -233,12 +233,12 @@ def measure_files(
 
     Args:
         openers: each opens a session and returns its prepared inferences.
-        wait_seconds: for another measuring on this machine to end.
+        say: is told if another measuring on this machine is waited for (`nas.ondevice.lock.alone`).
 
     Raises:
-        LatencyError: another measuring is running.
+        LatencyError: another measuring is running, and is not to be waited for any longer.
     """
-    with alone(f"{len(openers)} files against each other", wait_seconds=wait_seconds), pinned(threads):
+    with alone(f"{own_command()} ({len(openers)} files against each other)", say=say), pinned(threads):
         calls = {name: opened() for name, opened in openers.items()}
         return interleave(calls, seconds=seconds, min_rounds=min_rounds, seed=seed).timings()
 

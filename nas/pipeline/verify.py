@@ -16,6 +16,7 @@ from nas.evaluate import Standalone
 from nas.files import read_as, write_json
 from nas.fold import fold
 from nas.measure import Call, Timing, measure_files, prepare
+from nas.ondevice.lock import once
 from nas.ops import in_float32
 from nas.pipeline.export import file_name
 from nas.pipeline.finish import Finished, finished
@@ -24,7 +25,6 @@ from nas.quantise import Quantisation, has_integers, integer, simulate
 
 ACCURACY_TOLERANCE = 0.001  # top-1 in the runtime may differ so much from JAX's: 0.1 point, in float32 and in int8
 RELATIVE_TOLERANCE = 1e-3  # of float32 logits, relative to the largest
-_WAIT_SECONDS = 900.0  # for another measuring on this machine: nobody may be watching a run when it comes so far
 
 
 class Latency(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -118,7 +118,7 @@ def _measured(job: Job, networks: Sequence[Finished]) -> dict[tuple[str, str], d
         seconds=job.experiment.verify.seconds,
         threads=job.device.threads,
         seed=job.experiment.seed,
-        wait_seconds=_WAIT_SECONDS,
+        say=once(job.console.say),
     )
     level = {
         precision: table.level(np.array([timings[precision, i].latency_ms for i in range(len(table.anchors))]))

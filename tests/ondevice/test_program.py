@@ -1,5 +1,6 @@
 """The measuring program: from a bundle to a table, on this machine and where only the runtime is installed."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -246,7 +247,66 @@ def test_a_shortage_of_memory_that_passes_costs_nothing_but_time(folder):
     assert [f.why for f in recording.failures] == ["MemoryError: "]
 
 
-def test_two_at_once_are_refused(folder):
+def test_of_two_at_once_the_second_waits_and_no_deadline_of_its_runs_meanwhile(folder):
+    set_settings(folder, seconds=0.0, max_seconds=0.0, min_rounds=2, open_seconds=2.0, hang_seconds=2.0)
+    with alone("nas measure something"):
+        process = start(folder)
+        told = process.stdout.readline()
+        assert "waiting for another measuring" in told
+        assert f"process {os.getpid()}, since" in told
+        assert "nas measure something" in told
+        time.sleep(4.0)
+        assert process.poll() is None
+    said = finished(process)
+    assert "waiting" not in said
+    assert not read(folder / RESULTS).failures
+
+
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGKILL])
+def test_waiting_for_another_measuring_ends_with_who_asked_for_it(plan, folder, stop):
+    """As `nas measure` does it: one process follows the measuring program, which waits."""
+    text = (
+        f"from pathlib import Path; from nas.measure import bundle; bundle.run(Path({str(folder)!r}), progress=print)"
+    )
+    with alone("nas measure something"):
+        process = subprocess.Popen(
+            [sys.executable, "-u", "-c", text], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        )  # fmt: skip
+        assert "nas measure something" in process.stdout.readline()
+        time.sleep(1.0)
+        process.send_signal(stop)
+        told, _ = process.communicate(timeout=30)  # its pipe is closed when nobody has it any more
+        assert process.returncode != 0
+        assert told == ""  # it was told once
+        deadline = time.monotonic() + 30
+        while followers(folder) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert not followers(folder)
+
+
+def followers(folder: Path) -> list[int]:
+    """Processes that measure the bundle in `folder`."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            if b"nas.ondevice\0" + str(folder).encode() in path.read_bytes():
+                found.append(int(path.parent.name))
+    return found
+
+
+def test_a_bundle_that_was_cleared_away_while_it_waited_is_told(folder):
+    with alone("nas measure something"):
+        process = start(folder)
+        process.stdout.readline()
+        shutil.rmtree(folder)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert "is gone: most likely the measuring that this one waited for" in said
+
+
+def test_who_does_not_want_to_wait_is_refused(folder, monkeypatch):
+    monkeypatch.setenv("NAS_WAIT_SECONDS", "0")
     with alone("something"):
         process = start(folder)
         said, _ = process.communicate(timeout=60)
@@ -341,14 +401,7 @@ def test_a_killed_supervisor_leaves_no_second_measuring_and_nobody_to_blame(fold
     process.wait(60)
     manifest["settings"] |= {"seconds": 0.0, "max_seconds": 0.0, "min_rounds": 3}
     (folder / MANIFEST).write_text(json.dumps(manifest))
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        process = start(folder)
-        said, _ = process.communicate(timeout=120)
-        if process.returncode == 0:
-            break
-        assert "another measuring is running" in said  # what is left of the first one still ends
-        time.sleep(0.2)
+    finished(start(folder))  # it waits for what is left of the first one
     recording = read(results)
     assert recording.complete
     assert not recording.unsupported
