@@ -61,7 +61,7 @@ class Console:
             return
         self._told = now
         left = _duration(eta_seconds) if eta_seconds < 1e6 else "?"
-        self._line(f"  {what} {share:4.0%}  eta {left}", last=share >= 1)
+        self._line(f"  {share:4.0%}  eta {left}  {what}", last=share >= 1)  # a narrow terminal cuts off the words
 
     def _line(self, line: str, *, last: bool) -> None:
         if self.live:

@@ -68,3 +68,13 @@ def test_the_time_left_follows_from_what_this_process_did_and_not_from_its_compi
     shown.progress(1000, 1000)
     told = [line.split("eta ")[1].strip() for line in stream.getvalue().splitlines()[1:]]
     assert told == ["?", "3:00", "1:40", "0:00"]
+
+
+def test_what_is_waited_for_is_told_at_once_and_stays(clock):
+    terminal = Terminal()
+    shown = Console(terminal)
+    shown.start("measure")
+    shown.share("waiting for process 12", 0.0, float("inf"))
+    clock.append(1.0)
+    shown.share("timing (12 rounds)", 0.25, 90.0)
+    assert terminal.getvalue() == "measure\n  waiting for process 12\n\r\033[K   25%  eta 1:30  timing (12 rounds)"

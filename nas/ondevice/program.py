@@ -27,14 +27,16 @@ from nas.ondevice import machine
 from nas.ondevice.manifest import load_manifest
 from nas.ondevice.results import RESULTS, Failure, Results
 from nas.ondevice.sessions import open_model, version
-from nas.ondevice.stopping import Wanted
+from nas.ondevice.stopping import Outlook, Wanted, rounds_for
 from nas.ondevice.supervisor import FAILED, NOBODY_LISTENS, WRONG_USE, supervise, watch_path
 from nas.ondevice.timing import Call, Round, Samples, rounds, without_collection
 from nas.ondevice.watch import NOTHING, Watch
 
 Tell = Callable[[str, float, float, str], None]  # what is done, the share that is done, seconds left, more in words
 
-_CHECKS = 1.1  # the intervals are looked at when there are so many times as many rounds as the last time
+_FIRST_LOOK = 5  # rounds after which intervals are looked at: what they say is rough, but better than nothing
+_LOOKS = 1.1  # and again when there are so many times as many rounds as the last time
+_RECENT = 10  # rounds whose mean is how long the next ones take
 _NAME_SECONDS = 5.0  # between looks at who else uses the CPU
 _TRIES = 3  # of a model, before it is timed
 _ALONE_CALLS, _ALONE_SECONDS = 1000, 1.0  # of a model that failed in company: so many calls, or so long
@@ -189,7 +191,9 @@ def _time(
         for r in out.before.rounds
     ]  # fmt: skip
     used, wanted, noise = out.before.seconds, list(range(len(numbers))), ""
-    asked = Wanted.of(manifest)
+    asked, recent = Wanted.of(manifest), list[float]()
+    outlook = Outlook(min_rounds=settings["min_rounds"], max_seconds=settings["max_seconds"])
+    needed = math.inf
     if not numbers:
         return
     running = NOTHING
@@ -203,24 +207,35 @@ def _time(
         generator = rounds(
             list(calls.values()), seed=manifest["seed"], done=len(timed), wanted=lambda: wanted, begins=begins
         )
-        next_check, named = settings["min_rounds"], 0.0
+        next_look, named = min(_FIRST_LOOK, settings["min_rounds"]), 0.0
         supervisor = os.getppid()
         while os.getppid() == supervisor:  # a worker that outlives it would be timed against the next one
-            if len(timed) >= next_check:
-                next_check = max(len(timed) + 5, int(len(timed) * _CHECKS))
+            enough, late = len(timed) >= settings["min_rounds"], used >= settings["max_seconds"]
+            if len(timed) >= next_look or (enough and late):
+                next_look = max(len(timed) + 5, int(len(timed) * _LOOKS))
+                if not enough:
+                    next_look = min(next_look, settings["min_rounds"])
                 samples = Samples.of(names, timed)
                 interval = asked.intervals(samples.timings())
                 needy = [name for name, half in interval.items() if not half <= settings["tolerance"]]
-                steady = asked.unsteadiness(samples) <= settings.get("max_drift", math.inf)
+                widest, wander = max(interval.values(), default=0.0), asked.unsteadiness(samples)
+                most = settings.get("max_drift", math.inf)
+                steady = wander <= most
                 noise = (
                     f"noise of a sum {asked.noise(interval):.1%}; {len(needy)} of {len(interval)} blocks and networks "
-                    f"not yet known well enough{'' if steady else '; anchors wander'}"
+                    f"not yet known to {settings['tolerance']:.1%}, the worst to {widest:.1%}"
+                    f"{'' if steady else f'; an anchor to {wander:.1%} of {most:.1%}'}"
                 )
-                if (not needy and steady) or used >= settings["max_seconds"]:
-                    tell("timing", 1.0, 0.0, noise)
+                if enough and ((not needy and steady) or late):
+                    tell("timing", 1.0, 0.0, f"{len(timed)} rounds; {noise}")
                     return
-                if used >= settings["seconds"]:
-                    wanted = sorted({*map(names.index, needy), *always})
+                needed = max(
+                    rounds_for(widest, settings["tolerance"], rounds=len(timed)),
+                    rounds_for(wander, most, rounds=len(timed)),
+                )
+                next_wanted = sorted({*map(names.index, needy), *always})
+                if used >= settings["seconds"] and enough and next_wanted != wanted:
+                    wanted, recent = next_wanted, []
             begin, busy, own = time.perf_counter(), machine.busy_seconds(), time.process_time()
             try:
                 ran = next(generator)
@@ -236,9 +251,14 @@ def _time(
             used += took
             order = [numbers[i] for i in ran.order]
             out.append({"kind": "round", "order": order, "times_ms": ran.times_ms, **record})
-            limit = settings["max_seconds" if used >= settings["seconds"] else "seconds"]
-            left = max(limit - used, took * (settings["min_rounds"] - len(timed)), 0.0)
-            tell("timing", min(used / (used + left), 0.999), left, noise)
+            recent = [*recent[1 - _RECENT :], took]
+            share, left = outlook(
+                rounds=len(timed),
+                seconds=used,
+                round_seconds=sum(recent) / len(recent),
+                needed_rounds=max(needed, next_look),
+            )
+            tell("timing", share, left, f"{len(timed)} rounds; {noise}" if noise else f"{len(timed)} rounds")
     os._exit(NOBODY_LISTENS)
 
 

@@ -11,6 +11,7 @@ from nas.ondevice.timing import Samples, Timing
 
 K = TypeVar("K", bound=Hashable)
 
+_NEARLY = 0.99  # the share that is told at most before all is done
 ANCHOR = "anchor "  # how names of networks begin by which a recording is judged
 
 
@@ -23,6 +24,43 @@ def combined(terms: Mapping[K, float], timings: Mapping[K, Timing]) -> tuple[flo
     latency_ms = sum(weight * timings[name].latency_ms for name, weight in terms.items())
     each = (weight * timings[name].latency_ms * timings[name].interval for name, weight in terms.items())
     return latency_ms, math.hypot(*each)
+
+
+def rounds_for(half: float, wanted: float, *, rounds: int) -> float:
+    """The number of rounds by which an interval is `wanted`, if it is `half` after `rounds`; infinite if never.
+
+    Intervals of independent samples shrink with the root of their number.
+    """
+    if half <= wanted:
+        return rounds
+    return rounds * (half / wanted) ** 2 if wanted > 0 and math.isfinite(half) else math.inf
+
+
+class Outlook:
+    """How much of a measuring is done and how long it still takes, by what is known so far.
+
+    It ends when the widest interval is narrow enough, but neither before the fewest rounds nor after the longest time.
+    What it still takes may turn out to be more than was thought; the share that is told never falls.
+    """
+
+    def __init__(self, *, min_rounds: float, max_seconds: float):
+        self._min_rounds, self._max_seconds, self._share = min_rounds, max_seconds, 0.0
+
+    def __call__(
+        self, *, rounds: int, seconds: float, round_seconds: float, needed_rounds: float
+    ) -> tuple[float, float]:
+        """The share that is done, below 1, and the seconds that it still takes, 0 or more.
+
+        Args:
+            rounds: timed so far.
+            seconds: that they took.
+            round_seconds: that the next ones take, each.
+            needed_rounds: by which all is known well enough.
+        """
+        left = min((needed_rounds - rounds) * round_seconds, self._max_seconds - seconds)
+        left = max(left, (self._min_rounds - rounds) * round_seconds, 0.0)
+        self._share = max(self._share, min(seconds / (seconds + left), _NEARLY) if seconds > 0 else 0.0)
+        return self._share, left
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -72,6 +73,22 @@ def test_a_bundle_measures_itself_and_its_results_make_the_table(plan, folder):
     table, proof = evaluate(plan, recording, QUICK)
     assert set(table.entries) == set(plan.space.blocks())
     assert proof.networks == 4
+
+
+def test_prolonged_or_not_the_share_never_falls_and_the_time_left_is_known(folder):
+    """Nothing is narrow enough for it, so that it goes on beyond `seconds`, to the longest time that is allowed."""
+    set_settings(folder, seconds=1.0, max_seconds=2.5, min_rounds=6, tolerance=0.0)
+    said = finished(start(folder, "--json"))
+    told = [json.loads(line) for line in said.splitlines() if line.startswith('{"what": "timing"')]
+    shares, left = [t["share"] for t in told], [t["seconds_left"] for t in told]
+    assert shares == sorted(shares)
+    assert shares[-1] == 1
+    assert max(shares[:-1]) < 0.995  # nobody reads 100 % before it is done
+    assert all(0 <= seconds <= 2.5 for seconds in left[6:])
+    assert left[-1] == 0
+    assert re.search(r"^\d+ rounds; noise of a sum \d.*the worst to \d+\.\d%", told[-1]["more"])
+    rounds = [json.loads(line[9:]) for line in (folder / RESULTS).read_text().splitlines() if '"kind":"round"' in line]
+    assert sum(r["seconds"] for r in rounds[:-1]) < 2.5  # it ends with the round in which the time is up
 
 
 def test_the_program_is_all_that_the_bundle_needs_of_this_package(folder):

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from nas.ondevice.stopping import Wanted, combined
+from nas.ondevice.stopping import Outlook, Wanted, combined, rounds_for
 from nas.ondevice.timing import Timing
 
 
@@ -46,3 +46,41 @@ def test_what_was_not_timed_asks_for_nothing():
     assert asked.intervals({"block": timing(1.0, 0.1), "conv": timing(1.0, 0.1)}) == {}
     assert set(asked.intervals({"block": timing(1.0, 0.1), "net": timing(1.0, 0.1)})) == {"net"}
     assert np.isnan(asked.noise({}))
+
+
+def test_so_many_rounds_make_an_interval_as_narrow_as_is_wanted():
+    rng = np.random.default_rng(2)
+    samples = rng.standard_normal((2000, 400))
+    halves = {n: 1.96 * samples[:, :n].std(axis=1, ddof=1).mean() / np.sqrt(n) for n in (25, 100)}
+    assert rounds_for(halves[25], halves[100], rounds=25) == pytest.approx(100, rel=0.03)
+    assert rounds_for(0.01, 0.01, rounds=25) == 25
+    for half, wanted in ((0.01, 0.0), (np.nan, 0.01), (np.inf, 0.01)):
+        assert rounds_for(half, wanted, rounds=25) == np.inf
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_share_never_falls_and_the_time_left_is_finite_and_true_at_last(seed):
+    """Whatever becomes of the estimates: they jump, and rounds take longer or less long."""
+    rng = np.random.default_rng(seed)
+    outlook = Outlook(min_rounds=int(rng.integers(2, 60)), max_seconds=float(rng.choice([0.0, 10.0, 50.0, 1e9])))
+    shares, seconds = [0.0], 0.0
+    for rounds in range(1, 200):
+        round_seconds = float(rng.gamma(2.0))
+        seconds += round_seconds
+        needed = float(rng.choice([2.0, rounds, 3 * rounds, 1e6, np.inf]))
+        share, left = outlook(rounds=rounds, seconds=seconds, round_seconds=round_seconds, needed_rounds=needed)
+        assert shares[-1] <= share < 1
+        assert 0 <= left < np.inf
+        shares.append(share)
+
+
+def test_the_time_left_is_what_the_widest_interval_still_takes_within_the_limits():
+    def left(needed: float, **limits: float) -> float:
+        outlook = Outlook(**{"min_rounds": 10, "max_seconds": 1000.0, **limits})
+        return outlook(rounds=20, seconds=40.0, round_seconds=2.0, needed_rounds=needed)[1]
+
+    assert left(50) == 60.0
+    assert left(50, max_seconds=70.0) == 30.0  # the time is up before
+    assert left(5) == 0.0
+    assert left(5, min_rounds=25) == 10.0
+    assert left(np.inf, max_seconds=30.0, min_rounds=25) == 10.0
