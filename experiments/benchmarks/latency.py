@@ -15,7 +15,9 @@ Beside it: the time to price a million networks (price.py), a new device from a 
 `../shared/data` of the checkout is present (few_shot.py; here Spearman's correlation, mean over draws and devices), and
 estimates of TPUv2 latency by the TPU compiler: tpu_v2.py has made the result that is read here, it takes hours.
 
-A FILE that is there keeps the tables of devices that are not named: one that was refused can be tried again alone.
+A table or proof that is refused at this time stops nothing else: it is listed as refused, with the reason, and in
+FILE it is below `refused`, {device: {px: reason}}, not below `tables`; the exit status is 1 then. A FILE that is there
+keeps the tables of devices that are not named, and what of them was refused: that can be tried again alone.
 """
 
 import argparse
@@ -66,13 +68,14 @@ def tables(
     settings: config.Latency,
     networks: int,
     console: Console,
-    out: dict[str, dict[str, Any]],
+    result: dict[str, Any],
     *,
     anew: bool,
 ) -> Iterator[None]:
-    """Writes to `out`, for each device, precision and size, the proof of a table at another time than the table.
+    """Writes for each device, precision and size the proof of a table at another time than the table, or a refusal.
 
-    Yields after each of them, so that none is lost when the next is cut off.
+    They go to "tables" and "refused" of `result`. Yields after each of them, so that none is lost when the next is cut
+    off.
     """
     ready: list[tuple[str, str, int, Table]] = []
     for device, precisions in wanted.items():
@@ -90,7 +93,9 @@ def tables(
                         console.start(f"table: {device}, {precision}, {px} pixels")
                         table, _ = measure(space_at(px), about, precision, settings, seed=0, progress=console.share)
                 except NasError as e:
-                    refused(out, device, precision, px, e, console)
+                    put(result, "refused", "tables", device, precision, px, str(e))
+                    console.say(f"  refused: {e}")
+                    yield
                     continue
                 ready.append((device, precision, px, table))
     for device, precision, px, table in ready:
@@ -99,17 +104,19 @@ def tables(
         try:
             proof = prove_again(table, space_at(px), about, settings, networks=networks, seed=1, progress=console.share)
         except NasError as e:
-            refused(out, device, precision, px, e, console)
+            put(result, "refused", "tables", device, precision, px, str(e))
+            console.say(f"  refused: {e}")
             yield
             continue
-        console.say(f"  {proof}; repeat tau {proof.repeat_tau:.2f}")
-        out.setdefault(f"{device}.{precision}", {})[str(px)] = {
+        console.say(f"  {proof}; repeat tau {tau(proof.repeat_tau)}")
+        found = {
             "table": table.date,
             "correction": table.correction.form,
             "proved": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "load": load(),
             **row(proof),
         }
+        put(result, "tables", "refused", device, precision, px, found)
         yield
 
 
@@ -152,10 +159,33 @@ def spearman(task: dict[str, Any]) -> dict[str, dict[str, float]]:
     return found
 
 
-def refused(out: dict[str, Any], device: str, precision: str, px: int, error: NasError, console: Console) -> None:
-    """A table that could not be had is told as that."""
-    console.say(f"  refused: {error}")
-    out.setdefault(f"{device}.{precision}", {})[str(px)] = {"refused": str(error)}
+def put(result: dict[str, Any], key: str, other: str, device: str, precision: str, px: int, found: Any) -> None:
+    """`found` below `key`; what an earlier call has found of the same below `other` holds no longer."""
+    name = f"{device}.{precision}"
+    result[key].setdefault(name, {})[str(px)] = found
+    if name in result[other]:
+        result[other][name].pop(str(px), None)
+        if not result[other][name]:
+            del result[other][name]
+
+
+def tau(found: float | None) -> str:
+    """In words; none where there is no order to agree with."""
+    return "none" if found is None else f"{found:.2f}"
+
+
+def listing(result: dict[str, Any]) -> list[str]:
+    """All tables and refusals as lines."""
+    lines = [f"{'table':28} {'px':>4} {'nets':>5} {'mape':>6} {'<5%':>6} {'<10%':>6} {'tau':>5} {'repeat tau':>11}"]
+    for name in sorted({*result["tables"], *result["refused"]}):
+        for px, of in sorted(result["tables"].get(name, {}).items(), key=lambda item: int(item[0])):
+            lines.append(
+                f"{name:28} {px:>4} {of['networks']:5} {of['mape']:6.1%} {of['within_5']:6.0%} {of['within_10']:6.0%} "
+                f"{tau(of['kendall_tau']):>5} {tau(of['repeat_tau']):>11}"
+            )
+        for px, why in sorted(result["refused"].get(name, {}).items(), key=lambda item: int(item[0])):
+            lines.append(f"{name:28} {px:>4} refused: {why}")
+    return lines
 
 
 def row(proof: Proof) -> dict[str, Any]:
@@ -166,7 +196,8 @@ def row(proof: Proof) -> dict[str, Any]:
     return {**found, "worst": float(errors.max())}
 
 
-def main() -> None:
+def main() -> int:
+    """The command line; returns the exit status: 1 if anything that was asked for was refused."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one table, fewer networks, fewer draws")
     parser.add_argument("--devices", help=f"of {', '.join(DEVICES)}")
@@ -195,6 +226,7 @@ def main() -> None:
         "machine": {"hardware": hardware(), "using_cpu": busiest()},
         "settings": msgspec.to_builtins(settings),
         "tables": {},
+        "refused": {},
         "price_million_seconds": {name: found["seconds"] for name, found in price.price_million_seconds(3).items()},
     }
     for name, seconds in result["price_million_seconds"].items():
@@ -205,19 +237,23 @@ def main() -> None:
         console.say(f"few_shot, Spearman: {json.dumps(result['few_shot'])}")
     else:
         console.say("few_shot: left out: the data are not beside the checkout")
-    known = ROOT / "experiments" / "results" / "tpu_v2.json"
-    if known.exists():
-        result["tpu_v2"] = json.loads(known.read_text())["tpu_v2"]
+    tpu = ROOT / "experiments" / "results" / "tpu_v2.json"
+    if tpu.exists():
+        result["tpu_v2"] = json.loads(tpu.read_text())["tpu_v2"]
         console.say(f"tpu_v2, as tpu_v2.py has found it: {result['tpu_v2']}")
     if options.json and options.json.exists():
-        result["tables"] = json.loads(options.json.read_text())["tables"]
-    out = result["tables"]
-    for _ in tables(wanted, pixels, settings, options.networks or networks, console, out, anew=options.anew):
+        known = json.loads(options.json.read_text())
+        result |= {"tables": known["tables"], "refused": known.get("refused", {})}
+    for _ in tables(wanted, pixels, settings, options.networks or networks, console, result, anew=options.anew):
         if options.json:
             write_json(options.json, result)
     if options.json:
         write_json(options.json, result)
+    for line in listing(result):
+        console.say(line)
+    asked = {(f"{device}.{precision}", str(px)) for device, of in wanted.items() for precision in of for px in pixels}
+    return int(any((name, px) in asked for name, of in result["refused"].items() for px in of))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
