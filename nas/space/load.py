@@ -30,6 +30,7 @@ import importlib
 import importlib.util
 import inspect
 import itertools
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -338,9 +339,7 @@ class _Builder:
             raise self.source.fail(keys, f"{what}: stride is {stride!r}: a whole number from 1 on is needed.")
         wanted = (*(-(-side // stride) for side in input_shape[:-1]), width)
         if layer != "head" and graph.shape != wanted:
-            raise self.source.fail(
-                keys, f"{what} gives shape {graph.shape}, but {wanted} is what its stride and width ask of it."
-            )
+            raise self.source.fail(keys, f"{what}: {_wrong_shape(kind, graph.shape, wanted, given)}")
         told = {k: v for k, v in given.items() if k not in ("width", "stride", "classes")}
         words = [f"{k}={_word(v)}" for k, v in sorted(told.items())]
         before = activations(before)
@@ -418,6 +417,23 @@ class _Builder:
         if len(values) > 255:
             raise self.source.fail(where, f"`{key}` has {len(values)} values; a choice has at most 255.")
         return values
+
+
+def _wrong_shape(kind: _Kind, shape: tuple[int, ...], wanted: tuple[int, ...], given: Mapping[str, Any]) -> str:
+    """What is wrong with a block that gives `shape`, and what to do; `given` are its options, defaults among them."""
+    text = f"it gives shape {shape}, but {wanted} is needed"
+    if shape[-1] != wanted[-1]:
+        return f"{text}: `width` channels. Let its last op give so many."
+    if "stride" in given:
+        return (
+            f"{text}: the image `stride` ({given['stride']}) times smaller, rounded up. Let the one convolution or "
+            f"pool that makes the image smaller do so by `stride`, whatever that is."
+        )
+    return (
+        f"{text}: the image as large as it was, since its function has no keyword `stride`. Give it one, "
+        f"`def {kind.block}(net, x, *, ..., stride=2)`, and hand it to the convolution or pool that makes "
+        f"the image smaller: by it the space knows how large the image is behind this block."
+    )
 
 
 def _word(value: Any) -> str:

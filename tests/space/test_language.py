@@ -155,6 +155,26 @@ def stem(net, x, *, width=None, stride=2):
 """
 
 
+def test_a_stem_that_halves_the_image_without_a_stride_is_told_to_have_one(tmp_path):
+    """So that the message can be followed: what it asks for makes the space load."""
+    path = write_own(tmp_path)
+    (tmp_path / "parts" / "stem.py").write_text(STEM.replace(", stride=2):", "):"))
+    Path(path).write_text(
+        Path(path)
+        .read_text()
+        .replace("[blocks]", '[blocks]\nstem = "parts/stem.py:stem"')
+        .replace('block = "conv_stem"', 'block = "stem"')
+    )
+    told = (
+        r"block `stem` .*: it gives shape \(16, 16, 8\), but \(32, 32, 8\) is needed: the image as large as it "
+        r"was, since its function has no keyword `stride`\. Give it one, `def stem\(net, x, \*, \.\.\., stride=2\)`"
+    )
+    with pytest.raises(ConfigError, match=told):
+        load_space(path)
+    (tmp_path / "parts" / "stem.py").write_text(STEM.replace("8, stride=2)", "8, stride=stride)"))
+    assert load_space(path).decode(load_space(path).smallest()).blocks[0].graph.shape == (16, 16, 8)
+
+
 def test_a_stem_may_leave_its_width_open_and_needs_a_stride_that_is_one(tmp_path):
     write_own(tmp_path)
     (tmp_path / "parts" / "stem.py").write_text(STEM)
