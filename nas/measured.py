@@ -74,7 +74,7 @@ def measure_space(
     if not about.at_hand and about.hardware != here:
         raise DeviceError(
             f"device {device} is {about.hardware!r}, this machine is {here!r}. Measure it from a bundle: `nas measure "
-            f"{space.name} --device {device} --bundle FOLDER`; or measure this one: `--device "
+            f"{space.argument} --device {device} --bundle FOLDER`; or measure this one: `--device "
             f"host_{about.runtime} --as NAME`."
         )
     _require_same(folder.name, about, hardware=here)
@@ -248,6 +248,11 @@ def plan_of(recording: Recording, path: Path, *, space: str | None = None) -> Pl
     if space is None and said["space"] not in catalog.list_spaces():
         raise LatencyError(f"{path}: it is of space {said['space']!r}, which is not here: give its file as WHAT.")
     of = load_space(space or said["space"], input_shape=tuple(said["input"]), classes=said["classes"])
+    if of.name != said["space"]:
+        raise LatencyError(
+            f"{path}: it was measured for space {said['space']!r}, and WHAT is {of.name!r}: give that space; "
+            f"no WHAT is needed where `nas list spaces` has it."
+        )
     if of.digest != said["space_digest"]:
         raise LatencyError(
             f"{path}: it was measured for another {said['space']} (hash {said['space_digest']}; here it has "
@@ -317,7 +322,7 @@ def prove_table(
     keep_proof(proof, precision, own_folder(where))
     shutil.rmtree(work)
     console.say(f"  {proof}")
-    console.say(f"  kept in {own_folder(where) / 'proof.json'}; in full: nas report {where}")
+    console.say(f"  kept in {own_folder(where) / 'proof.json'}; in full: nas report {where}{_file_of(space)}")
     return table, proof
 
 
@@ -377,9 +382,14 @@ def keep(table: Table | Learned, proof: Proof, space: Space, device: Device, fol
     console.say(f"  {table.basis}")
     console.say(f"  {proof}")
     if list(where.glob("table.*.json")):
-        console.say(f"  in full: nas report {where}")
+        console.say(f"  in full: nas report {where}{_file_of(space)}")
     for key, why in table.unsupported.items():
         console.say(f"  unsupported: {space.blocks()[key][0].label}: {why}")
+
+
+def _file_of(space: Space) -> str:
+    """The option by which `nas report` finds a space that is not one of `nas list spaces`."""
+    return "" if space.name in catalog.list_spaces() else f" --space {space.name}.toml"
 
 
 def _new(device: Device, hardware: str) -> Device:

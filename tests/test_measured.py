@@ -1,5 +1,7 @@
 """`nas measure` and `nas export` on the command line: options that would be ignored, names, precisions, proofs."""
 
+import io
+import re
 import shutil
 import tomllib
 from pathlib import Path
@@ -11,14 +13,16 @@ import tiny
 
 from nas import catalog, cli, cost, measured
 from nas.architecture import Architecture, Input, save_params
+from nas.config import Latency
 from nas.console import Console
 from nas.errors import DeviceError, LatencyError, UnmeasuredBlock
 from nas.export import RUNTIMES
 from nas.latency import Table, find_table, load_device
-from nas.measure import hardware, tpu
+from nas.measure import bundle, hardware, tpu
 from nas.ondevice.results import read
 from nas.ops import weights
 from nas.report import write_table_report
+from nas.space import load_space
 
 
 @pytest.fixture
@@ -73,6 +77,47 @@ def test_options_that_do_not_go_together_are_refused(here, capsys, options, mess
 def test_results_are_imported_with_what_they_say_themselves(here, capsys):
     said = refused(capsys, "measure", "--import", "out", "--as", "mine", "--device", "host_onnxruntime")
     assert "--device has no meaning for --import" in said
+
+
+# Other tests may run beside these, and take the CPU.
+QUICK = Latency(seconds=0.5, min_rounds=4, anchors=6, holdout=4, patience=1.0, max_busy=1.0, max_drift=9.0)
+
+
+def test_a_space_in_a_file_of_its_own_is_named_by_that_in_what_is_to_be_done_next(here, capsys):
+    space = tiny.space(here)
+    measured.write_bundle(space, "host_onnxruntime", here / "out", QUICK, precision="float32")
+    bundle.run(here / "out")
+    told = io.StringIO()
+    where = measured.import_results(
+        here / "out", name="mine", space="tiny.toml", settings=QUICK, console=Console(told, plain_seconds=0)
+    )
+    command = re.search(r"in full: nas (report .*)", told.getvalue())
+    assert command is not None
+    with pytest.raises(SystemExit) as e:
+        cli.main(command[1].split())
+    assert e.value.code == 0, capsys.readouterr().err
+    assert (where / "report.html").exists()
+    for what, path, message in (
+        ("digits_mixed", "out", "out: it was measured for space 'tiny', and WHAT is 'digits_mixed': give that space"),
+        ("tiny.toml", "tiny.toml", "tiny.toml: these are no results .* It writes results.jsonl in the folder"),
+    ):
+        assert re.search(message, refused(capsys, "measure", what, "--import", path, "--as", "mine"))
+    other = load_space("tiny.toml", input_shape=(12, 12, 1), classes=4)
+    with pytest.raises(UnmeasuredBlock, match=r"`nas measure tiny\.toml --image 12x12x1 --classes 4 --device mine`"):
+        find_table("mine", "float32", other)
+
+
+def test_a_sheet_that_nobody_has_filled_in_is_told(here, capsys):
+    space = tiny.space(here)
+    measured.write_bundle(space, "host_onnxruntime", here / "out", QUICK, precision="float32")
+    bundle.run(here / "out")
+    measured.import_results(
+        here / "out", name="mine", space="tiny.toml", settings=QUICK, console=Console(io.StringIO())
+    )
+    measured.write_bundle(space, "host_onnxruntime", here / "nets", QUICK, precision="float32", networks=8)
+    options = ("--format", "networks", "--space", "tiny.toml", "--image", "8x8x1", "--classes", "3")
+    said = refused(capsys, "import", "nets/networks.csv", *options, "--device", "other")
+    assert re.search(r"networks.csv: \d+ of its rows have no `latency_ms`, among them all that are to learn from", said)
 
 
 def test_devices_name_providers(here):

@@ -135,6 +135,11 @@ def import_networks(
     genotypes, of_proof = (
         np.array([n.genotype for n in of], np.uint8).reshape(len(of), len(space.sizes)) for of in (fit, held_out)
     )
+    if not fit and left_out:
+        raise LatencyError(
+            f"{path}: {left_out} of its rows have no `latency_ms`, among them all that are to learn from (chosen and "
+            f"random ones). Fill in what your tool has measured, and import it again."
+        )
     factor = UNITS[unit or "ms"]
     fit_ms, proof_ms = (np.array([n.latency_ms for n in of]) * factor for of in (fit, held_out))
     if unit is None and fit:

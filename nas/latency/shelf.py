@@ -125,7 +125,7 @@ def _find_table(name: str, precision: str, space: Space) -> tuple[Path, Table]:
     if device.at_hand and not kept:
         raise UnmeasuredBlock(
             f"device {folder.name} is whatever machine a run is on: it is measured anew in every run, and no tables "
-            f"are kept of it. Keep one under a name: `nas measure {space.name} --device {folder.name} --as NAME`."
+            f"are kept of it. Keep one under a name: `nas measure {space.argument} --device {folder.name} --as NAME`."
         )
     having = f"none of its {len(kept)} tables has" if kept else "it has no table with"
     are = "blocks are" if len(missing) > 1 else "block is"
@@ -135,9 +135,9 @@ def _find_table(name: str, precision: str, space: Space) -> tuple[Path, Table]:
     raise UnmeasuredBlock(
         f"device {folder.name}: {having} all {len(blocks)} blocks of space {space.name!r} in {precision} "
         f"({folder}){nearest}: {len(missing)} {are} missing, the first is `{missing[0]}`, for {space.classes} classes "
-        f"and images of {_sides(space)} pixels.{besides} {there}, run `nas measure {space.name} --device "
+        f"and images of {_sides(space)} pixels.{besides} {there}, run `nas measure {space.argument} --device "
         f"{folder.name}`; a table that others published is read by `nas import FILE --format FORMAT --space "
-        f"{space.name} --device {folder.name}`."
+        f"{space.argument} --device {folder.name}`."
     )
 
 
@@ -224,7 +224,7 @@ def find_sources(space: Space) -> list[tuple[str, Table]]:
             f"no device has a table of all blocks of space {space.name!r}, for {space.classes} classes and images of "
             f"{_sides(space)} pixels. Networks measured whole say little alone: other devices' latencies of all "
             f"networks say most of the rest. Make a table of this machine, which takes minutes: "
-            f"`nas measure {space.name} --device host_onnxruntime --as this_machine`."
+            f"`nas measure {space.argument} --device host_onnxruntime --as this_machine`."
         )
     return found
 

@@ -232,7 +232,7 @@ class Table(_Header, frozen=True, kw_only=True):
             )
 
 
-_AGAIN = "Restore it, or measure it again: in a run, `nas run EXPERIMENT --redo measure`."
+_AGAIN = "Restore it, or measure it again: `nas measure`; in a run, `nas run EXPERIMENT --redo measure`."
 
 
 def _paths(folder: Path, precision: str) -> tuple[Path, Path]:

@@ -222,8 +222,8 @@ def _time(
                 most = settings.get("max_drift", math.inf)
                 steady = wander <= most
                 noise = (
-                    f"noise of a sum {asked.noise(interval):.1%}; {len(needy)} of {len(interval)} blocks and networks "
-                    f"not yet known to {settings['tolerance']:.1%}, the worst to {widest:.1%}"
+                    f"noise of a sum {asked.noise(interval):.1%}; {len(interval) - len(needy)} of {len(interval)} "
+                    f"blocks and networks known to {settings['tolerance']:.1%}, the worst to {widest:.1%}"
                     f"{'' if steady else f'; an anchor to {wander:.1%} of {most:.1%}'}"
                 )
                 if enough and ((not needy and steady) or late):

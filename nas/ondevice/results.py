@@ -77,6 +77,8 @@ def read(path: Path) -> Recording:
     records = []
     for number, line in enumerate(lines[:-1], 1):  # what follows the last newline was cut off
         record = _decoded(line)
+        if record is None and not records:
+            break
         if record is None:
             raise LatencyError(
                 f"{path}, line {number}: damaged (its checksum does not fit). Bring the file anew from the device, or "
@@ -84,7 +86,10 @@ def read(path: Path) -> Recording:
             )
         records.append(record)
     if not records or records[0].get("kind") != "manifest" or records[0]["manifest"].get("schema") != SCHEMA:
-        raise LatencyError(f"{path}: these are no results of this version's measuring program (schema {SCHEMA}).")
+        raise LatencyError(
+            f"{path}: these are no results of this version's measuring program (schema {SCHEMA}), or their "
+            f"first line is damaged. It writes {RESULTS} in the folder of the bundle: bring that."
+        )
     kinds = ("start", "round", "failed", "unsupported", "end")
     of = {kind: [r for r in records if r["kind"] == kind] for kind in kinds}
     others = [float("nan") if r["others"] is None else r["others"] for r in of["round"]]

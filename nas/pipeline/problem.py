@@ -139,7 +139,8 @@ def latency_on(space: Space, device: str | None, precision: str) -> dict[str, La
             raise
         raise UnmeasuredBlock(
             f"device {device} is this machine, which has no table of all blocks of space {space.name!r} in {precision} "
-            f'yet. Measure one: `nas measure {space.name} --device {device} --as my_machine`; then device="my_machine".'
+            f"yet. Measure one: `nas measure {space.argument} --device {device} --as my_machine`; then "
+            f'device="my_machine".'
         ) from e
 
 

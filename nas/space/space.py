@@ -17,7 +17,7 @@ import numpy as np
 from msgspec.structs import replace
 from numpy.typing import NDArray
 
-from nas import cost
+from nas import catalog, cost
 from nas.config import nearest
 from nas.errors import SpaceError
 from nas.ops import Block, Graph, Network, Shape, in_precision
@@ -128,6 +128,12 @@ class Space:
                 raise SpaceError(f"choice {name!r} has {len(values)} values: 1 to 256 are needed.")
         made = tuple(Choice(name, tuple(values)) for name, values in choices.items())
         return cls("choices", (0, 0, 0), 0, made, (), (0,))
+
+    @property
+    def argument(self) -> str:
+        """As commands take it: "tiny.toml --image 24x24x3 --classes 10". Where a file lies is not known."""
+        name = self.name if self.name in catalog.list_spaces() else f"{self.name}.toml"
+        return f"{name} --image {'x'.join(map(str, self.input))} --classes {self.classes}"
 
     @functools.cached_property
     def sizes(self) -> tuple[int, ...]:

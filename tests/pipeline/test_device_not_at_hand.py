@@ -85,7 +85,7 @@ def test_without_a_table_the_error_says_what_is_missing_and_what_to_do(here):
     experiment = load_experiment("tiny_experiment.toml", overrides=["device=board"])
     missing = r"nearest is tiny/, of 4 classes: 2 blocks are missing, the first is `classifier .*`, for 3 classes "
     missing += "and images of 8"
-    todo = r".*nas measure tiny --device board`.*nas import FILE .*--device board`"
+    todo = r".*nas measure tiny.toml --image 8x8x1 --classes 3 --device board`.*nas import FILE .*--device board`"
     with pytest.raises(UnmeasuredBlock, match=missing + todo):
         run_experiment(experiment, here / "run", stages=["measure"])
     (here / "latency_models/board/tiny/table.float32.csv").unlink()
