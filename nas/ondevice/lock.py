@@ -48,10 +48,11 @@ def alone(what: str, *, wait_seconds: float | None = None, say: Say | None = Non
     limit = _limit() if wait_seconds is None else wait_seconds
     say = say or once(lambda text: print(text, file=sys.stderr, flush=True))
     with open(path, "a+", encoding="utf-8") as lock:
-        begin = time.monotonic()
+        begin = named = time.monotonic()
         while not _taken(lock):
             lock.seek(0)
-            holder, waited = lock.read().strip(), time.monotonic() - begin
+            holder, now = lock.read().strip(), time.monotonic()
+            named, waited = now if holder else named, now - begin
             if waited >= limit:
                 told = f" after {waited:.0f} s of waiting" if limit else ""
                 raise LatencyError(
@@ -59,7 +60,7 @@ def alone(what: str, *, wait_seconds: float | None = None, say: Say | None = Non
                     f"other. Wait until it has ended, and run the same command; with a larger NAS_WAIT_SECONDS, or "
                     f"none, it waits by itself."
                 )
-            if holder or waited > _NAMED_SECONDS:
+            if holder or now - named > _NAMED_SECONDS:
                 say(f"waiting for another measuring on the same machine to end ({holder or 'unknown'})")
             time.sleep(_LOOK_SECONDS)
         since = datetime.datetime.now().isoformat(" ", "seconds")

@@ -23,6 +23,8 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
+# Jobs in the background ignore it otherwise.
+INTERRUPTIBLE = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
 HOLDER = """
 import sys, time
 from nas.ondevice.lock import alone, once
@@ -40,9 +42,11 @@ with alone("the second"):
 
 def process(program: str, *arguments: str) -> subprocess.Popen:
     return subprocess.Popen(
-        [sys.executable, "-c", program, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # jobs in the background ignore it
-    )  # fmt: skip
+        [sys.executable, "-c", INTERRUPTIBLE + program, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 def line(stream) -> str:

@@ -282,14 +282,13 @@ def test_of_two_at_once_the_second_waits_and_no_deadline_of_its_runs_meanwhile(f
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGKILL])
 def test_waiting_for_another_measuring_ends_with_who_asked_for_it(plan, folder, stop):
     """As `nas measure` does it: one process follows the measuring program, which waits."""
-    text = (
-        f"from pathlib import Path; from nas.measure import bundle; bundle.run(Path({str(folder)!r}), progress=print)"
-    )
+    text = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "  # else ignored in the background
+    text += "from pathlib import Path; from nas.measure import bundle; "
+    text += f"bundle.run(Path({str(folder)!r}), progress=print)"
     with alone("nas measure something"):
         process = subprocess.Popen(
-            [sys.executable, "-u", "-c", text], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-        )  # fmt: skip
+            [sys.executable, "-u", "-c", text], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        )
         assert "nas measure something" in process.stdout.readline()
         time.sleep(1.0)
         process.send_signal(stop)
