@@ -24,7 +24,10 @@ def load_manifest(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError) as e:
         raise LatencyError(f"{path}: this is no bundle: {e}. Make one with `nas measure SPACE --bundle`.") from e
     if manifest.get("schema") != SCHEMA:
-        raise LatencyError(f"{path}: a bundle of schema {manifest.get('schema')}; this program reads {SCHEMA}.")
+        raise LatencyError(
+            f"{path}: a bundle of schema {manifest.get('schema')}, and this program reads {SCHEMA}: another version "
+            f"times in another way. Make it anew with `nas measure`, in another folder or after removing this one."
+        )
     if manifest.get("sha256") != checksum(manifest):
         raise LatencyError(f"{path}: it was edited or damaged; only `settings` may change. Copy the bundle again.")
     return manifest

@@ -12,7 +12,7 @@ from typing import Any
 from nas.errors import LatencyError
 from nas.ondevice.timing import Round, Samples
 
-SCHEMA = 1
+SCHEMA = 2  # 1 timed networks before they had settled (nas.ondevice.timing)
 RESULTS = "results.jsonl"
 
 _SYNC_SECONDS = 1.0  # between writes that wait for the disk: a power cut costs no more than that

@@ -6,6 +6,21 @@ at that moment, the running median over neighbouring samples of how much slower 
 of what is left is robust against preemption. On 2 CPUs at load 7 to 9, held-out error of tables of small networks,
 from 40 rounds at 16 and 32 pixels: this 2.6 and 1.9 %; plain p25 3.0 and 2.1, median 2.9 and 2.3, p10 3.7 and 2.4,
 minimum 11.1 and 5.2 %. With 200 rounds all but the minimum come within 0.3 % of each other.
+
+A call is timed once it has settled. After others have run, the caches and all that a CPU learns of a program are
+theirs. What the first, second, third, fifth and seventh inference took in terms of the fourteenth, medians of 16
+networks of `mobilenet_v3_32` and of 16 of its blocks (2 virtual CPUs of a Zen 5 server, 190 to 290 rounds):
+
+                   networks                          blocks
+    OpenVINO       2.12  1.56  1.18  1.04  1.01      2.63  1.09  1.02  1.01  1.01
+    LiteRT         1.41  1.22  1.08  1.01  1.00      1.68  1.01  1.00  1.00  1.00
+    XLA            1.83  1.45  1.19  1.04  1.02      2.18  1.09  1.04  1.02  1.01
+    ONNX Runtime, 224 pixels
+                   1.12  1.05  1.03  1.01  1.01      1.37  1.10  1.05  1.02  1.01
+
+Second inferences of networks were so compared with settled ones of blocks, in earlier versions: networks of ONNX
+Runtime took 1.25 times the sum of their blocks (standard deviation over networks 4 %), where settled ones take 1.01
+times (.7 %).
 """
 
 import dataclasses
@@ -28,6 +43,7 @@ Floats = NDArray[np.float64]
 _SAMPLE_SECONDS = 100e-6  # a sample of tiny calls repeats them to last so long: timer and loop cost stay below 0.1 %
 _FIXED_SHARE = 0.01  # of a sample, at most, for what comes once a call: waiting for an accelerator to end
 _FIXED_TOLD = 0.2  # of the quickest call: less cannot be told from the noise of a CPU
+_SETTLE_CALLS, _SETTLE_SECONDS = 5, 10e-3  # inferences before those that are timed; fewer of long ones, which lose less
 _NEIGHBOURS = 15  # samples that a level is the median of: a few milliseconds, shorter than the machine's moods
 _QUARTILE = 25  # percentile of levelled samples that stands for a call
 _QUIET = 10  # percentile of the level that results are stated at: this machine when others leave it alone
@@ -164,7 +180,8 @@ def rounds(
         clock: seconds, that never go back; for tests.
     """
     begins = begins or (lambda number: None)
-    repeats = _repeats(calls, begins, clock)
+    alone, repeats = _repeats(calls, begins, clock)
+    settle = [max(1, min(_SETTLE_CALLS, math.ceil(_SETTLE_SECONDS / seconds))) for seconds in alone]
     while True:
         numbers = range(len(calls)) if wanted is None else wanted()
         order = tuple(np.random.default_rng([seed, done]).permutation(np.array(numbers, np.intp)).tolist())
@@ -172,7 +189,7 @@ def rounds(
         for number in order:
             call, count = calls[number], repeats[number]
             begins(number)
-            call(1)  # the call before left the caches to another network
+            call(settle[number])
             begin = clock()
             call(count)
             times.append((clock() - begin) / count * 1e3)
@@ -243,8 +260,10 @@ def measure_files(
         return interleave(calls, seconds=seconds, min_rounds=min_rounds, seed=seed).timings()
 
 
-def _repeats(calls: Sequence[Call], begins: Callable[[int], None], clock: Callable[[], float]) -> list[int]:
-    """How many inferences one sample of each call takes.
+def _repeats(
+    calls: Sequence[Call], begins: Callable[[int], None], clock: Callable[[], float]
+) -> tuple[list[float], list[int]]:
+    """Seconds of one inference of each call, roughly, and how many inferences a sample of it takes.
 
     As many as fill a sample, and as many as make what comes once a call, like waiting for an accelerator, a hundredth.
     """
@@ -258,7 +277,8 @@ def _repeats(calls: Sequence[Call], begins: Callable[[int], None], clock: Callab
         begins(quickest)
         fixed = _once(calls[quickest], alone[quickest], clock)
     each = [max(seconds - fixed, 1e-7) for seconds in alone]
-    return [max(1, min(1000, math.ceil(max(_SAMPLE_SECONDS, fixed / _FIXED_SHARE) / seconds))) for seconds in each]
+    sample = max(_SAMPLE_SECONDS, fixed / _FIXED_SHARE)
+    return each, [max(1, min(1000, math.ceil(sample / seconds))) for seconds in each]
 
 
 def _once(call: Call, alone: float, clock: Callable[[], float]) -> float:

@@ -140,7 +140,7 @@ def test_any_number_of_anchors_will_do(space, device, anchors):
 
 def test_an_uneven_machine_is_refused_and_who_uses_it_is_told(space, device):
     with pytest.raises(LatencyError, match=r"known to \d+\.\d% only.*make \(pid 1\) 90 %.*quieter"):
-        simulate(space, device, Simulated(changes_at=1.0))
+        simulate(space, device, Simulated(changes_at=3.0))
 
 
 def test_samples_that_tell_too_little_are_refused_whatever_the_cause(space, device):

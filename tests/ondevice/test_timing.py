@@ -41,7 +41,7 @@ def test_each_round_runs_every_call_once_in_a_fresh_order():
 
 
 def test_the_budget_ends_the_rounds_but_not_before_the_fewest():
-    assert len(times(Machine(), {"a": 10.0}, seconds=2.0, min_rounds=3).times_ms) == pytest.approx(100, abs=2)
+    assert len(times(Machine(), {"a": 20.0}, seconds=4.0, min_rounds=3).times_ms) == pytest.approx(100, abs=2)
     assert len(times(Machine(), {"a": 10.0}, seconds=0.0, min_rounds=7).times_ms) == 7
 
 
@@ -88,7 +88,42 @@ def test_tiny_calls_are_repeated_within_a_sample():
         machine.now += 2e-6 * n
 
     interleave({"tiny": tiny}, seconds=0.0, min_rounds=10, seed=0, clock=machine.clock)
-    assert 500 <= count <= 600  # 10 rounds of 50 and one to warm up, 5 and 40 to find that out
+    assert 550 <= count <= 650  # 10 rounds of 50 and 5 to settle, 5 and 40 to find that out
+
+
+def test_inferences_are_timed_once_they_have_settled():
+    """After another network has run, the first ones find its data in the caches."""
+    machine, last = Machine(), []
+
+    def network(name: str, milliseconds: float) -> Callable[[int], None]:
+        def run(n: int) -> None:
+            for _ in range(n):
+                since = len(last) - 1 - max((i for i, other in enumerate(last) if other != name), default=-1)
+                machine.now += milliseconds * (2.0, 1.5, 1.2, 1.1, 1.05, 1.0)[min(since, 5)] / 1e3
+                last.append(name)
+                del last[:-20]
+
+        return run
+
+    own = {"small": 0.05, "middle": 0.4, "large": 2.0}
+    calls = {name: network(name, ms) for name, ms in own.items()}
+    timings = interleave(calls, seconds=0.0, min_rounds=30, seed=0, clock=machine.clock).timings()
+    for name, ms in own.items():
+        assert timings[name].latency_ms == pytest.approx(ms, rel=0.01)
+
+
+@pytest.mark.parametrize(("milliseconds", "inferences"), [(0.5, 5 + 1), (4.0, 3 + 1), (80.0, 1 + 1)])
+def test_long_inferences_settle_in_fewer_calls(milliseconds, inferences):
+    machine, count = Machine(), 0
+
+    def call(n: int) -> None:
+        nonlocal count
+        count += n
+        machine.now += milliseconds * n / 1e3
+
+    interleave({"a": call}, seconds=0.0, min_rounds=10, seed=0, clock=machine.clock)
+    before = 5 + 5 * 8  # to find out how long they take
+    assert count == before + 10 * inferences
 
 
 def test_what_comes_once_a_call_is_spread_over_many_inferences():
@@ -102,10 +137,10 @@ def test_what_comes_once_a_call_is_spread_over_many_inferences():
 
 
 def test_disagreement_sees_uneven_changes_only():
-    even = times(Machine(lambda now: 1.0 if now < 0.5 else 1.4), {"a": 1.0, "b": 2.0, "c": 3.0}, min_rounds=99)
+    even = times(Machine(lambda now: 1.0 if now < 1.4 else 1.4), {"a": 1.0, "b": 2.0, "c": 3.0}, min_rounds=99)
     assert even.disagreement(["a", "b", "c"], parts=3) < 0.01
     machine = Machine()
-    own = {n: machine.call(lambda now, ms=ms: ms * (1.5 if now > 0.5 and ms > 2 else 1)) for n, ms in
+    own = {n: machine.call(lambda now, ms=ms: ms * (1.5 if now > 1.4 and ms > 2 else 1)) for n, ms in
            {"a": 1.0, "b": 2.0, "c": 3.0, "d": 4.0, "e": 1.5}.items()}  # fmt: skip
     uneven = interleave(own, seconds=0.0, min_rounds=99, seed=0, clock=machine.clock)
     assert uneven.disagreement(list(own), parts=3) > 0.15
