@@ -319,8 +319,12 @@ def _look_by_shell(transport: Transport, there: str, runtime: str) -> Mapping[st
     line = f"mkdir -p {quoted}/models && cd {quoted} && find . -type f -exec sha256sum {{}} +"
     done = subprocess.run(transport.run(line), capture_output=True, text=True, stdin=subprocess.DEVNULL)
     if done.returncode:
-        todo = transport.lost(done.returncode, done.stdout + done.stderr) or "See to its free space and permissions."
-        raise DeviceError(f"{transport.name} cannot be reached: {_last(done.stdout + done.stderr)}. {todo}")
+        said = done.stdout + done.stderr
+        if todo := transport.lost(done.returncode, said):
+            raise DeviceError(f"{transport.name} cannot be reached: {_last(said)}. {todo}")
+        raise DeviceError(
+            f"{transport.name}: {there} cannot be used: {_last(said)}. Name another folder behind --over."
+        )
     return {name: digest for digest, name in re.findall(r"^([0-9a-f]{64}) [ *]\./(.+?)\r?$", done.stdout, re.MULTILINE)}
 
 
