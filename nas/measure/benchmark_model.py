@@ -75,7 +75,8 @@ def read(path: Path) -> Recording:
 
     A sample is the mean of a run, as the measuring program's is of some inferences; the tool's minimum and median are
     whole microseconds, which are per cents of a small block. (LiteRT timed in the tool's manner on 2 virtual CPUs, 22
-    networks of 0.04 to 0.14 ms, 30 rounds: means differ from the program's by 0.6 %, medians 0.7, minima 0.8 on average.)
+    networks of about 0.1 ms, 30 rounds: means differ from the program's by 0.6 %, medians by 0.7, minima by 0.8 on
+    average.)
     A model that failed twice, or always, is unsupported.
 
     Raises:
