@@ -125,7 +125,8 @@ def _stage_command(name: str, text: str) -> None:
 @click.option(
     "--over",
     metavar="WHERE",
-    help="Measure the bundle on another machine and import: ssh://[user@]host[:port][/folder] or adb[:serial].",
+    help="Measure the bundle on another machine and import: ssh://[user@]host[:port][/folder] or adb[:serial]; without "
+    "Python there, ?benchmark_model=PATH behind it.",
 )
 @click.option("--prove", metavar="N", type=click.IntRange(min=2), help="Prove NAME's table anew, on N other networks.")
 @click.option(
@@ -162,6 +163,8 @@ def measure(
     Another machine:  nas measure mobilenet_v3_32 --device host_onnxruntime --precision float32 --bundle out/
                       there: python out/measure.py        here: nas measure --import out/ --as my_board
     all of it:        ... --bundle out/ --over ssh://pi@board --as my_board
+    Android phone:    nas measure mobilenet_v3_32 --device host_litert --bundle out/ --as my_phone
+                      --over "adb?benchmark_model=android_aarch64_benchmark_model&cpus=80"
     Still true?       nas measure mobilenet_v3_32 --device my_laptop --prove 100
     Blocks cannot be: nas measure mobilenet_v3_32 --device host_onnxruntime --networks 20 --as my_phone
     """
@@ -204,9 +207,10 @@ def measure(
             )  # fmt: skip
             return
         plan = measured.write_bundle(space, device, bundle, settings, precision=precision, networks=networks, seed=seed)
+        without = "; without Python as README.txt says" if plan.device.runtime == "litert" else ""
         click.echo(
             f"{bundle}: {len(plan.graphs)} models, {plan.precision}. Copy it to the device, run `python measure.py` in "
-            f"it, bring results.jsonl back, and: nas measure --import {bundle} --as NAME"
+            f"it{without}, bring results.jsonl back, and: nas measure --import {bundle} --as NAME"
         )
     elif over is not None:
         raise click.UsageError("--over needs --bundle FOLDER: where the models and results are kept here.")

@@ -27,7 +27,7 @@ from nas.latency import (
 from nas.measure import Plan, bundle, evaluate, for_table, hardware, prove_again, record, remote, runtime_of, tpu, whole
 from nas.measure.recipe import in_words, require_version
 from nas.ondevice.manifest import load_manifest
-from nas.ondevice.results import RESULTS, Recording, read
+from nas.ondevice.results import Recording
 from nas.ondevice.sessions import version
 from nas.space import Space, load_space
 
@@ -214,7 +214,7 @@ def import_results(
     set_aside: bool = False,
     console: Console | None = None,
 ) -> Path:
-    """The table and proof from results that a bundle's program wrote, as of `measure_space`.
+    """The table and proof from results that a bundle's program wrote, as of `measure_space`; or benchmark_model's log.
 
     Args:
         space: that the bundle was made of, if not one of `nas.list_spaces()`: its path.
@@ -224,11 +224,13 @@ def import_results(
     Raises:
         LatencyError: the file is damaged, not complete, of a space that has changed, or of too uneven a machine.
     """
-    recording = read(path / RESULTS if path.is_dir() else path)
+    results = bundle.recorded(path) if path.is_dir() else path
+    recording = bundle.read_any(results)
     if not recording.complete:
+        program = "python measure.py" if results.suffix != ".log" else "sh measure.sh"
         raise LatencyError(
-            f"{path}: the measuring was cut off after {len(recording.rounds)} rounds. Run `python measure.py` again on "
-            f"the device: it goes on from there."
+            f"{results}: the measuring was cut off after {len(recording.rounds)} rounds. Run `{program}` again on the "
+            f"device: it goes on from there."
         )
     plan = plan_of(recording, path, space=space)
     sources = [] if plan.blocks else find_sources(plan.space)

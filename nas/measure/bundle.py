@@ -19,6 +19,7 @@ import msgspec
 from nas import config
 from nas.errors import DeviceError, LatencyError
 from nas.files import write_bytes, write_json, write_text
+from nas.measure import benchmark_model
 from nas.measure.plan import Plan, model_of, runtime_class
 from nas.ondevice.lock import own_command
 from nas.ondevice.manifest import MANIFEST, checksum, load_manifest
@@ -45,7 +46,9 @@ def write(plan: Plan, folder: Path, settings: config.Latency, *, progress: Progr
         manifest = load_manifest(folder)
         found = manifest["digest"]
         if found == plan.digest:
-            write_json(folder / MANIFEST, {**manifest, "settings": _settings(settings)})
+            manifest["settings"] = _settings(settings)
+            write_json(folder / MANIFEST, manifest)
+            benchmark_model.write(folder, manifest)
             return
         raise LatencyError(
             f"{folder}: there is another bundle here ({found}; this one is {plan.digest}). Remove it, or name another "
@@ -86,6 +89,7 @@ def write(plan: Plan, folder: Path, settings: config.Latency, *, progress: Progr
             for name, graph in plan.graphs.items()
         ],
     }
+    benchmark_model.write(folder, manifest)
     write_json(folder / MANIFEST, {**manifest, "sha256": checksum(manifest)})
 
 
@@ -166,8 +170,19 @@ def kept_if_accepted(folder: Path | None) -> Iterator[None]:
         yield
     except LatencyError:
         if folder is not None:
-            (folder / RESULTS).replace(folder / f"{RESULTS}.refused")
+            (path := recorded(folder)).replace(path.with_name(f"{path.name}.refused"))
         raise
+
+
+def recorded(folder: Path) -> Path:
+    """The results in `folder`; where there are none, the log of benchmark_model."""
+    log = folder / benchmark_model.LOG
+    return log if log.exists() and not (folder / RESULTS).exists() else folder / RESULTS
+
+
+def read_any(path: Path) -> Recording:
+    """What was timed, by results of the measuring program or a log of benchmark_model; errors as of the two."""
+    return benchmark_model.read(path) if path.suffix == ".log" else read(path)
 
 
 def _copy_program(folder: Path) -> None:
@@ -193,7 +208,7 @@ if __name__ == "__main__":
     sys.exit(main(folder=Path(__file__).resolve().parent))
 '''
 
-_README = """A bundle to be measured on a device.
+_README = f"""A bundle to be measured on a device.
 
 Copy this folder to the device, which needs Python 3.11 or newer, NumPy and the runtime that manifest.json names, and
 run there
@@ -204,4 +219,13 @@ Cut off, the same command goes on, on the same CPUs. To choose a core: `taskset 
 bring results.jsonl back to where the bundle was made:
 
     nas measure --import results.jsonl --as NAME
+
+Without Python, where measure.sh is beside this file (models of LiteRT), TensorFlow Lite's benchmark_model measures; for
+64-bit Android it is at
+{benchmark_model.DOWNLOAD}
+
+    sh measure.sh path/to/benchmark_model           on Android below /data/local/tmp; cut off, the same command goes on
+    CPUS=80 sh measure.sh path/to/benchmark_model   on the CPUs of that mask, here CPU 7 alone
+
+Then bring benchmark_model.log back to this folder where the bundle was made, and import the folder.
 """

@@ -214,7 +214,7 @@ def accept(plan: Plan, recording: Recording, settings: config.Latency) -> tuple[
             f"networks, {why}; {instead}"
         )
     share = "others' share of our CPUs is not known" if busy is None else f"others took {busy:.0%} of our CPUs"
-    notes = [f"{recording.starts[-1]['load']} before; {len(recording.rounds)} rounds; {share}"]
+    notes = [f"{recording.starts[-1]['load']} before; {len(recording.rounds)} rounds; {share}", *recording.notes]
     if worst > _UNSTEADY and judged:
         notes.append(f"uneven: one of the anchor networks is known to {worst:.0%} only")
     if not judged:

@@ -1,6 +1,7 @@
 """Measuring on a machine that is reached over ssh or adb: a bundle is sent, run there, and its results come back.
 
-The system's own `ssh`, `scp` and `adb` do it, so that whatever reaches the machine by hand does here: keys, jump hosts
+Where there is no Python, TensorFlow Lite's benchmark_model goes along and measures (`nas.measure.benchmark_model`). The
+system's own `ssh`, `scp` and `adb` do it, so that whatever reaches the machine by hand does here: keys, jump hosts
 and names of ~/.ssh/config. Cut off anywhere, the same call goes on: files that lie there whole are not sent again, and
 the measuring program continues its rounds.
 """
@@ -16,13 +17,14 @@ import subprocess
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from nas.errors import DeviceError, LatencyError
 from nas.measure import bundle
+from nas.measure.benchmark_model import CALLS, DOWNLOAD, LOG, RUNTIME, SCRIPT
 from nas.measure.bundle import Progress
-from nas.ondevice.manifest import load_manifest
-from nas.ondevice.results import RESULTS, read
+from nas.ondevice.manifest import MANIFEST, load_manifest
+from nas.ondevice.results import RESULTS
 from nas.ondevice.sessions import needs
 
 _FOLDER = "nas-measure"  # where bundles go when no folder is named
@@ -49,6 +51,11 @@ class Transport(Protocol):
         """Its Python, where it is not the one that a shell finds."""
         ...
 
+    @property
+    def tool(self) -> "Tool | None":
+        """What measures there instead of Python."""
+        ...
+
     def run(self, line: str) -> list[str]:
         """Runs a line of its shell, with its exit status and output."""
         ...
@@ -67,6 +74,14 @@ class Transport(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
+class Tool:
+    """TensorFlow Lite's benchmark_model."""
+
+    path: Path  # here; it is sent along
+    cpus: str = ""  # mask of those it runs on there, in hexadecimal; any if empty
+
+
+@dataclasses.dataclass(frozen=True)
 class Ssh:
     """A machine with an ssh server."""
 
@@ -74,6 +89,7 @@ class Ssh:
     port: int | None
     folder: str
     python: str | None = None
+    tool: Tool | None = None
 
     def run(self, line: str) -> list[str]:
         """See `Transport`."""
@@ -106,6 +122,7 @@ class Adb:
     name: str  # its serial number
     folder: str
     python: str | None = None
+    tool: Tool | None = None
 
     def run(self, line: str) -> list[str]:
         """See `Transport`."""
@@ -129,24 +146,45 @@ def transport_of(over: str) -> Transport:
     """The way that `over` names: ssh://[user@]host[:port][/folder], or adb[:serial][/folder].
 
     A folder is absolute; one that begins with /~/ lies in the home folder. ?python=PATH may follow, as of a virtual
-    environment, absolute or from the home folder on.
+    environment, absolute or from the home folder on; or ?benchmark_model=PATH, of the tool here, with &cpus=MASK.
 
     Raises:
-        DeviceError: it names none; or adb is missing, or has no device, or several and none is named.
+        DeviceError: it names none; or adb is missing, or has no device, or several and none is named; or there is no
+            such tool.
     """
-    over, _, python = over.partition("?python=")
-    if not re.fullmatch(r"[\w./+-]*", python):
-        raise DeviceError(f"--over ...?python={python}: the path of a program is needed.")
+    over, _, options = over.partition("?")
+    python, tool = _options(options)
     ssh = re.fullmatch(r"ssh://((?:[\w.+][\w.+-]*@)?\w[\w.-]*)(?::(\d+))?(/[\w./~+-]*)?", over)
     if ssh:
-        return Ssh(ssh[1], int(ssh[2]) if ssh[2] else None, _folder(ssh[3], _FOLDER), python or None)
+        return Ssh(ssh[1], int(ssh[2]) if ssh[2] else None, _folder(ssh[3], _FOLDER), python, tool)
     adb = re.fullmatch(r"adb(?::(\w[\w.:-]*))?(/[\w./+-]*)?", over)
     if adb:
-        return Adb(_serial(adb[1]), _folder(adb[2], f"/data/local/tmp/{_FOLDER}"), python or None)
+        return Adb(_serial(adb[1]), _folder(adb[2], f"/data/local/tmp/{_FOLDER}"), python, tool)
     raise DeviceError(
         f"--over {over}: ssh://[user@]host[:port][/folder] or adb[:serial][/folder] is needed, such as "
         f"ssh://pi@raspberrypi/~/bench or adb."
     )
+
+
+def _options(options: str) -> tuple[str | None, Tool | None]:
+    """The Python there, and the tool to be sent."""
+    if not options:
+        return None, None
+    python = re.fullmatch(r"python=([\w./+-]+)", options)
+    tool = re.fullmatch(r"benchmark_model=(.+?)(?:&cpus=([0-9a-fA-F]+))?", options)
+    if not python and not tool:
+        raise DeviceError(
+            f"--over ...?{options}: ?python= and the path of a program there is needed, or ?benchmark_model= and the "
+            f"path of that tool here, after which may come &cpus= and a mask in hexadecimal."
+        )
+    if not tool:
+        return python[1] if python else None, None
+    path = Path(tool[1]).expanduser()
+    if not path.is_file() or not re.fullmatch(r"[\w.+-]+", path.name):
+        raise DeviceError(
+            f"--over ...?{options}: there is no such file here, or its name has blanks. Get it from {DOWNLOAD}."
+        )
+    return None, Tool(path.resolve(), tool[2] or "")
 
 
 def measure_there(folder: Path, transport: Transport, *, progress: Progress | None = None) -> None:
@@ -158,13 +196,29 @@ def measure_there(folder: Path, transport: Transport, *, progress: Progress | No
     """
     folder = folder.resolve()  # a relative path with a colon would be another machine to scp
     manifest = load_manifest(folder)
-    results = folder / RESULTS
-    if results.exists() and (found := read(results)).complete and found.manifest["digest"] == manifest["digest"]:
-        return
+    results = bundle.recorded(folder)
+    if results.exists():
+        found = bundle.read_any(results)
+        if found.complete and found.manifest["digest"] == manifest["digest"]:
+            return
     there = f"{transport.folder}/{manifest['digest']}"
-    python, has = _look(transport, there, manifest["runtime"])
-    _push(transport, folder, there, has, manifest, progress)
-    line = f"cd {shlex.quote(there)} && exec {shlex.quote(python)} measure.py --json"
+    models = [*dict.fromkeys(call["file"] for call in manifest["calls"])]
+    if transport.tool:
+        name, tool = LOG, transport.tool
+        has = _look_by_shell(transport, there, manifest["runtime"])
+        files = {file: folder / file for file in (*models, CALLS, SCRIPT)} | {tool.path.name: tool.path}
+        _push(transport, there, has, files, progress)
+        _do(transport, transport.run(f"chmod +x {shlex.quote(f'{there}/{tool.path.name}')}"))
+        cpus = f"CPUS={tool.cpus} " if tool.cpus else ""
+        program = f"env JSON=1 {cpus}sh {SCRIPT} ./{tool.path.name}"
+    else:
+        name = RESULTS
+        python, has = _look(transport, there, manifest["runtime"])
+        program_files = [str(path.relative_to(folder).as_posix()) for path in sorted((folder / "nas").rglob("*.py"))]
+        files = {file: folder / file for file in (*models, *program_files, "measure.py", MANIFEST)}
+        _push(transport, there, has, files, progress)
+        program = f"{shlex.quote(python)} measure.py --json"
+    line = f"cd {shlex.quote(there)} && exec {program}"
     code, said = bundle.follow(transport.run(line), progress=progress)
     if code:
         if todo := transport.lost(code, said):
@@ -173,12 +227,14 @@ def measure_there(folder: Path, transport: Transport, *, progress: Progress | No
                 f"The same command goes on."
             )
         raise LatencyError(f"{transport.name}: {bundle.error_in(said) or f'the measuring program ended with {code}.'}")
-    part = results.with_name(f".{RESULTS}.part")
-    _do(transport, transport.pull(f"{there}/{RESULTS}", part))
-    read(part)
-    os.replace(part, results)
+    part = folder / f".part.{name}"
+    _do(transport, transport.pull(f"{there}/{name}", part))
+    bundle.read_any(part)
+    if results.name != name and results.exists():  # measured in the other way before, not to the end
+        results.replace(folder / f"{results.name}.before")
+    os.replace(part, folder / name)
     # Should the table be refused, the same command is to measure anew.
-    _do(transport, transport.run(f"cd {shlex.quote(there)} && mv {RESULTS} {RESULTS}.fetched"))
+    _do(transport, transport.run(f"cd {shlex.quote(there)} && mv {name} {name}.fetched"))
 
 
 # Printed there: what Python, what it lacks, and the files of the bundle that lie there, by their hashes.
@@ -222,10 +278,10 @@ def _look(transport: Transport, there: str, runtime: str) -> tuple[str, Mapping[
             break
     else:
         hint = (
-            "Termux has one (`pkg install python openssh`), but adb may not enter it: run `sshd` in it, `adb forward "
-            "tcp:8022 tcp:8022` here, and use --over ssh://localhost:8022"
+            f"{_without_python(runtime)}. Or by Python: Termux has one (`pkg install python openssh`), but adb may not "
+            f"enter it: run `sshd` in it, `adb forward tcp:8022 tcp:8022` here, and use --over ssh://localhost:8022"
             if isinstance(transport, Adb)
-            else "Install Python 3.11 or newer there"
+            else f"Install Python 3.11 or newer there. Or {_without_python(runtime)}"
         )
         wanted = transport.python or "python3"
         raise DeviceError(f"{transport.name} has no `{wanted}` that could be run ({_last(said)}). {hint}.")
@@ -242,22 +298,44 @@ def _look(transport: Transport, there: str, runtime: str) -> tuple[str, Mapping[
     return found["python"], found["files"]
 
 
+def _without_python(runtime: str) -> str:
+    """How a machine is measured that has none."""
+    bundle = "" if runtime == RUNTIME else "make the bundle for LiteRT (`--device host_litert`) and "
+    return (
+        f"Without Python, {bundle}let TensorFlow Lite's benchmark_model measure: get it from {DOWNLOAD} (64-bit "
+        f"Android) and add ?benchmark_model=PATH/TO/android_aarch64_benchmark_model to --over"
+    )
+
+
+def _look_by_shell(transport: Transport, there: str, runtime: str) -> Mapping[str, str]:
+    """The hashes of the files that the folder `there`, made if need be, has; without Python.
+
+    Raises:
+        DeviceError: the machine cannot be reached, or the tool cannot measure that runtime.
+    """
+    if runtime != RUNTIME:
+        raise DeviceError(f"benchmark_model runs models of LiteRT, not of {runtime}: use --device host_litert.")
+    quoted = shlex.quote(there)
+    line = f"mkdir -p {quoted}/models && cd {quoted} && find . -type f -exec sha256sum {{}} +"
+    done = subprocess.run(transport.run(line), capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    if done.returncode:
+        said = done.stdout + done.stderr
+        if todo := transport.lost(done.returncode, said):
+            raise DeviceError(f"{transport.name} cannot be reached: {_last(said)}. {todo}")
+        raise DeviceError(
+            f"{transport.name}: {there} cannot be used: {_last(said)}. Name another folder behind --over."
+        )
+    return {name: digest for digest, name in re.findall(r"^([0-9a-f]{64}) [ *]\./(.+?)\r?$", done.stdout, re.MULTILINE)}
+
+
 def _push(
-    transport: Transport,
-    folder: Path,
-    there: str,
-    has: Mapping[str, str],
-    manifest: Mapping[str, Any],
-    progress: Progress | None,
+    transport: Transport, there: str, has: Mapping[str, str], files: Mapping[str, Path], progress: Progress | None
 ) -> None:
-    """Sends the files of the bundle that the folder `there` does not have."""
-    names = [*dict.fromkeys(call["file"] for call in manifest["calls"])]
-    names += [str(path.relative_to(folder).as_posix()) for path in sorted((folder / "nas").rglob("*.py"))]
-    names += ["measure.py", "manifest.json"]
-    wanted = [name for name in names if has.get(name) != hashlib.sha256((folder / name).read_bytes()).hexdigest()]
-    total, sent, begin = sum((folder / name).stat().st_size for name in wanted), 0, time.perf_counter()
+    """Sends those of `files` (name there, path here) that the folder `there` does not have."""
+    wanted = [n for n, path in files.items() if has.get(n) != hashlib.sha256(path.read_bytes()).hexdigest()]
+    total, sent, begin = sum(files[name].stat().st_size for name in wanted), 0, time.perf_counter()
     for into in dict.fromkeys(str(Path(name).parent.as_posix()) for name in wanted):
-        of = [folder / name for name in wanted if Path(name).parent.as_posix() == into]
+        of = [files[name] for name in wanted if Path(name).parent.as_posix() == into]
         for first in range(0, len(of), _FILES_AT_A_TIME):
             some = of[first : first + _FILES_AT_A_TIME]
             _do(transport, transport.push(some, there if into == "." else f"{there}/{into}"))

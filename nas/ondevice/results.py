@@ -40,6 +40,7 @@ class Recording:
     busiest: str  # other processes, when they took most
     complete: bool
     failures: tuple[Failure, ...] = ()
+    notes: tuple[str, ...] = ()  # what else to know, where another program than ours has timed
 
     @property
     def names(self) -> tuple[str, ...]:

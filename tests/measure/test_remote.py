@@ -8,13 +8,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import fake_benchmark_model
 import pytest
+import tiny
 
 from nas import measured
 from nas.config import Latency
 from nas.errors import DeviceError, LatencyError
 from nas.latency import Table
 from nas.measure.remote import Adb, Ssh, transport_of
+from nas.ondevice.manifest import load_manifest
 from nas.ondevice.results import RESULTS, read
 from nas.space import load_space
 
@@ -32,10 +35,13 @@ def run(line):
         f.write(line + "\\n")
     env = {{"HOME": home, "PATH": home + "/bin:/usr/bin:/bin", "NAS_LOCKS": home}}
     process = subprocess.Popen(["sh", "-c", line], cwd=home, env=env)
-    if os.path.exists(home + "/cut") and "exec " in line:
-        while not any(b'"round"' in open(path, "rb").read() for path in glob.glob(home + "/bench/*/results.jsonl")):
-            time.sleep(0.05)
+    if os.path.exists(home + "/cut") and "&& exec " in line:
+        files = lambda: glob.glob(home + "/bench/*/results.jsonl") + glob.glob(home + "/bench/*/benchmark_model.log")
+        while not any(word in open(path, "rb").read() for path in files() for word in (b'"round"', b"@ done")):
+            time.sleep(0.01)
         process.kill()
+        process.wait()
+        sys.stderr.write({cut!r})
         sys.exit(255)
     return process.wait()
 """
@@ -83,7 +89,10 @@ def home(tmp_path, monkeypatch) -> Path:
     gone = "sys.stderr.write(\"error: device 'R58M' not found\\n\"); sys.exit(1)"
     for name, text in {"ssh": SSH, "scp": SCP, "adb": ADB}.items():
         of = {"python": sys.executable, "home": str(home), "options": remote._SSH}
-        write(bin / name, text.format(**of, unplugged=gone if name == "adb" else lost))
+        write(
+            bin / name,
+            text.format(**of, unplugged=gone if name == "adb" else lost, cut="error: closed" if name == "adb" else ""),
+        )
     monkeypatch.setenv("PATH", str(bin))
     (home / "devices").write_text("R58M\tdevice\n")
     monkeypatch.chdir(tmp_path)
@@ -206,6 +215,89 @@ def test_a_phone_without_python_is_told_of_termux(home):
     (home / "unplugged").touch()
     with pytest.raises(DeviceError, match=r"R58M cannot be reached: error: device 'R58M' not found.*cable"):
         measure("adb/tmp")
+
+
+@pytest.fixture
+def phone(home, tmp_path, monkeypatch) -> Path:
+    """The tool, for a phone or board without Python."""
+    monkeypatch.setattr("nas.measure.remote._folder", lambda path, otherwise: "bench")
+    for name in ("python", "python3"):
+        write(home / "bin" / name, "#!/bin/sh\nexit 127\n")
+    plan = measured.write_bundle(tiny.space(tmp_path), "host_litert", Path("bundle"), QUICK)
+    files = {call["name"]: call["file"] for call in load_manifest(Path("bundle"))["calls"]}
+    tool = fake_benchmark_model.write(tmp_path / "sdk", plan, files)
+    return tool.rename(tool.with_name("android_aarch64_benchmark_model"))
+
+
+def measure_by(over: str, device: str = "host_litert") -> Path:
+    space = tiny.space(Path.cwd())
+    return measured.measure_over(space, device, Path("bundle"), over, QUICK, name="phone", path="tiny.toml")
+
+
+@pytest.mark.parametrize("over", ["adb:R58M", "ssh://me@board:2222"])
+def test_without_python_benchmark_model_goes_along_and_measures(home, phone, over):
+    table = Table.load(measure_by(f"{over}?benchmark_model={phone}"), "float32")
+    for entry in table.entries.values():
+        assert entry.latency_ms > 0.05  # of the fake, whose ops take 0.1 ms each
+        assert entry.rounds == QUICK.min_rounds
+    assert table.runtime_version.startswith("benchmark_model")
+    (there,) = (home / "bench").iterdir()
+    assert (there / "benchmark_model.log.fetched").exists()
+    assert not (there / "benchmark_model.log").exists()
+    log = (home / "log").read_text()
+    assert "measure.py" not in log
+    assert len(sent(home)) == len(set(sent(home))) > 10
+    measure_by(f"{over}?benchmark_model={phone}")  # nothing is measured twice
+    assert (home / "log").read_text() == log
+
+
+def test_cut_off_the_same_command_goes_on_with_benchmark_model(home, phone):
+    over = f"adb:R58M?benchmark_model={phone}&cpus=3"
+    write(home / "bin" / "taskset", '#!/bin/sh\n[ "$1" = 3 ] && shift && exec "$@"\n')
+    (home / "cut").touch()
+    with pytest.raises(LatencyError, match=r"the connection to R58M was lost.*kept there.*The same command goes on"):
+        measure_by(over)
+    (there,) = (home / "bench").iterdir()
+    assert "@ done 1" in (there / "benchmark_model.log").read_text()
+    (home / "cut").unlink()
+    before = sent(home)
+    measure_by(over)
+    log = (Path("bundle") / "benchmark_model.log").read_text()
+    assert log.count("@ start") == 2
+    assert log.count("@ done 1 ") == 1
+    assert sent(home) == before
+    assert "on CPUs of mask 3" in Path("latency_models/phone/device.toml").read_text()
+
+
+def test_what_stands_in_the_way_of_benchmark_model_is_told(home, phone):
+    with pytest.raises(DeviceError, match=r"R58M has no `python3`.*\?benchmark_model=PATH.*Or by Python: Termux"):
+        measure_by("adb:R58M")
+    with pytest.raises(DeviceError, match=r"no such file here.*https://storage.googleapis.com/"):
+        measure_by("adb:R58M?benchmark_model=nowhere")
+    for options in ("cpus=80", "benchmark_model=", "benchmark_model=x&cpus=7-8", "python=a b"):
+        with pytest.raises(DeviceError, match=r"\?python= .* is needed, or \?benchmark_model=|no such file here"):
+            transport_of(f"adb:R58M?{options}")
+    write(phone, "#!/bin/sh\necho hello\n")
+    with pytest.raises(LatencyError, match=r"R58M: .* is not a benchmark_model that runs here .* but: hello"):
+        measure_by(f"adb:R58M?benchmark_model={phone}")
+    (home / "unplugged").touch()
+    with pytest.raises(DeviceError, match=r"R58M cannot be reached: .*See that its cable holds"):
+        measure_by(f"adb:R58M?benchmark_model={phone}")
+    (home / "unplugged").unlink()
+    shutil.rmtree("bundle")
+    with pytest.raises(DeviceError, match="runs models of LiteRT, not of onnxruntime: use --device host_litert"):
+        measure_by(f"adb:R58M?benchmark_model={phone}", "host_onnxruntime")
+
+
+def test_a_log_that_is_refused_is_measured_anew(home, phone, monkeypatch):
+    over = f"adb:R58M?benchmark_model={phone}"
+    with monkeypatch.context() as refusing:
+        refusing.setattr(measured, "_evaluated", lambda *_, **__: (_ for _ in ()).throw(LatencyError("too uneven")))
+        with pytest.raises(LatencyError, match="too uneven"):
+            measure_by(over)
+    assert (Path("bundle") / "benchmark_model.log.refused").exists()
+    measure_by(over)
+    assert (home / "log").read_text().count("exec env JSON=1") == 2
 
 
 def test_a_machine_that_cannot_be_reached_or_entered_is_told(home, tmp_path):
