@@ -9,11 +9,12 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from export.networks import ATTENTION, GRAPHS, emitted, images_of, params_of, reference
+from export.networks import ATTENTION, GRAPHS, emitted, images_of, params_of, recorded, reference
 
 from nas.errors import DeviceError, ExportError
 from nas.export import PRECISIONS as EVERY_PRECISION
 from nas.export import RUNTIMES
+from nas.export.stablehlo import to_exported
 from nas.fold import fold
 from nas.quantise import placeholder, simulate
 
@@ -227,3 +228,14 @@ def test_iree_times_one_image_a_call():
     runtime, file = written("iree", "nothing", "float32")
     with pytest.raises(DeviceError, match="batch = 1"):
         runtime.open(file).prepare(images_of(GRAPHS["nothing"], 2))
+
+
+def test_a_program_of_xla_reads_no_constant_larger_than_the_weights():
+    """Depthwise convolutions on small images were matrices there, 64 times the kernel."""
+    graph = recorded((8, 8, 64), lambda net, x: net.conv(x, "depthwise", 64, kernel=7, groups=64))
+    exported = to_exported(graph, params_of(graph), batch=1, written_out=True)
+    images = jax.ShapeDtypeStruct((1, *graph.input), np.float32)
+    program = jax.jit(exported.call).lower(images).compile().as_text()
+    shapes = re.findall(r"f32\[([\d,]+)\]\S* constant", program)
+    assert shapes
+    assert max(np.prod([int(n) for n in shape.split(",")]) for shape in shapes) <= 7 * 7 * 64
