@@ -96,7 +96,7 @@ def measure_space(
         keep(table, proof, space, about, folder, console=console)
         done.append(work)
     for work in done:
-        shutil.rmtree(work)
+        shutil.rmtree(work, ignore_errors=True)  # another that measured the same may have been quicker
     return where
 
 
@@ -322,7 +322,7 @@ def prove_table(
         table, space, about, settings, networks=networks, seed=seed, folder=work, progress=console.share
     )
     keep_proof(proof, precision, own_folder(where))
-    shutil.rmtree(work)
+    shutil.rmtree(work, ignore_errors=True)
     console.say(f"  {proof}")
     console.say(f"  kept in {own_folder(where) / 'proof.json'}; in full: nas report {where}{_file_of(space)}")
     return table, proof

@@ -18,7 +18,7 @@ from nas.console import Console
 from nas.errors import DeviceError, LatencyError, UnmeasuredBlock
 from nas.export import RUNTIMES
 from nas.latency import Table, find_table, load_device
-from nas.measure import bundle, hardware, tpu
+from nas.measure import RECIPE, bundle, hardware, tpu
 from nas.ondevice.results import read
 from nas.ops import weights
 from nas.report import write_table_report
@@ -268,7 +268,7 @@ def test_a_proof_that_was_cut_off_goes_on(laptop, here, monkeypatch):
     before = len(read(work / "results.jsonl").rounds)
     assert before > 0
     kept = []
-    monkeypatch.setattr(shutil, "rmtree", lambda folder: kept.append(read(folder / "results.jsonl")))
+    monkeypatch.setattr(shutil, "rmtree", lambda folder, **_: kept.append(read(folder / "results.jsonl")))
     _, proof = measured.prove_table(tiny.space(here), "laptop", longer, networks=6)
     (recording,) = kept
     assert len(recording.starts) == 2
@@ -331,3 +331,21 @@ def test_an_estimate_that_is_cut_off_goes_on_and_leaves_nothing_but_the_table(he
     assert sorted(p.name for p in where.iterdir()) == [
         "proof.json", "table.bfloat16.csv", "table.bfloat16.json", "table.float32.csv", "table.float32.json",
     ]  # fmt: skip
+
+
+def test_a_table_of_another_recipe_is_not_proved_by_this_one(laptop, here, monkeypatch):
+    assert laptop.recipe == RECIPE
+    msgspec.structs.replace(laptop, recipe=1).save(here / "latency_models/laptop/tiny")
+    monkeypatch.setattr(measured, "prove_again", None)
+    with pytest.raises(LatencyError, match=r"recipe 1, now 2.*Measure the table anew"):
+        measured.prove_table(tiny.space(here), "laptop", QUICK, networks=4)
+
+
+def test_what_another_version_began_is_begun_anew(here):
+    space, work = tiny.space(here), here / "latency_models/laptop/tiny/.measuring.float32"
+    work.mkdir(parents=True)
+    (work / "manifest.json").write_text('{"schema": 1, "digest": "0"}')
+    (work / "results.jsonl").write_text("of another version")
+    where = measured.measure_space(space, "host_onnxruntime", QUICK, name="laptop", precisions=("float32",))
+    assert Table.load(where, "float32").recipe == RECIPE
+    assert not work.exists()

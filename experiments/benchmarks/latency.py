@@ -243,7 +243,8 @@ def main() -> int:
         console.say(f"tpu_v2, as tpu_v2.py has found it: {result['tpu_v2']}")
     if options.json and options.json.exists():
         known = json.loads(options.json.read_text())
-        result |= {"tables": known["tables"], "refused": known.get("refused", {})}
+        proved = {name: {px: row for px, row in of.items() if "mape" in row} for name, of in known["tables"].items()}
+        result |= {"tables": proved, "refused": known.get("refused", {})}  # older files had refusals among the tables
     for _ in tables(wanted, pixels, settings, options.networks or networks, console, result, anew=options.anew):
         if options.json:
             write_json(options.json, result)

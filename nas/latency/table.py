@@ -57,6 +57,7 @@ class _Header(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     licence: str = ""  # of the numbers, where others published them
     input: tuple[int, ...] = ()  # shape of the images that the space was made for; empty in tables without it
     classes: int = 0  # likewise
+    recipe: int = 1  # of the timings (`nas.measure.recipe.RECIPE`): those of two recipes do not compare
 
 
 class Table(_Header, frozen=True, kw_only=True):

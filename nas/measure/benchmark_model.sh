@@ -129,7 +129,7 @@ run() {
     eval "file=\$file_$1 shape=\$shape_$1"
     case $shape in
         1,*) shape='' ;;
-        *) shape="--input_layer=input --input_layer_shape=$shape" ;;
+        *) shape="--input_layer=images --input_layer_shape=$shape" ;;
     esac
     # shellcheck disable=SC2086  # they are words, or nothing
     $pin $limit "$tool" --graph="$file" $flags $shape 2>&1
@@ -204,6 +204,8 @@ while [ "$complete" -lt "$rounds" ]; do
     done
     printf '@ done %s %s\n' "$round" $(($(date +%s) - start)) >> "$log"
     tell
+    [ "$failures" -lt $((count * (round - first_of_all / count))) ] ||
+        die "no model has run with $tool: the end of $PWD/$log has what it said."
     complete=$round
 done
 printf '@ end\n' >> "$log"

@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -28,6 +29,7 @@ from nas.ondevice.results import RESULTS, SCHEMA, Recording, read
 # (what is done, share done 0..1, seconds left); infinitely many: nobody knows, such as while others are waited for
 Progress = Callable[[str, float, float], None]
 
+_OWN = (".measuring.", ".proving.")  # how folders begin that nobody but this program writes to
 _BUSY = 0.25  # share of our CPUs' time that others take, from which on a round names them
 _OPEN_SECONDS = 600.0  # for one model to open and run a few times; XLA takes seconds for a block
 _HANG_SECONDS = 120.0  # for one sample of a model that has been tried
@@ -42,6 +44,8 @@ def write(plan: Plan, folder: Path, settings: config.Latency, *, progress: Progr
         LatencyError: another bundle is there.
         RunError: the folder cannot be written to.
     """
+    if folder.name.startswith(_OWN) and _schema(folder) not in (None, SCHEMA):
+        shutil.rmtree(folder)  # begun by another version, which timed in another way
     if (folder / MANIFEST).exists():
         manifest = load_manifest(folder)
         found = manifest["digest"]
@@ -91,6 +95,14 @@ def write(plan: Plan, folder: Path, settings: config.Latency, *, progress: Progr
     }
     benchmark_model.write(folder, manifest)
     write_json(folder / MANIFEST, {**manifest, "sha256": checksum(manifest)})
+
+
+def _schema(folder: Path) -> Any:
+    """Of the bundle in `folder`; None where that cannot be told."""
+    try:
+        return json.loads((folder / MANIFEST).read_text(encoding="utf-8")).get("schema")
+    except (OSError, ValueError, AttributeError):
+        return None
 
 
 def _settings(settings: config.Latency) -> dict[str, float]:
@@ -170,14 +182,25 @@ def kept_if_accepted(folder: Path | None) -> Iterator[None]:
         yield
     except LatencyError:
         if folder is not None:
-            (path := recorded(folder)).replace(path.with_name(f"{path.name}.refused"))
+            path = recorded(folder)
+            with contextlib.suppress(FileNotFoundError):  # another program that measures the same was quicker
+                path.replace(path.with_name(f"{path.name}.refused"))
         raise
 
 
 def recorded(folder: Path) -> Path:
-    """The results in `folder`; where there are none, the log of benchmark_model."""
-    log = folder / benchmark_model.LOG
-    return log if log.exists() and not (folder / RESULTS).exists() else folder / RESULTS
+    """The results in `folder`; where there are none, the log of benchmark_model.
+
+    Raises:
+        LatencyError: both are there, which may be of two machines.
+    """
+    log, results = folder / benchmark_model.LOG, folder / RESULTS
+    if log.exists() and results.exists():
+        raise LatencyError(
+            f"{folder}: {log.name} and {results.name} are both here, and may be of two machines. Move the one away "
+            f"that is not meant."
+        )
+    return log if log.exists() else results
 
 
 def read_any(path: Path) -> Recording:

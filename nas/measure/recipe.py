@@ -21,6 +21,7 @@ from nas.ondevice.stopping import combined
 from nas.ondevice.timing import Timing
 from nas.space import Space
 
+RECIPE = 2  # 1 timed networks before they had settled (`nas.ondevice.timing`), which took 1.2 to 1.5 times as long
 _SMALLEST_MS = 1e-6  # a block cheaper than the convs around it vary: it costs next to nothing, not less
 _UNSTEADY = 0.03  # from which on it is told even where more is allowed
 _ROUNDS_TO_REFUSE = 30  # in fewer, preempted samples and a drift cannot be told apart; and quiet rounds among busy ones
@@ -105,8 +106,13 @@ def prove_again(
 
 def require_version(table: Table, version: str) -> None:
     """Raises:
-    LatencyError: `table` was not measured with that version of its runtime.
+    LatencyError: `table` was not measured with that version of its runtime, or by another recipe.
     """
+    if table.recipe != RECIPE:
+        raise LatencyError(
+            f"the table was measured by another version of this program, which timed networks in another way (recipe "
+            f"{table.recipe}, now {RECIPE}): what is timed now says nothing of it. Measure the table anew."
+        )
     if version != table.runtime_version:
         raise LatencyError(
             f"the table was measured with {table.runtime} {table.runtime_version}, and here is {version}, of which "
@@ -139,6 +145,7 @@ def evaluate(
         space_digest=space.digest,
         input=space.input,
         classes=space.classes,
+        recipe=RECIPE,
         date=date_of(start["time"]),
         command=command,
         notes=notes,

@@ -196,7 +196,8 @@ def measure_there(folder: Path, transport: Transport, *, progress: Progress | No
     """
     folder = folder.resolve()  # a relative path with a colon would be another machine to scp
     manifest = load_manifest(folder)
-    results = bundle.recorded(folder)
+    bundle.recorded(folder)  # one of the two at most
+    results = folder / (LOG if transport.tool else RESULTS)
     if results.exists():
         found = bundle.read_any(results)
         if found.complete and found.manifest["digest"] == manifest["digest"]:

@@ -86,7 +86,13 @@ def read(path: Path) -> Recording:
                 f"delete it and measure again."
             )
         records.append(record)
-    if not records or records[0].get("kind") != "manifest" or records[0]["manifest"].get("schema") != SCHEMA:
+    if records and records[0].get("kind") == "manifest" and records[0]["manifest"].get("schema") != SCHEMA:
+        raise LatencyError(
+            f"{path}: these results are of another version's measuring program (schema "
+            f"{records[0]['manifest'].get('schema')}; this one reads {SCHEMA}), which times in another way. Make the "
+            f"bundle anew and measure again."
+        )
+    if not records or records[0].get("kind") != "manifest":
         raise LatencyError(
             f"{path}: these are no results of this version's measuring program (schema {SCHEMA}), or their "
             f"first line is damaged. It writes {RESULTS} in the folder of the bundle: bring that."

@@ -15,7 +15,7 @@ from nas.errors import ExportError
 from nas.evaluate import Standalone
 from nas.files import read_as, write_json
 from nas.fold import fold
-from nas.measure import Call, Timing, measure_files, prepare
+from nas.measure import RECIPE, Call, Timing, measure_files, prepare
 from nas.ondevice.lock import once
 from nas.ops import in_float32
 from nas.pipeline.export import file_name
@@ -120,6 +120,11 @@ def _measured(job: Job, networks: Sequence[Finished]) -> dict[tuple[str, str], d
         seed=job.experiment.seed,
         say=once(job.console.say),
     )
+    if any(getattr(table, "recipe", RECIPE) != RECIPE for table in job.tables.values()):  # learned models have none
+        job.console.say(
+            "  the tables are of an older version, which timed networks before they had settled: levels and comparable "
+            "latencies are rough. `nas run EXPERIMENT --redo measure` makes them anew"
+        )
     level = {
         precision: table.level(np.array([timings[precision, i].latency_ms for i in range(len(table.anchors))]))
         for precision, table in job.tables.items()

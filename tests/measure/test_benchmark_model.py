@@ -301,7 +301,7 @@ def test_a_bundle_of_another_runtime_or_batch(plan, tmp_path):
     finished(tmp_path / "eight", tool, 1)
     called = (tmp_path / "tool" / "called").read_text()
     assert "--num_threads=2" in called
-    assert re.search(r"--input_layer=input --input_layer_shape=8,8,8,1", called)
+    assert re.search(r"--input_layer=images --input_layer_shape=8,8,8,1", called)
     with pytest.raises(LatencyError, match="threads 1, and it should be 2"):
         benchmark_model.read(tmp_path / "eight" / LOG)
 
@@ -311,3 +311,18 @@ def test_rounds_change_with_the_settings_of_a_bundle_and_not_its_calls(plan, fol
     text = (folder / "calls.txt").read_text()
     assert "rounds 7\n" in text
     assert re.findall(r"^call (\d+)", text, re.MULTILINE) == [str(number) for number in range(len(plan.graphs))]
+
+
+def test_results_of_two_programs_in_one_bundle_are_refused(log, plan, monkeypatch):
+    (log.parent / "results.jsonl").write_text("of this machine, where the bundle was tried")
+    with pytest.raises(LatencyError, match=r"benchmark_model\.log and results\.jsonl are both here"):
+        imported(log.parent, plan, monkeypatch)
+
+
+def test_a_tool_that_fails_with_all_models_ends_after_a_round(folder, tmp_path):
+    (tool := tmp_path / "tool").write_text("#!/bin/sh\necho no such symbol\nexit 1\n")
+    tool.chmod(0o755)
+    done = run(folder, tool, 5)
+    assert done.returncode != 0
+    assert "no model has run with" in done.stderr
+    assert (folder / LOG).read_text().count("@ done") == 1

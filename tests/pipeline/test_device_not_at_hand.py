@@ -139,7 +139,7 @@ def test_the_tpu_estimate_that_comes_along_limits_a_search(here, capsys):
     assert "its bfloat16 latencies were estimated by" in said
     assert "its float32 latencies were estimated by" in said
     assert "limit: " in said
-    asked = """objectives=[{name="top1"},{name="latency_ms",precision="%s"}]"""
+    asked = """objectives=[{name="top1"},{name="latency_ms",precision="%s",at_most="70%%"}]"""
     limits = []
     for precision in ("float32", "bfloat16"):
         assert nas_command(*command[:3], precision, *command[4:], "--set", asked % precision) == 0
