@@ -53,7 +53,7 @@ DEVICES = {
     "host_litert": ("float32",),
     "host_xla": ("float32",),
 }
-FULL = config.Latency(seconds=90.0, min_rounds=40, patience=1.0, max_drift=0.03, max_busy=0.25)
+FULL = config.Latency(seconds=90.0, min_rounds=40, patience=2.5, max_drift=0.03, max_busy=0.25)
 QUICK = config.Latency(seconds=40.0, min_rounds=30, patience=1.5, max_drift=0.05, max_busy=0.5)
 
 
