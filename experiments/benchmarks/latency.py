@@ -93,8 +93,8 @@ def tables(
                         console.start(f"table: {device}, {precision}, {px} pixels")
                         table, _ = measure(space_at(px), about, precision, settings, seed=0, progress=console.share)
                 except NasError as e:
-                    put(result, "refused", "tables", device, precision, px, str(e))
                     console.say(f"  refused: {e}")
+                    put(result, "refused", device, precision, px, str(e))
                     yield
                     continue
                 ready.append((device, precision, px, table))
@@ -104,8 +104,8 @@ def tables(
         try:
             proof = prove_again(table, space_at(px), about, settings, networks=networks, seed=1, progress=console.share)
         except NasError as e:
-            put(result, "refused", "tables", device, precision, px, str(e))
             console.say(f"  refused: {e}")
+            put(result, "refused", device, precision, px, str(e))
             yield
             continue
         console.say(f"  {proof}; repeat tau {tau(proof.repeat_tau)}")
@@ -116,7 +116,7 @@ def tables(
             "load": load(),
             **row(proof),
         }
-        put(result, "tables", "refused", device, precision, px, found)
+        put(result, "tables", device, precision, px, found)
         yield
 
 
@@ -159,9 +159,9 @@ def spearman(task: dict[str, Any]) -> dict[str, dict[str, float]]:
     return found
 
 
-def put(result: dict[str, Any], key: str, other: str, device: str, precision: str, px: int, found: Any) -> None:
-    """`found` below `key`; what an earlier call has found of the same below `other` holds no longer."""
-    name = f"{device}.{precision}"
+def put(result: dict[str, Any], key: str, device: str, precision: str, px: int, found: Any) -> None:
+    """`found` below `key`, "tables" or "refused"; what an earlier call has put below the other holds no longer."""
+    name, other = f"{device}.{precision}", "refused" if key == "tables" else "tables"
     result[key].setdefault(name, {})[str(px)] = found
     if name in result[other]:
         result[other][name].pop(str(px), None)

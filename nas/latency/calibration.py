@@ -18,7 +18,8 @@ error in percent of anchors left out, * the form that was chosen.
                       224 px   2.2     1.8     1.0*    1.3          1.0       1.1         1.0
     OpenVINO           32 px   4.6    3.6*      3.4    3.8          3.4       3.4         3.5
                       224 px   2.3     2.3     1.3*    1.7          1.3       1.3         1.3
-    LiteRT            224 px  1.3*     1.3      1.2    1.3          1.2       1.2         1.2
+    LiteRT             32 px  1.2*     1.2      1.3    1.2          1.3       1.3         1.4
+                      224 px  1.3*     1.3      1.2    1.3          1.2       1.2         1.2
     ONNX Runtime int8  32 px   0.7     0.6      0.6    0.6          0.6      0.3*         0.4
                       224 px   1.2     1.0     0.8*    1.1          0.8       0.9         0.8
     OpenVINO int8      32 px   2.4     2.6      2.5    2.7          2.5      1.9*         2.3

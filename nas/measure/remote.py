@@ -197,15 +197,15 @@ def measure_there(folder: Path, transport: Transport, *, progress: Progress | No
     folder = folder.resolve()  # a relative path with a colon would be another machine to scp
     manifest = load_manifest(folder)
     bundle.recorded(folder)  # one of the two at most
-    results = folder / (LOG if transport.tool else RESULTS)
-    if results.exists():
-        found = bundle.read_any(results)
+    name = LOG if transport.tool else RESULTS
+    if (folder / name).exists():
+        found = bundle.read_any(folder / name)
         if found.complete and found.manifest["digest"] == manifest["digest"]:
             return
     there = f"{transport.folder}/{manifest['digest']}"
     models = [*dict.fromkeys(call["file"] for call in manifest["calls"])]
     if transport.tool:
-        name, tool = LOG, transport.tool
+        tool = transport.tool
         has = _look_by_shell(transport, there, manifest["runtime"])
         files = {file: folder / file for file in (*models, CALLS, SCRIPT)} | {tool.path.name: tool.path}
         _push(transport, there, has, files, progress)
@@ -213,7 +213,6 @@ def measure_there(folder: Path, transport: Transport, *, progress: Progress | No
         cpus = f"CPUS={tool.cpus} " if tool.cpus else ""
         program = f"env JSON=1 {cpus}sh {SCRIPT} ./{tool.path.name}"
     else:
-        name = RESULTS
         python, has = _look(transport, there, manifest["runtime"])
         program_files = [str(path.relative_to(folder).as_posix()) for path in sorted((folder / "nas").rglob("*.py"))]
         files = {file: folder / file for file in (*models, *program_files, "measure.py", MANIFEST)}
@@ -231,8 +230,6 @@ def measure_there(folder: Path, transport: Transport, *, progress: Progress | No
     part = folder / f".part.{name}"
     _do(transport, transport.pull(f"{there}/{name}", part))
     bundle.read_any(part)
-    if results.name != name and results.exists():  # measured in the other way before, not to the end
-        results.replace(folder / f"{results.name}.before")
     os.replace(part, folder / name)
     # Should the table be refused, the same command is to measure anew.
     _do(transport, transport.run(f"cd {shlex.quote(there)} && mv {name} {name}.fetched"))

@@ -180,8 +180,7 @@ def rounds(
         clock: seconds, that never go back; for tests.
     """
     begins = begins or (lambda number: None)
-    alone, repeats = _repeats(calls, begins, clock)
-    settle = [max(1, min(_SETTLE_CALLS, math.ceil(_SETTLE_SECONDS / seconds))) for seconds in alone]
+    settle, repeats = _inferences(calls, begins, clock)
     while True:
         numbers = range(len(calls)) if wanted is None else wanted()
         order = tuple(np.random.default_rng([seed, done]).permutation(np.array(numbers, np.intp)).tolist())
@@ -260,12 +259,13 @@ def measure_files(
         return interleave(calls, seconds=seconds, min_rounds=min_rounds, seed=seed).timings()
 
 
-def _repeats(
+def _inferences(
     calls: Sequence[Call], begins: Callable[[int], None], clock: Callable[[], float]
-) -> tuple[list[float], list[int]]:
-    """Seconds of one inference of each call, roughly, and how many inferences a sample of it takes.
+) -> tuple[list[int], list[int]]:
+    """How many inferences of each call come before a sample of it, for it to settle, and how many the sample takes.
 
-    As many as fill a sample, and as many as make what comes once a call, like waiting for an accelerator, a hundredth.
+    The sample takes as many as last `_SAMPLE_SECONDS`, and as many as make what comes once a call, like waiting for an
+    accelerator, a hundredth.
     """
     alone = []
     for number, call in enumerate(calls):
@@ -278,7 +278,8 @@ def _repeats(
         fixed = _once(calls[quickest], alone[quickest], clock)
     each = [max(seconds - fixed, 1e-7) for seconds in alone]
     sample = max(_SAMPLE_SECONDS, fixed / _FIXED_SHARE)
-    return each, [max(1, min(1000, math.ceil(sample / seconds))) for seconds in each]
+    settle = [max(1, min(_SETTLE_CALLS, math.ceil(_SETTLE_SECONDS / seconds))) for seconds in each]
+    return settle, [max(1, min(1000, math.ceil(sample / seconds))) for seconds in each]
 
 
 def _once(call: Call, alone: float, clock: Callable[[], float]) -> float:
