@@ -171,7 +171,7 @@ def _options(options: str) -> tuple[str | None, Tool | None]:
     if not options:
         return None, None
     python = re.fullmatch(r"python=([\w./+-]+)", options)
-    tool = re.fullmatch(r"benchmark_model=(.+?)(?:&cpus=([0-9a-fA-F]+))?", options)
+    tool = re.fullmatch(r"benchmark_model=(.+?)(?:&cpus=(?:0[xX])?([0-9a-fA-F]+))?", options)
     if not python and not tool:
         raise DeviceError(
             f"--over ...?{options}: ?python= and the path of a program there is needed, or ?benchmark_model= and the "

@@ -252,7 +252,7 @@ def test_without_python_benchmark_model_goes_along_and_measures(home, phone, ove
 
 
 def test_cut_off_the_same_command_goes_on_with_benchmark_model(home, phone):
-    over = f"adb:R58M?benchmark_model={phone}&cpus=3"
+    over = f"adb:R58M?benchmark_model={phone}&cpus=0x3"
     write(home / "bin" / "taskset", '#!/bin/sh\n[ "$1" = 3 ] && shift && exec "$@"\n')
     (home / "cut").touch()
     with pytest.raises(LatencyError, match=r"the connection to R58M was lost.*kept there.*The same command goes on"):
