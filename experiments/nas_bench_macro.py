@@ -1,14 +1,15 @@
 """Question: does the supernet order networks as training each of them alone does?
 
 Run: python experiments/nas_bench_macro.py --data PATH --benchmark nas_bench_macro_tenth.npz --out runs/nas_bench_macro
-     [--width 0.25] [--epochs 20] [--json experiments/results/nas_bench_macro.json]
+     [--sampler strict_fairness_distilled] [--width 0.25] [--epochs 20]
+     [--json experiments/results/nas_bench_macro.json]
 
-A supernet of the space `nas_bench_macro` is trained on CIFAR-10 (PATH as in experiments/cifar10.toml) with strict
-fairness, and every network whose published accuracy the benchmark file has is scored with its weights, on images that
-it was not trained on. Printed: Kendall's tau of that order with the published one (NAS-Bench-Macro, Su et al. 2021,
-arXiv:2103.11922: three trainings of 50 epochs each), with a 95 % bootstrap interval over networks, and beside it the
-tau of MACs and of parameters, which need no training. Three seeds of the published trainings agree with one another at
-about .88, so more than that cannot be had.
+A supernet of the space `nas_bench_macro` is trained on CIFAR-10 (PATH as in experiments/cifar10.toml), with strict
+fairness and the largest network as teacher unless --sampler names another, and every network whose published accuracy
+the benchmark file has is scored with its weights, on images that it was not trained on. Printed: Kendall's tau of that
+order with the published one (NAS-Bench-Macro, Su et al. 2021, arXiv:2103.11922: three trainings of 50 epochs each),
+with a 95 % bootstrap interval over networks, and beside it the tau of MACs and of parameters, which need no training.
+Three seeds of the published trainings agree with one another at about .88, so more than that cannot be had.
 
 --width scales all channels: a CPU has no time for all of them. Costs are those of the published, full networks.
 Cut off, the same command goes on where it was. The benchmark file: `ops` uint8 [n, 8], `test_acc` [n, seeds] in %.
@@ -37,6 +38,7 @@ from nas.space import Space, load_space
 from nas.space.load import space_file
 from nas.supernet import Supernet
 from nas.train import train_supernet
+from nas.train.samplers import SAMPLERS
 
 
 def narrow(width: float, folder: Path) -> Path:
@@ -88,6 +90,7 @@ def main() -> None:
     parser.add_argument("--benchmark", required=True, type=Path, help="published accuracies, .npz")
     parser.add_argument("--out", type=Path, default=Path("runs/nas_bench_macro"), help="checkpoints and counts")
     parser.add_argument("--width", type=float, default=0.25, help="of all channels; 1: the published networks")
+    parser.add_argument("--sampler", default="strict_fairness_distilled", choices=SAMPLERS, help="of networks to train")
     parser.add_argument("--epochs", type=float, default=20.0)
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--learning-rate", type=float, default=0.1)
@@ -103,7 +106,7 @@ def main() -> None:
     settings = config.Train(
         epochs=options.epochs,
         batch_size=options.batch_size,
-        sampler="strict_fairness",
+        sampler=options.sampler,
         optimiser=config.Optimiser(learning_rate=options.learning_rate),
         augment=config.Augment(flip=True, shift=4),
         checkpoint_steps=100,

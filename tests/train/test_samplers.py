@@ -137,7 +137,7 @@ def test_in_the_end_every_value_of_every_choice_is_trained(name, mixed):
         assert set(drawn[:, gene]) == set(range(len(choice.values))), choice.name
 
 
-@pytest.mark.parametrize("name", sorted(set(SAMPLERS) - {"strict_fairness"}))
+@pytest.mark.parametrize("name", sorted(set(SAMPLERS) - {"strict_fairness", "strict_fairness_distilled"}))
 def test_too_few_subnets_are_refused_before_the_training(name, mixed):
     with pytest.raises(ConfigError, match=rf"train\.random_subnets is -1; sampler `{name}` needs [01] or more"):
         make(name, mixed, random_subnets=-1)
@@ -209,6 +209,15 @@ def test_with_conditions_what_is_dealt_is_fair_and_what_is_trained_is_canonical(
         dealt = fair_values(mixed.sizes, step, rng(step))
         assert len(dealt) == max(mixed.sizes)
         np.testing.assert_array_equal(draw(step, rng(step), noise).genotypes, mixed.canonical(dealt))
+
+
+def test_distilled_the_largest_teaches_what_is_dealt_fairly(mixed):
+    fair, distilled = (make(name, mixed) for name in ("strict_fairness", "strict_fairness_distilled"))
+    for step in range(5):
+        draw = distilled(step, rng(step), noise)
+        assert draw.distil
+        np.testing.assert_array_equal(draw.genotypes[0], mixed.largest())
+        np.testing.assert_array_equal(draw.genotypes[1:], fair(step, rng(step), noise).genotypes)
 
 
 # progressive shrinking

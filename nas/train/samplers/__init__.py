@@ -11,7 +11,7 @@ from nas.train.samplers.progressive_shrinking import progressive_shrinking
 from nas.train.samplers.sampler import Draw, Factory, Sampler, Score
 from nas.train.samplers.sandwich import sandwich
 from nas.train.samplers.single_path import single_path
-from nas.train.samplers.strict_fairness import strict_fairness
+from nas.train.samplers.strict_fairness import strict_fairness, strict_fairness_distilled
 
 __all__ = ["SAMPLERS", "Draw", "Factory", "Sampler", "Score", "sampler"]
 
@@ -22,6 +22,7 @@ SAMPLERS: dict[str, Factory] = {
     "sandwich": sandwich,
     "single_path": single_path,
     "strict_fairness": strict_fairness,
+    "strict_fairness_distilled": strict_fairness_distilled,
 }
 
 

@@ -14,6 +14,12 @@ order, so that each value is used once before the weights are updated. Here choi
 Fair is the draw before it is put in canonical form: a value that was dealt for a layer that does not exist, or for an
 option that the chosen block does not have, trains nothing. Such losses hit all values of a choice with the same
 probability.
+
+`strict_fairness_distilled` trains the largest network on the labels besides, before the others, which learn from it as
+by the sandwich rule (BigNAS, Yu et al. 2020, arXiv:2003.11142, sec. 3.1). All on the labels, the layers that follow a
+choice settle on an average of its values, so that the supernet tells early ones apart too little and late ones too
+much; with a teacher, all values of an early choice are trained towards the features of one network.
+(experiments/nas_bench_macro.py measures what that is worth.)
 """
 
 import numpy as np
@@ -28,6 +34,17 @@ def strict_fairness(space: Space, settings: config.Train, *, steps: int) -> Samp
 
     def draw(step: int, rng: np.random.Generator, score: Score) -> Draw:
         return Draw(space.canonical(fair_values(space.sizes, step, rng)), distil=False)
+
+    return draw
+
+
+def strict_fairness_distilled(space: Space, settings: config.Train, *, steps: int) -> Sampler:
+    """The largest network, and those of `strict_fairness` distilled from it. `random_subnets` plays no part."""
+    largest = space.largest()[None]
+
+    def draw(step: int, rng: np.random.Generator, score: Score) -> Draw:
+        fair = space.canonical(fair_values(space.sizes, step, rng))
+        return Draw(np.concatenate([largest, fair]), distil=True)
 
     return draw
 
